@@ -1,0 +1,1 @@
+"""Training, prediction and evaluation code behind the cell instance segmentation study."""

@@ -1,0 +1,86 @@
+"""Training and validation splits: by image or by patient, seeded, with every class on both sides where the data allow it."""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+TCGA_PATIENT = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}")
+CANDIDATES = 500
+
+
+class Split(NamedTuple):
+    """Image ids of each side, and whether a patient may stand on both."""
+
+    kind: str  # "patient" or "random"
+    train: list[str]
+    validation: list[str]
+    warning: str  # "" when no patient can be on both sides
+
+
+def patient_of(image_id: str) -> str | None:
+    """The TCGA patient in an image's name (``TCGA-xx-xxxx``), or None."""
+    found = TCGA_PATIENT.search(image_id)
+    return found.group() if found else None
+
+
+def make_split(
+    image_ids: list[str],
+    counts: np.ndarray,
+    patients: list[str | None],
+    kind: str,
+    validation_fraction: float,
+    seed: int,
+) -> Split:
+    """Split images so that the validation side holds about the same share of every class.
+
+    Of 500 seeded random draws of groups (patients, or single images for ``random``), the one whose shares of images and of
+    instances per class lie nearest to ``validation_fraction`` is taken, so a rare class reaches validation where it can.
+
+    Args:
+        image_ids: N names.
+        counts: int [N, K], instances per image and class.
+        patients: N patient names, None where unknown.
+        kind: ``patient`` (no patient on both sides) or ``random`` (by image).
+        validation_fraction: share of the groups, in (0, 1); at least one group stands on each side.
+        seed: of the draw.
+
+    Raises:
+        ValueError: an unknown kind, an unknown patient under ``patient``, or fewer than two groups.
+    """
+    if kind not in ("patient", "random"):
+        raise ValueError(f"unknown split {kind!r}; one of patient, random")
+    unknown = [i for i, patient in zip(image_ids, patients, strict=True) if patient is None]
+    if kind == "patient" and unknown:
+        raise ValueError(
+            f"split 'patient' needs the patient of every image, but {len(unknown)} of {len(image_ids)} have none "
+            f"(first: {unknown[0]}); add patients.csv (columns image_id, patient) beside train/, or use split 'random'"
+        )
+    groups = np.array(patients if kind == "patient" else image_ids, dtype=str)
+    names, group_of = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"split {kind!r} needs at least two {'patients' if kind == 'patient' else 'images'}, found {len(names)}")
+
+    size = min(max(round(validation_fraction * len(names)), 1), len(names) - 1)
+    weights = np.column_stack([np.ones(len(image_ids)), counts])
+    per_group = np.stack([np.bincount(group_of, column, len(names)) for column in weights.T], 1)
+    shares = per_group / np.maximum(per_group.sum(0), 1)
+    present = per_group.sum(0) > 0
+
+    rng = np.random.default_rng(seed)
+    draws = [rng.choice(len(names), size, replace=False) for _ in range(CANDIDATES)]
+    distances = [np.abs(shares[draw].sum(0) - validation_fraction)[present].sum() for draw in draws]
+    held_out = np.isin(group_of, draws[int(np.argmin(distances))])
+
+    sides = [[i for i, out in zip(image_ids, held_out, strict=True) if out == side] for side in (False, True)]
+    return Split(kind, *sides, warning="" if kind == "patient" else _random_split_warning(patients, held_out))
+
+
+def _random_split_warning(patients: list[str | None], held_out: np.ndarray) -> str:
+    known = [{p for p, out in zip(patients, held_out, strict=True) if p is not None and out == side} for side in (False, True)]
+    shared = sorted(known[0] & known[1])
+    if shared:
+        return f"{len(shared)} patients have images on both sides of this random split ({', '.join(shared[:3])} ...): scores will be too high"
+    if None in patients:
+        return "patients are unknown, so one patient's images may be on both sides of this random split: scores may be too high"
+    return ""
