@@ -1,9 +1,279 @@
-"""stub"""
+"""Every setting of a run as one flat, checked record, and the guard that each notebook runs on its parameters."""
+
+import difflib
+import hashlib
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")
+BACKBONES = (*RESNETS, "resnet50_fpn_v2")
+CHOICES = {
+    "scale": ("quick", "full"),
+    "instance_reading": ("pixel_values", "connected_components"),
+    "split": ("patient", "random"),
+    "augmentation": ("none", "flips", "flips_turns_stain"),
+    "backbone": BACKBONES,
+    "optimizer": ("adam", "adamw", "sgd"),
+    "scheduler": ("none", "cosine", "plateau"),
+    "monitor": ("validation_ap50", "validation_loss", "loss"),
+    "accelerator": ("auto", "cpu", "cuda"),
+    "precision": ("32", "bf16-mixed", "16-mixed"),
+}
+POSITIVE = (
+    "batch_size", "epochs", "learning_rate", "detections_per_image", "devices", "plateau_patience", "rpn_batch_size_per_image",
+    "box_batch_size_per_image", "rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_train",
+    "rpn_post_nms_top_n_test",
+)  # fmt: skip
+FRACTIONS = (
+    "validation_fraction", "class_balance", "momentum", "plateau_factor", "rpn_nms_thresh", "rpn_fg_iou_thresh",
+    "rpn_bg_iou_thresh", "box_score_thresh", "box_nms_thresh", "box_fg_iou_thresh", "box_bg_iou_thresh", "mask_threshold",
+    "score_threshold", "iou_threshold",
+)  # fmt: skip
+NOT_PART_OF_A_RUN = ("run_name", "num_workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run's settings. The names are those of the notebook's parameters cell, of the YAML files and of ``settings.json``.
+
+    The defaults are the quick scale on drawn tissue. Lengths are in px, thresholds and fractions in [0, 1]; the names that
+    torchvision has are torchvision's.
+
+    Raises:
+        ValueError: a value that no run could use, named with what is allowed.
+    """
+
+    run_name: str = ""
+    scale: str = "quick"
+
+    data: str = "drawn"
+    instance_reading: str = "pixel_values"
+    min_instance_area_px: int = 0
+    skip_faulty_images: bool = False
+    split: str = "patient"
+    validation_fraction: float = 0.25
+    split_seed: int = 0
+
+    crop_size_px: int = 128
+    class_balance: float = 0.5
+    augmentation: str = "flips"
+
+    backbone: str = "resnet18"
+    weights: str = "none"
+    trainable_backbone_layers: int = 3
+    min_size: int = 0
+    max_size: int = 0
+    anchor_sizes: tuple[float, ...] = (8, 16, 32, 64, 128)
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rpn_pre_nms_top_n_train: int = 1000
+    rpn_pre_nms_top_n_test: int = 1000
+    rpn_post_nms_top_n_train: int = 500
+    rpn_post_nms_top_n_test: int = 1000
+    rpn_nms_thresh: float = 0.7
+    rpn_fg_iou_thresh: float = 0.7
+    rpn_bg_iou_thresh: float = 0.3
+    rpn_batch_size_per_image: int = 256
+    box_score_thresh: float = 0.05
+    box_nms_thresh: float = 0.5
+    box_fg_iou_thresh: float = 0.5
+    box_bg_iou_thresh: float = 0.5
+    box_batch_size_per_image: int = 128
+    detections_per_image: int = 300
+
+    epochs: int = 8
+    steps_per_epoch: int = 0
+    batch_size: int = 4
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    scheduler: str = "cosine"
+    warmup_steps: int = 20
+    monitor: str = "validation_ap50"
+    plateau_factor: float = 0.1
+    plateau_patience: int = 3
+    early_stopping_patience: int = 0
+    gradient_clip_norm: float = 10.0
+    precision: str = "32"
+    accelerator: str = "auto"
+    devices: int = 1
+    num_workers: int = 0
+    seed: int = 0
+
+    tile_size_px: int = 0
+    tile_overlap_px: int = 64
+    mask_threshold: float = 0.5
+    score_threshold: float = 0.5
+    iou_threshold: float = 0.5
+
+    def __post_init__(self):
+        for field in fields(self):
+            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), field.type))
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"unknown {name} {value!r}; one of {', '.join(choices)}{_did_you_mean(value, choices)}")
+        for name in FRACTIONS:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must lie between 0 and 1")
+        for name in POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0")
+        for field in fields(self):
+            if field.type in (int, float) and getattr(self, field.name) < 0:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)}, but must not be negative")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction is {self.validation_fraction}, but must lie strictly between 0 and 1")
+        if self.precision == "16-mixed" and self.accelerator == "cpu":
+            raise ValueError("precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' with accelerator 'cpu'")
+        if not self.weights:
+            raise ValueError("weights is empty; one of none, imagenet, coco, or the path of a weights file")
+        if self.trainable_backbone_layers > 5:
+            raise ValueError(f"trainable_backbone_layers is {self.trainable_backbone_layers}, but a backbone has 5 layers")
+        for name in ("anchor_sizes", "anchor_ratios"):
+            if not getattr(self, name) or min(getattr(self, name)) <= 0:
+                raise ValueError(f"{name} is {list(getattr(self, name))}, but needs at least one number, all above 0")
+        if len(self.anchor_sizes) != 5:
+            raise ValueError(f"anchor_sizes has {len(self.anchor_sizes)} values, but the feature pyramid has 5 levels, one size each")
+        if bool(self.min_size) != bool(self.max_size) or self.max_size < self.min_size:
+            raise ValueError(
+                f"min_size is {self.min_size} and max_size {self.max_size}; give both, min_size <= max_size, "
+                "or 0 for both to keep the images' own size"
+            )
+        if self.tile_size_px and self.tile_overlap_px >= self.tile_size_px:
+            raise ValueError(f"tile_overlap_px is {self.tile_overlap_px}, but must be below tile_size_px, {self.tile_size_px}")
+        if any(character in self.run_name for character in "/\\") or self.run_name in (".", ".."):
+            raise ValueError(f"run_name {self.run_name!r} must be a plain folder name")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """A config from names and values; the others keep their defaults.
+
+        Raises:
+            ValueError: a name that no setting has, with the nearest one, or a value out of type or range.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"unknown parameter {name!r}{_did_you_mean(name, known) or '; see RunConfig for all names'}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, *paths: str | Path) -> "RunConfig":
+        """A config from parameter files; a later file wins. YAML 1.1 reads ``1e-4`` as text: write ``1.0e-4``."""
+        import yaml
+
+        merged: dict[str, Any] = {}
+        for path in paths:
+            try:
+                values = yaml.safe_load(resolve_path(path).read_text()) or {}
+            except (OSError, yaml.YAMLError) as error:
+                raise ValueError(f"parameter file {path} cannot be read: {' '.join(str(error).split())}") from None
+            if not isinstance(values, dict):
+                raise ValueError(f"parameter file {path} must hold `name: value` lines, not a {type(values).__name__}")
+            merged |= values
+        return cls.from_dict(merged)
+
+    @classmethod
+    def from_notebook(cls, namespace: Mapping[str, Any]) -> "RunConfig":
+        """The config of a notebook whose parameters are run settings; call it with ``globals()`` right after the parameters.
+
+        Raises:
+            ValueError: see ``from_dict``; every plain value in the namespace counts as a parameter.
+        """
+        return cls.from_dict(_parameters(namespace)).named()
+
+    def named(self) -> "RunConfig":
+        """The same settings with a ``run_name``; where it is empty, one made from the settings."""
+        if self.run_name:
+            return self
+        settings = {name: value for name, value in self.to_dict().items() if name not in NOT_PART_OF_A_RUN}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        return replace(self, run_name=f"{self.scale}-{self.backbone}-{digest}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain names and values, with lists for tuples, as ``settings.json`` and YAML hold them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Settings that make this another run than ``other``: name -> (other's value, this one's)."""
+        mine = self.to_dict()
+        names = [name for name in {**mine, **other} if name not in NOT_PART_OF_A_RUN]
+        return {name: (other.get(name), mine.get(name)) for name in names if other.get(name) != mine.get(name)}
+
+
+def check_parameters(namespace: Mapping[str, Any], **types_by_name: type) -> dict[str, Any]:
+    """Check a notebook's own parameters; call it with ``globals()`` right after the parameters cell.
+
+    Args:
+        namespace: the notebook's globals; every plain value in it counts as a parameter.
+        types_by_name: the parameters that the notebook has, with their types. Names that ``RunConfig`` has too are held to its
+            range.
+
+    Returns:
+        name -> value, in the order of ``types_by_name``.
+
+    Raises:
+        ValueError: an unknown name (with the nearest known one), a missing one, or a value out of type or range.
+    """
+    found = _parameters(namespace)
+    for name in found:
+        if name not in types_by_name:
+            hint = _did_you_mean(name, types_by_name) or f"; this notebook has {', '.join(types_by_name)}"
+            raise ValueError(f"unknown parameter {name!r}{hint}")
+    for name in types_by_name:
+        if name not in found:
+            raise ValueError(f"parameter {name!r} has no value; the parameters cell must set it")
+    checked = {name: _typed(name, found[name], kind) for name, kind in types_by_name.items()}
+    RunConfig(**{name: value for name, value in checked.items() if name in RunConfig.__dataclass_fields__})
+    return checked
 
 
 def resolve_path(path: str | Path) -> Path:
     """An absolute path; a relative one stands under the repository's root, whatever the working folder."""
     return ROOT / Path(path).expanduser()
+
+
+def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    shell_names = {"In", "Out", "exit", "quit"}
+    return {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_")
+        and name not in shell_names
+        and not callable(value)
+        and not isinstance(value, types.ModuleType)
+    }
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as ``kind`` where nothing is lost (an int for a float, a list for a tuple), else a ValueError."""
+    if get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} is {value!r}, but must be a list, such as [8, 16, 32]; -p cannot pass lists, -y and -f can")
+        return tuple(_typed(name, item, get_args(kind)[0]) for item in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if name == "precision" and value == 32 and not isinstance(value, bool):
+        value = "32"
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        if kind is float and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, but must be a finite number")
+        return value
+    hint = ""
+    if kind is float and isinstance(value, str):
+        hint = "; YAML reads 1e-4 as text, write 1.0e-4"
+    raise ValueError(f"{name} is {value!r}, but must be of type {kind.__name__}{hint}")
+
+
+def _did_you_mean(name: Any, known) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

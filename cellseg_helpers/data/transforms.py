@@ -1,0 +1,157 @@
+"""Training samples: crops and joint augmentation of image and label maps, and the targets at the end."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from cellseg_helpers.data.labels import find_instances
+from cellseg_helpers.data.readers import CellDataset, CellImage
+
+
+class QuarterTurn(v2.Transform):
+    """A turn by 0, 90, 180 or 270 degrees, each as likely: on tissue every direction is as good as another."""
+
+    def make_params(self, flat_inputs):
+        return {"turns": int(torch.randint(4, ()))}
+
+    def transform(self, inpt, params):
+        return tv_tensors.wrap(torch.rot90(inpt, params["turns"], (-2, -1)), like=inpt)
+
+
+RECIPES = {
+    "none": [],
+    "flips": [v2.RandomHorizontalFlip(0.5), v2.RandomVerticalFlip(0.5)],
+    "flips_turns_stain": [
+        v2.RandomHorizontalFlip(0.5),
+        QuarterTurn(),
+        v2.RandomApply([v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.04)], p=0.8),
+    ],
+}
+
+
+class SampleKey(NamedTuple):
+    """What a training sample is made from: the same key gives the same sample in any process."""
+
+    epoch: int
+    position: int  # in the epoch, over all processes
+    image_index: int
+
+
+class EpochSampler(Sampler):
+    """The keys of one epoch, shuffled by (seed, epoch); ``set_epoch`` before each, as torch's DistributedSampler."""
+
+    def __init__(self, indices: list[int], samples: int, seed: int, rank: int = 0, world_size: int = 1, batch_size: int = 1):
+        self.indices, self.samples, self.seed, self.epoch = indices, samples, seed, 0
+        self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.samples // self.world_size
+
+    def __iter__(self):
+        rng = np.random.default_rng((self.seed, self.epoch))
+        rounds = -(-self.samples // len(self.indices))
+        order = np.concatenate([rng.permutation(self.indices) for _ in range(rounds)])[: self.samples]
+        for position, image_index in enumerate(order.tolist()):
+            if position // self.batch_size % self.world_size == self.rank:
+                yield SampleKey(self.epoch, position, image_index)
+
+
+class TrainingSet(Dataset):
+    """Cropped and augmented samples with their targets; ``[SampleKey]`` gives (image uint8 [3, h, w], target).
+
+    A share ``class_balance`` of the samples is drawn by class: a class, each as likely, then one of its instances in the
+    training images, each as likely, which the crop then holds. The rest are crops at a random place of the key's own image.
+
+    Args:
+        dataset: all images.
+        indices: those to train on.
+        crop_size_px: side of the square crop at native resolution; a smaller image is used whole; 0: whole images.
+        class_balance: in [0, 1].
+        augmentation: a name in ``RECIPES``.
+        seed: of every random choice, together with the key.
+    """
+
+    def __init__(
+        self, dataset: CellDataset, indices: list[int], crop_size_px: int, class_balance: float, augmentation: str, seed: int
+    ):
+        self.dataset, self.indices, self.seed = dataset, indices, seed
+        self.crop_size_px, self.class_balance = crop_size_px, class_balance
+        self.recipe = v2.Compose(RECIPES[augmentation]) if RECIPES[augmentation] else None
+        self.counts = np.asarray(dataset.counts)[indices]
+
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, dict[str, Tensor]]:
+        rng = np.random.default_rng((self.seed, key.epoch, key.position))
+        cell_image, center = self.dataset[key.image_index], None
+        if rng.random() < self.class_balance and self.counts.any():
+            cell_image, center = self._draw_instance(rng)
+        image, label_maps = crop(cell_image, self.crop_size_px, center, rng)
+        image, label_maps = tv_tensors.Image(image), tv_tensors.Mask(label_maps)
+        model_seed, recipe_seed = rng.integers(2**63, size=2).tolist()
+        if self.recipe is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(recipe_seed)
+                image, label_maps = self.recipe(image, label_maps)
+        return image.as_subclass(Tensor), make_target(label_maps.as_subclass(Tensor)) | {
+            "image_id": cell_image.image_id,
+            "seed": model_seed,
+        }
+
+    def _draw_instance(self, rng: np.random.Generator) -> tuple[CellImage, tuple[int, int]]:
+        """An image and the (row, column) of a pixel of one of its instances, balanced over the classes."""
+        class_index = rng.choice(np.flatnonzero(self.counts.sum(0)))
+        per_image = self.counts[:, class_index]
+        cell_image = self.dataset[self.indices[rng.choice(len(per_image), p=per_image / per_image.sum())]]
+        label_map = cell_image.label_maps[class_index]
+        instances = find_instances(label_map[None])
+        x1, y1, x2, y2 = instances.boxes[rng.integers(len(instances.boxes))]
+        return cell_image, (int(y1 + y2) // 2, int(x1 + x2) // 2)
+
+
+def crop(
+    cell_image: CellImage, size_px: int, center: tuple[int, int] | None, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """A random square crop, copied: image uint8 [3, h, w] and label maps int32 [K, h, w].
+
+    Args:
+        cell_image: to cut from.
+        size_px: side; 0, or a shorter image side, keeps that side whole.
+        center: (row, column) that the crop must hold, somewhere in its middle half; None: anywhere.
+        rng: draws the place.
+    """
+    height, width = cell_image.image.shape[1:]
+    starts, sides = [], []
+    for axis, length in enumerate((height, width)):
+        side = min(size_px or length, length)
+        if center is None:
+            start = rng.integers(length - side + 1)
+        else:
+            start = center[axis] - side // 2 + rng.integers(-(side // 4), side // 4 + 1)
+        starts.append(int(np.clip(start, 0, length - side)))
+        sides.append(side)
+    window = np.s_[:, starts[0] : starts[0] + sides[0], starts[1] : starts[1] + sides[1]]
+    return torch.from_numpy(cell_image.image[window].copy()), torch.from_numpy(cell_image.label_maps[window].astype(np.int32))
+
+
+def make_target(label_maps: Tensor) -> dict[str, Tensor]:
+    """The training target of label maps int32 [K, H, W]: boxes float32 [N, 4], labels int64 [N], ids int32 [N], label_maps."""
+    instances = find_instances(label_maps.numpy())
+    return {
+        "boxes": torch.from_numpy(instances.boxes),
+        "labels": torch.from_numpy(instances.labels),
+        "ids": torch.from_numpy(instances.ids),
+        "label_maps": label_maps,
+    }
+
+
+def collate(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Samples of several sizes as lists."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)

@@ -1,0 +1,310 @@
+"""``fit``: train a run from its settings, on one or several devices, and go on where a killed one stopped.
+
+Several devices: ``torchrun --nproc_per_node 2 -m cellseg_helpers.engine params/full.yaml``.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from cellseg_helpers.analysis.metrics import evaluate
+from cellseg_helpers.config import RunConfig
+from cellseg_helpers.data.coco import to_coco
+from cellseg_helpers.data.readers import CellDataset, open_dataset
+from cellseg_helpers.data.splits import make_split
+from cellseg_helpers.data.transforms import EpochSampler, SampleKey, TrainingSet, collate
+from cellseg_helpers.inference import predict
+from cellseg_helpers.model.build import build_model
+from cellseg_helpers.runs import load_checkpoint, save_checkpoint, save_weights, start_run, write_json, write_text
+
+LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
+
+
+class TrainingError(RuntimeError):
+    """A training that had to stop, in a sentence for the user; the last good checkpoint is kept."""
+
+
+def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = None) -> Path:
+    """Train, validate every epoch, keep the best epoch, and resume by itself.
+
+    On the CPU the same settings give the same numbers, bit for bit, whatever the number of workers, and also when the run was
+    killed and called again in between: every random choice is drawn from the seed, the epoch and the sample's place in it.
+
+    Args:
+        config: the run's settings.
+        on_epoch: called after each epoch with the history so far.
+
+    Returns:
+        The run folder (see ``runs``).
+
+    Raises:
+        ValueError: settings or data that cannot be used; RunError: the folder holds another run.
+        TrainingError: a loss that is not finite, or no memory left.
+    """
+    fabric = make_fabric(config)
+    torch.manual_seed(config.seed)
+    dataset = open_dataset(config.data, config.instance_reading, config.min_instance_area_px, config.skip_faulty_images)
+    train, validation, split = split_dataset(dataset, config)
+    truth = to_coco(dataset[i] for i in validation)
+    with fabric.rank_zero_first():
+        run_dir = start_run(config, dataset.fingerprint, split, truth)
+
+    model = build_model(config)
+    optimizer = make_optimizer(model, config)
+    samples = TrainingSet(dataset, train, config.crop_size_px, config.class_balance, config.augmentation, config.seed)
+    per_step = config.batch_size * fabric.world_size
+    steps = config.steps_per_epoch or -(-len(train) // per_step)
+    sampler = EpochSampler(train, steps * per_step, config.seed, fabric.global_rank, fabric.world_size, config.batch_size)
+    loader = make_loader(samples, config, sampler)
+    per_step_schedule, plateau = make_schedulers(optimizer, config, steps)
+    model, optimizer = fabric.setup(model, optimizer)
+
+    history: list[dict[str, Any]] = []
+    if (run_dir / "last.pt").exists():
+        checkpoint = load_checkpoint(run_dir / "last.pt")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        per_step_schedule.load_state_dict(checkpoint["per_step_schedule"])
+        plateau.load_state_dict(checkpoint["plateau"])
+        fabric.strategy.precision.load_state_dict(checkpoint["precision"])
+        history = checkpoint["history"]
+
+    progress = tqdm(total=config.epochs * steps, initial=len(history) * steps, desc="training", unit="step", mininterval=1,
+                    disable=not fabric.is_global_zero)  # fmt: skip
+    for epoch in range(len(history), config.epochs):
+        if stopped_early(history, config):
+            break
+        sampler.set_epoch(epoch)
+        before = history[-1] if history else {"train_minutes": 0.0, "cpu_minutes": 0.0}
+        started, cpu_started = time.perf_counter(), time.process_time()
+        losses = train_epoch(fabric, model, optimizer, per_step_schedule, loader, config, progress)
+        row = {
+            "epoch": epoch + 1,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "loss": sum(losses.values()),
+            **losses,
+            "train_minutes": before["train_minutes"] + (time.perf_counter() - started) / 60,
+            "cpu_minutes": before["cpu_minutes"] + (time.process_time() - cpu_started) / 60,
+        }
+        row["validation_loss"] = validation_loss(fabric, model, dataset, validation, config)
+        detections = predict_images(fabric, model, dataset, validation, config)
+        scores = evaluate(truth, detections, score_threshold=config.score_threshold, iou_threshold=config.iou_threshold)
+        row["validation_ap50"] = scores["dense"]["AP50"]
+        row["peak_memory_bytes"] = peak_memory_bytes(fabric.device)
+        history.append(row)
+        if config.scheduler == "plateau":
+            plateau.step(row[config.monitor])
+
+        if fabric.is_global_zero:
+            if best_epoch(history, config) == len(history) - 1:
+                save_weights(run_dir / "best.safetensors", model.state_dict())
+                write_json(run_dir / "detections.json", detections)
+                write_json(run_dir / "metrics.json", scores)
+            write_text(run_dir / "history.csv", pd.DataFrame(history).to_csv(index=False))
+            save_checkpoint(
+                run_dir / "last.pt",
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "per_step_schedule": per_step_schedule.state_dict(),
+                    "plateau": plateau.state_dict(),
+                    "precision": fabric.strategy.precision.state_dict(),
+                    "history": history,
+                },
+            )
+        fabric.barrier()
+        if on_epoch and fabric.is_global_zero:
+            on_epoch(pd.DataFrame(history))
+    progress.close()
+    return run_dir
+
+
+def make_fabric(config: RunConfig) -> Fabric:
+    """The devices, processes and precision of a run; several devices start one process each (not from a notebook).
+
+    Raises:
+        ValueError: a device or precision that this machine does not have.
+    """
+    gpus = torch.cuda.device_count()
+    accelerator = config.accelerator if config.accelerator != "auto" else "cuda" if gpus else "cpu"
+    if accelerator == "cuda" and gpus < config.devices:
+        raise ValueError(f"devices is {config.devices}, but this machine has {gpus} GPUs that torch can use; lower it, or accelerator 'cpu'")
+    if accelerator == "cpu" and config.precision == "16-mixed":
+        raise ValueError("precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' on a CPU")
+    precision = "32-true" if config.precision == "32" else config.precision
+    strategy = "ddp" if config.devices > 1 else "auto"
+    fabric = Fabric(accelerator=accelerator, devices=config.devices, strategy=strategy, precision=precision)
+    fabric.launch()
+    return fabric
+
+
+def split_dataset(dataset: CellDataset, config: RunConfig) -> tuple[list[int], list[int], dict[str, Any]]:
+    """Indices of the training and of the validation images, and the split as it is saved."""
+    split = make_split(
+        dataset.image_ids, dataset.counts, dataset.patients, config.split, config.validation_fraction, config.split_seed
+    )
+    index = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
+    return [index[i] for i in split.train], [index[i] for i in split.validation], split._asdict()
+
+
+def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """Adam, AdamW or SGD over the parameters that are not frozen."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    shared = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=config.momentum, **shared)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](parameters, **shared)
+
+
+def make_schedulers(optimizer: torch.optim.Optimizer, config: RunConfig, steps_per_epoch: int):
+    """A schedule to step after each training step (linear warm-up, then cosine or constant), and one after each epoch (plateau)."""
+    schedulers = torch.optim.lr_scheduler
+    warmup = schedulers.LinearLR(optimizer, 1 / max(config.warmup_steps, 1), total_iters=config.warmup_steps)
+    per_step = warmup
+    if config.scheduler == "cosine":
+        decay_steps = max(config.epochs * steps_per_epoch - config.warmup_steps, 1)
+        cosine = schedulers.CosineAnnealingLR(optimizer, decay_steps, eta_min=config.min_learning_rate)
+        per_step = schedulers.SequentialLR(optimizer, [warmup, cosine], [config.warmup_steps]) if config.warmup_steps else cosine
+    mode = "max" if config.monitor == "validation_ap50" else "min"
+    plateau = schedulers.ReduceLROnPlateau(
+        optimizer, mode, config.plateau_factor, config.plateau_patience, min_lr=config.min_learning_rate
+    )
+    return per_step, plateau
+
+
+def make_loader(samples: TrainingSet, config: RunConfig, sampler) -> DataLoader:
+    """Batches of (images, targets) lists in the sampler's order."""
+    return DataLoader(
+        samples,
+        batch_size=config.batch_size,
+        sampler=sampler,
+        num_workers=config.num_workers,
+        collate_fn=collate,
+        persistent_workers=config.num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def train_epoch(fabric: Fabric, model, optimizer, schedule, loader: DataLoader, config: RunConfig, progress) -> dict[str, float]:
+    """One pass: images, targets, losses, backward, step. Returns each loss's mean over the steps and processes.
+
+    Raises:
+        TrainingError: a loss that is not finite (named, with the images), or no memory left (with what to lower).
+    """
+    model.train()
+    sums = torch.zeros(len(LOSSES), device=fabric.device)
+    try:
+        for images, targets in loader:
+            images, targets = to_device(images, targets, fabric.device)
+            losses = model(images, targets)
+            stacked = torch.stack([losses[name].float() for name in LOSSES])
+            if not stacked.isfinite().all():
+                raise TrainingError(_not_finite(stacked.tolist(), targets))
+            optimizer.zero_grad()
+            fabric.backward(stacked.sum())
+            if config.gradient_clip_norm:
+                fabric.clip_gradients(model, optimizer, max_norm=config.gradient_clip_norm, error_if_nonfinite=False)
+            optimizer.step()
+            schedule.step()
+            sums += stacked.detach()
+            progress.set_postfix(loss=f"{stacked.sum().item():.3f}", refresh=False)
+            progress.update()
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            raise TrainingError(
+                "out of memory in a training step; lower batch_size, crop_size_px (or max_size), box_batch_size_per_image or "
+                "rpn_post_nms_top_n_train, or use precision 'bf16-mixed'; the last epoch's checkpoint is kept"
+            ) from None
+        raise
+    means = fabric.all_reduce(sums / len(loader), reduce_op="mean")
+    return dict(zip(LOSSES, means.tolist(), strict=True))
+
+
+@torch.no_grad()
+def validation_loss(fabric: Fabric, model, dataset: CellDataset, indices: list[int], config: RunConfig) -> float:
+    """The mean total loss over one fixed crop of each validation image, with the norms' statistics left alone."""
+    samples = TrainingSet(dataset, indices, config.crop_size_px, class_balance=0, augmentation="none", seed=0)
+    keys = [SampleKey(0, position, index) for position, index in enumerate(indices)]
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    totals = []
+    with fabric.autocast():
+        for images, targets in make_loader(samples, replace(config, num_workers=0), keys):
+            losses = model.module(*to_device(images, targets, fabric.device))
+            totals += [sum(losses.values()).item()] * len(images)
+    return sum(totals) / len(totals)
+
+
+def predict_images(fabric: Fabric, model, dataset: CellDataset, indices: list[int], config: RunConfig) -> list[dict[str, Any]]:
+    """Detections in whole images as COCO results; ``image_id`` counts from 1 in the order of ``indices``, as ``to_coco`` does."""
+    detections = []
+    with fabric.autocast():
+        for number in range(fabric.global_rank, len(indices), fabric.world_size):
+            found = predict(
+                model.module,
+                dataset[indices[number]].image,
+                tile_size_px=config.tile_size_px,
+                tile_overlap_px=config.tile_overlap_px,
+                mask_threshold=config.mask_threshold,
+            )
+            detections += [{"image_id": number + 1} | detection for detection in found]
+    if fabric.world_size > 1:
+        gathered = [None] * fabric.world_size
+        distributed.all_gather_object(gathered, detections)
+        detections = sorted(sum(gathered, []), key=lambda detection: detection["image_id"])
+    return detections
+
+
+def to_device(images: list[Tensor], targets: list[dict], device: torch.device) -> tuple[list[Tensor], list[dict]]:
+    """Images as float32 in [0, 1] and targets, on ``device``."""
+    images = [image.to(device, non_blocking=True).float() / 255 for image in images]
+    moved = [{n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in t.items()} for t in targets]
+    return images, moved
+
+
+def best_epoch(history: list[dict[str, Any]], config: RunConfig) -> int:
+    """Index of the first epoch with the best monitored value; one without a value counts as worst."""
+    sign = 1 if config.monitor == "validation_ap50" else -1
+    values = [row[config.monitor] for row in history]
+    values = [-math.inf if value is None or math.isnan(value) else sign * value for value in values]
+    return values.index(max(values))
+
+
+def stopped_early(history: list[dict[str, Any]], config: RunConfig) -> bool:
+    """Whether the monitored value has not improved for ``early_stopping_patience`` epochs (0: never stop)."""
+    patience = config.early_stopping_patience
+    return bool(patience and history) and len(history) - 1 - best_epoch(history, config) >= patience
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: of the GPU by torch, else of the process by the operating system."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _not_finite(values: list[float], targets: list[dict]) -> str:
+    bad = ", ".join(f"{name} = {value}" for name, value in zip(LOSSES, values, strict=True) if not math.isfinite(value))
+    images = ", ".join(target["image_id"] for target in targets)
+    return (
+        f"training stopped: {bad} in a batch of images {images}; lower learning_rate, lengthen warmup_steps or set "
+        "gradient_clip_norm; the last epoch's checkpoint is kept"
+    )
+
+
+if __name__ == "__main__":
+    print(fit(RunConfig.from_yaml(*sys.argv[1:])))

@@ -1,0 +1,199 @@
+"""The run folder: what a run was, what it measured, and its checkpoints. Every file is written whole or not at all.
+
+    settings.json      every setting (RunConfig)
+    provenance.json    code version, package versions, machine, data fingerprint
+    split.json         image ids of each side
+    truth.json         the validation images' instances, as a COCO data set
+    history.csv        one row an epoch
+    last.pt            checkpoint to resume from
+    best.safetensors   weights of the best epoch
+    detections.json    the best epoch's detections in the validation images, as COCO results
+    metrics.json       its scores
+"""
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from cellseg_helpers.config import ROOT, RunConfig, resolve_path
+
+RUNS = "outputs/runs"
+PACKAGES = ("torch", "torchvision", "lightning-fabric", "numpy", "hotcoco", "pycocotools", "tifffile", "imagecodecs", "scipy")
+
+
+class RunError(ValueError):
+    """A run that cannot start, go on or be read, in a sentence for the user."""
+
+
+class Run(NamedTuple):
+    """What a run folder holds, for the analyses; needs no GPU and no weights."""
+
+    run_dir: Path
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+    split: dict[str, Any]
+    history: pd.DataFrame
+    truth: dict[str, Any]
+    detections: list[dict[str, Any]]
+    metrics: dict[str, Any]
+
+
+def load_run(run_dir: str | Path) -> Run:
+    """Read a finished run.
+
+    Raises:
+        RunError: no such folder, or a file of it missing or unreadable.
+    """
+    folder = resolve_path(run_dir)
+    if not folder.is_dir():
+        raise RunError(f"run_dir {run_dir} does not exist; train one with notebooks/02_train.ipynb or give another")
+    try:
+        parts = {name: read_json(folder / f"{name}.json") for name in Run._fields if name not in ("run_dir", "history")}
+        return Run(run_dir=folder, history=pd.read_csv(folder / "history.csv"), **parts)
+    except FileNotFoundError as error:
+        raise RunError(f"run_dir {run_dir} has no {Path(error.filename).name}: the run has not finished; run 02_train again") from None
+
+
+def start_run(config: RunConfig, fingerprint: str, split: dict[str, Any], truth: dict[str, Any]) -> Path:
+    """Make the run's folder, or find it again to go on in.
+
+    Raises:
+        RunError: the folder holds a run with other settings or other data; the differing fields are named.
+    """
+    run_dir = resolve_path(RUNS) / config.named().run_name
+    if (run_dir / "settings.json").exists():
+        _refuse_other_run(config, fingerprint, run_dir)
+    write_json(run_dir / "split.json", split)
+    write_json(run_dir / "truth.json", truth)
+    write_json(run_dir / "provenance.json", provenance() | {"data_fingerprint": fingerprint})
+    write_json(run_dir / "settings.json", config.named().to_dict())
+    return run_dir
+
+
+def _refuse_other_run(config: RunConfig, fingerprint: str, run_dir: Path) -> None:
+    differences = config.differences(read_json(run_dir / "settings.json"))
+    before = read_json(run_dir / "provenance.json")["data_fingerprint"]
+    if before != fingerprint:
+        differences["data_fingerprint"] = (before[:12], fingerprint[:12])
+    if differences:
+        listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in differences.items())
+        raise RunError(
+            f"{run_dir} holds a run with other settings ({listed}); choose another run_name, give the old settings to go on, "
+            "or delete that folder"
+        )
+
+
+def provenance() -> dict[str, Any]:
+    """Code version, package versions and machine, as they are now."""
+    return {
+        "code_version": _code_version(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
+        "machine": {"platform": platform.platform(), "processor": _processor(), "cpu_count": os.cpu_count(), "gpu": _gpu()},
+    }
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """``torch.save`` to a new file that then takes the old one's place, so a kill at any moment leaves a whole checkpoint."""
+    import torch
+
+    with _replacing(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint on the CPU, read with ``weights_only=True``.
+
+    Raises:
+        RunError: not readable.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RunError(f"checkpoint {path} cannot be read ({str(error).splitlines()[0][:120]}); delete it to train anew") from None
+
+
+def save_weights(path: Path, state: dict[str, Any]) -> None:
+    """Weights as safetensors, written whole or not at all."""
+    from safetensors.torch import save_file
+
+    with _replacing(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON without NaN (null instead is the caller's choice), written whole or not at all."""
+    write_text(path, json.dumps(value, indent=None if isinstance(value, list) else 1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, written whole or not at all."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def read_json(path: Path) -> Any:
+    """Raises RunError where the file is no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); delete its folder and run again") from None
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``; moved onto it, with its bytes on disk, when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _code_version() -> str:
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a git checkout)"
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,0 +1,194 @@
+"""The label-map model against torchvision's dense one: same weights, same images, same sampled proposals."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.roi_heads import project_masks_on_boxes
+from torchvision.models.detection.rpn import AnchorGenerator
+
+from cellseg_helpers.config import RunConfig
+from cellseg_helpers.data.labels import CLASS_NAMES, find_instances
+from cellseg_helpers.data.synthetic import draw_tissue
+from cellseg_helpers.data.transforms import make_target
+from cellseg_helpers.model.backbones import resnet_fpn
+from cellseg_helpers.model.build import IMAGENET_MEAN, IMAGENET_STD, build_model, count_parameters
+from cellseg_helpers.model.roi_heads import SeededSampler, mask_targets
+
+
+def dense_masks(label_maps: np.ndarray, instances) -> torch.Tensor:
+    return torch.from_numpy(
+        np.stack([label_maps[k - 1] == i for k, i in zip(instances.labels, instances.ids, strict=True)]).astype(np.uint8)
+    )
+
+
+def crowded_label_maps(height: int, width: int) -> np.ndarray:
+    """Touching cells, a one-pixel cell, cells cut by every border, a cell under another class's cell."""
+    label_maps = np.zeros((4, height, width), np.int32)
+    label_maps[0, 10:30, 10:30], label_maps[0, 10:30, 30:45], label_maps[0, 30:50, 10:33] = 1, 2, 7
+    label_maps[1, 60, 60] = 3
+    label_maps[1, :12, 50:66], label_maps[1, -9:, 5:20], label_maps[1, 40:55, -7:] = 4, 5, 60_000
+    label_maps[2, 20:40, :6], label_maps[3, 12:60, 12:60] = 1, 9
+    label_maps[0, 70:75, 40:90] = 11
+    return label_maps
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 90), st.integers(1, 90))
+def test_mask_targets_equal_torchvisions_on_random_boxes(seed, height, width):
+    rng = np.random.default_rng(seed)
+    label_maps = rng.integers(0, 4, (2, height, width)).astype(np.int32)
+    label_maps[1] *= 21_845
+    instances = find_instances(label_maps)
+    if not len(instances.labels):
+        return
+    corners = np.sort(rng.random((20, 2, 2)), axis=1) * (width, height)
+    boxes = torch.from_numpy(corners.reshape(20, 4).astype(np.float32))
+    match = torch.from_numpy(rng.integers(0, len(instances.labels), 20))
+    expected = project_masks_on_boxes(dense_masks(label_maps, instances), boxes, match, 28)
+    labels, ids = torch.from_numpy(instances.labels)[match], torch.from_numpy(instances.ids)[match]
+    torch.testing.assert_close(mask_targets(torch.from_numpy(label_maps), labels, ids, boxes, 28), expected, atol=2e-4, rtol=0)
+
+
+def test_mask_targets_of_no_box():
+    empty = torch.zeros(0, dtype=torch.int64)
+    assert mask_targets(torch.zeros(4, 8, 8, dtype=torch.int32), empty, empty, torch.zeros(0, 4), 28).shape == (0, 28, 28)
+
+
+def paired_models(min_size: int, max_size: int):
+    """Ours, and torchvision's own Mask R-CNN with the same weights and samplers."""
+    torch.manual_seed(0)
+    config = RunConfig(min_size=min_size, max_size=max_size)
+    ours = build_model(config)
+    theirs = MaskRCNN(
+        resnet_fpn("resnet18"),
+        len(CLASS_NAMES) + 1,
+        min_size=min_size,
+        max_size=max_size,
+        image_mean=IMAGENET_MEAN,
+        image_std=IMAGENET_STD,
+        rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in config.anchor_sizes), (config.anchor_ratios,) * 5),
+        rpn_pre_nms_top_n_train=config.rpn_pre_nms_top_n_train,
+        rpn_post_nms_top_n_train=config.rpn_post_nms_top_n_train,
+        rpn_pre_nms_top_n_test=config.rpn_pre_nms_top_n_test,
+        rpn_post_nms_top_n_test=config.rpn_post_nms_top_n_test,
+        box_batch_size_per_image=config.box_batch_size_per_image,
+        box_detections_per_img=config.detections_per_image,
+    )
+    theirs.load_state_dict(ours.state_dict())
+    theirs.rpn.fg_bg_sampler = SeededSampler(256, 0.5)
+    theirs.roi_heads.fg_bg_sampler = SeededSampler(config.box_batch_size_per_image, 0.25)
+    return ours, theirs
+
+
+def assert_same_losses_and_gradients(ours, theirs, images, label_maps):
+    seeds = [11 + i for i in range(len(images))]
+    theirs.rpn.fg_bg_sampler.seeds = theirs.roi_heads.fg_bg_sampler.seeds = seeds
+    targets, dense = [], []
+    for maps, seed in zip(label_maps, seeds, strict=True):
+        targets.append(make_target(torch.from_numpy(maps)) | {"seed": seed})
+        instances = find_instances(maps)
+        dense.append(
+            {
+                "boxes": torch.from_numpy(instances.boxes),
+                "labels": torch.from_numpy(instances.labels),
+                "masks": dense_masks(maps, instances),
+            }
+        )
+    expected = theirs.train()(images, dense)
+    losses = ours.train()(images, targets)
+    assert losses.keys() == expected.keys()
+    for name in losses:
+        torch.testing.assert_close(losses[name], expected[name], atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert losses["loss_mask"] > 0 and losses["loss_box_reg"] > 0
+    sum(losses.values()).backward()
+    sum(expected.values()).backward()
+    for (name, mine), theirs_parameter in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs_parameter.grad, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(("min_size", "max_size"), [(96, 96), (160, 200)], ids=["native", "resized"])
+def test_losses_equal_torchvisions_on_hand_made_cells(min_size, max_size):
+    ours, theirs = paired_models(min_size, max_size)
+    label_maps = [crowded_label_maps(96, 96), crowded_label_maps(96, 96)[:, ::-1].copy()]
+    images = [torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    assert_same_losses_and_gradients(ours, theirs, images, label_maps)
+
+
+def test_losses_equal_torchvisions_on_drawn_tissue_cut_by_crops():
+    ours, theirs = paired_models(128, 128)
+    image, maps = draw_tissue(np.random.default_rng(3))
+    maps, image = maps[:, 11:139, 7:135], torch.from_numpy(image[:, 11:139, 7:135] / np.float32(255))
+    assert find_instances(maps).touches_border.any()
+    assert_same_losses_and_gradients(ours, theirs, [image], [np.ascontiguousarray(maps)])
+
+
+def test_losses_equal_torchvisions_on_the_real_sample(sample_data):
+    import tifffile
+
+    folder = sample_data / "hw3_sample"
+    image = torch.from_numpy(tifffile.imread(folder / "image.tif")[:256, :256, :3] / np.float32(255)).permute(2, 0, 1)
+    maps = np.zeros((4, 256, 256), np.int32)
+    for k in (1, 2):
+        maps[k - 1] = tifffile.imread(folder / f"class{k}.tif")[:256, :256]
+    assert len(find_instances(maps).ids) > 40
+    ours, theirs = paired_models(256, 256)
+    assert_same_losses_and_gradients(ours, theirs, [image], [maps])
+
+
+def test_min_size_zero_keeps_the_images_size():
+    ours, theirs = paired_models(96, 96)
+    native = build_model(RunConfig())
+    native.load_state_dict(ours.state_dict())
+    assert_same_losses_and_gradients(native, theirs, [torch.rand(3, 96, 96)], [crowded_label_maps(96, 96)])
+
+
+def test_an_image_without_cells_has_no_mask_loss():
+    ours, _ = paired_models(96, 96)
+    losses = ours.train()([torch.rand(3, 96, 96)], [make_target(torch.zeros(4, 96, 96, dtype=torch.int32)) | {"seed": 1}])
+    assert losses["loss_mask"] == 0 and losses["loss_box_reg"] == 0 and losses["loss_classifier"] > 0
+    sum(losses.values()).backward()
+
+
+def test_detections_equal_torchvisions_before_pasting():
+    ours, theirs = paired_models(128, 160)
+    image = torch.rand(3, 90, 111)
+    with torch.no_grad():
+        found, expected = ours.eval()([image])[0], theirs.eval()([image])[0]
+    assert len(found["boxes"]) == len(expected["boxes"]) > 0
+    for key in ("boxes", "labels", "scores"):
+        torch.testing.assert_close(found[key], expected[key])
+    assert found["masks"].shape == (len(found["boxes"]), 28, 28)
+    assert expected["masks"].shape[1:] == (1, 90, 111)
+
+
+def test_a_sample_is_drawn_from_its_own_seed_whatever_the_batch():
+    labels = [torch.randint(-1, 2, (500,)) for _ in range(3)]
+    sampler = SeededSampler(64, 0.25)
+    sampler.seeds = [5, 6, 7]
+    together = sampler(labels)
+    sampler.seeds = [6]
+    alone = sampler(labels[1:2])
+    assert torch.equal(together[0][1], alone[0][0]) and torch.equal(together[1][1], alone[1][0])
+    assert together[0][1].sum() == 16 and together[1][1].sum() == 48
+
+
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet50", "resnext50_32x4d", "resnet50_fpn_v2"])
+def test_backbones_build_and_run(backbone):
+    model = build_model(RunConfig(backbone=backbone)).eval()
+    with torch.no_grad():
+        detections = model([torch.rand(3, 64, 64)])[0]
+    assert set(detections) == {"boxes", "labels", "scores", "masks"}
+
+
+def test_parameter_counts_are_torchvisions():
+    from torchvision.models.detection import maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
+
+    for backbone, factory in (("resnet50", maskrcnn_resnet50_fpn), ("resnet50_fpn_v2", maskrcnn_resnet50_fpn_v2)):
+        reference = factory(weights=None, weights_backbone=None, num_classes=5)
+        ours = build_model(RunConfig(backbone=backbone))
+        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in reference.parameters())
+        assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in reference.named_parameters()}
+    assert count_parameters(ours) < 200_000_000
