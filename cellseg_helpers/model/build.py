@@ -18,6 +18,7 @@ from cellseg_helpers.model.backbones import (
     read_weights,
     resnet_fpn,
 )
+from cellseg_helpers.model.roi_align import GatherRoIAlign
 from cellseg_helpers.model.roi_heads import LabelMapRoIHeads, LabelMapRPN, LabelMapTransform, SeededSampler
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -36,11 +37,15 @@ class LabelMapMaskRCNN(MaskRCNN):
 
     load_report: LoadReport
 
-    def __init__(self, backbone: nn.Module, num_classes: int, min_size: int, max_size: int, **kwargs):
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, min_size: int, max_size: int, mask_batch_size_per_image: int = 0, **kwargs
+    ):
         super().__init__(backbone, num_classes, **kwargs)
         self.transform = LabelMapTransform(min_size, max_size, list(IMAGENET_MEAN), list(IMAGENET_STD))
         self.rpn.__class__ = LabelMapRPN
         self.roi_heads.__class__ = LabelMapRoIHeads
+        self.roi_heads.mask_batch_size_per_image = mask_batch_size_per_image
+        self.roi_heads.box_roi_pool.__class__ = self.roi_heads.mask_roi_pool.__class__ = GatherRoIAlign
         for part in (self.rpn, self.roi_heads):
             sampler = part.fg_bg_sampler
             part.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
@@ -85,6 +90,7 @@ def build_model(config: RunConfig, num_classes: int = len(CLASS_NAMES)) -> Label
         box_fg_iou_thresh=config.box_fg_iou_thresh,
         box_bg_iou_thresh=config.box_bg_iou_thresh,
         box_batch_size_per_image=config.box_batch_size_per_image,
+        mask_batch_size_per_image=config.mask_batch_size_per_image,
         **(_v2_heads(backbone.out_channels, anchors) if v2 else {}),
     )
     if count_parameters(model) >= PARAMETER_LIMIT:

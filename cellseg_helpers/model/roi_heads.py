@@ -127,7 +127,11 @@ class LabelMapRoIHeads(RoIHeads):
 
     Training targets hold ``boxes`` float32 [N, 4], ``labels`` int64 [N], ``ids`` int [N] and ``label_maps`` int [K, H, W].
     Detections hold ``boxes``, ``labels``, ``scores`` and ``masks`` float [N, 28, 28], probabilities inside the box.
+    The mask loss is taken on at most ``mask_batch_size_per_image`` of an image's positive boxes (0: on all, as torchvision does):
+    many of them lie on the same cell, and the mask head is most of a step's arithmetic.
     """
+
+    mask_batch_size_per_image: int = 0
 
     def has_mask(self) -> bool:
         return False  # keeps torchvision's target check from asking for dense masks
@@ -147,7 +151,7 @@ class LabelMapRoIHeads(RoIHeads):
         box_features = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
         losses = self._box_losses(*self.box_predictor(box_features), torch.cat(labels), torch.cat(regression_targets))
 
-        positive = [torch.where(label > 0)[0] for label in labels]
+        positive = self._mask_samples(labels)
         boxes = [proposal[index] for proposal, index in zip(proposals, positive, strict=True)]
         matched = [match[index] for match, index in zip(matched, positive, strict=True)]
         logits = self._mask_logits(features, boxes, image_shapes)
@@ -159,6 +163,15 @@ class LabelMapRoIHeads(RoIHeads):
         classes = torch.cat([target["labels"][match] for target, match in zip(targets, matched, strict=True)])
         loss = F.binary_cross_entropy_with_logits(logits[torch.arange(len(classes)), classes], torch.cat(goals), reduction="sum")
         return [], losses | {"loss_mask": mean_over_processes(loss, len(classes) * size**2)}
+
+    def _mask_samples(self, labels: list[Tensor]) -> list[Tensor]:
+        positive = [torch.where(label > 0)[0] for label in labels]
+        most = self.mask_batch_size_per_image
+        if not most:
+            return positive
+        seeds = self.fg_bg_sampler.seeds or torch.randint(2**62, (len(labels),)).tolist()
+        orders = [torch.randperm(len(p), generator=torch.Generator().manual_seed(s)) for p, s in zip(positive, seeds, strict=True)]
+        return [p[order[:most].to(p.device)] for p, order in zip(positive, orders, strict=True)]
 
     def _mask_logits(self, features, boxes, image_shapes) -> Tensor:
         return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))).float()
