@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cellseg_helpers.analysis.metrics import evaluate
+from cellseg_helpers.analysis.metrics import evaluate, save_metrics
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.readers import CellDataset, open_dataset
@@ -101,7 +101,7 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
         row["validation_loss"] = validation_loss(fabric, model, dataset, validation, config)
         detections = predict_images(fabric, model, dataset, validation, config)
         scores = evaluate(truth, detections, score_threshold=config.score_threshold, iou_threshold=config.iou_threshold)
-        row["validation_ap50"] = scores["dense"]["AP50"]
+        row["validation_ap50"] = scores["coco_dense"]["summary"]["AP50"]
         row["peak_memory_bytes"] = peak_memory_bytes(fabric.device)
         history.append(row)
         if config.scheduler == "plateau":
@@ -111,7 +111,7 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
             if best_epoch(history, config) == len(history) - 1:
                 save_weights(run_dir / "best.safetensors", model.state_dict())
                 write_json(run_dir / "detections.json", detections)
-                write_json(run_dir / "metrics.json", scores)
+                save_metrics(scores, run_dir / "metrics.json")
             write_text(run_dir / "history.csv", pd.DataFrame(history).to_csv(index=False))
             save_checkpoint(
                 run_dir / "last.pt",

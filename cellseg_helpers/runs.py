@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from cellseg_helpers.analysis.metrics import load_metrics
 from cellseg_helpers.config import ROOT, RunConfig, resolve_path
 
 RUNS = "outputs/runs"
@@ -57,8 +58,9 @@ def load_run(run_dir: str | Path) -> Run:
     if not folder.is_dir():
         raise RunError(f"run_dir {run_dir} does not exist; train one with notebooks/02_train.ipynb or give another")
     try:
-        parts = {name: read_json(folder / f"{name}.json") for name in Run._fields if name not in ("run_dir", "history")}
-        return Run(run_dir=folder, history=pd.read_csv(folder / "history.csv"), **parts)
+        parts = {name: read_json(folder / f"{name}.json") for name in Run._fields if name not in ("run_dir", "history", "metrics")}
+        history = pd.read_csv(folder / "history.csv")
+        return Run(run_dir=folder, history=history, metrics=load_metrics(folder / "metrics.json"), **parts)
     except FileNotFoundError as error:
         raise RunError(f"run_dir {run_dir} has no {Path(error.filename).name}: the run has not finished; run 02_train again") from None
 

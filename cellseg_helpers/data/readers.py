@@ -1,0 +1,576 @@
+"""A folder in the HW3 layout as checked, decoded, memory-mapped images. numpy and tifffile, no torch.
+
+The layout: ``train/<image id>/image.tif`` with ``class1.tif`` to ``class4.tif`` beside it (an absent class has no file), and
+optionally ``patients.csv`` (columns ``image_id``, ``patient``) beside ``train/``. File names are taken in any case, with ``.tif``
+or ``.tiff``; other files and hidden ones are left alone.
+
+Every file is decoded once, into ``outputs/cache``; that folder may be deleted at any time.
+"""
+
+import csv
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tifffile
+from tqdm import tqdm
+
+from cellseg_helpers.config import ROOT, resolve_path
+from cellseg_helpers.data.labels import CLASS_NAMES, connected_components, drop_small_instances, find_instances
+from cellseg_helpers.data.splits import patient_of
+
+CACHE = ROOT / "outputs" / "cache"
+CACHE_FORMAT = 1  # raise it when what is decoded, or how it is stored, changes
+STALE_HOURS = 12  # a temporary cache folder this old belongs to a builder that died
+INSTANCE_READINGS = ("pixel_values", "connected_components")
+LARGEST_ID = 65_535
+LARGEST_SIDE_PX = 20_000  # beyond it, a header is taken for damaged: decoding would fill the memory
+FAULTS_SHOWN = 20
+FILE_NAME = re.compile(r"(image|class[1-4])\.tiff?", re.IGNORECASE)
+LOOKALIKE = re.compile(r"(image|class).*|.*\.tiff?", re.IGNORECASE)
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its remarks on broken files come back as faults
+
+
+class CellImage(NamedTuple):
+    """One decoded image.
+
+    Attributes:
+        image_id: name of its folder under ``train/``.
+        patient: None where unknown.
+        image: uint8 [3, H, W], RGB, 0..255, read-only.
+        label_maps: int32 [K, H, W], 0 = background, other values = instance ids (1..65,535), unique within a class.
+    """
+
+    image_id: str
+    patient: str | None
+    image: np.ndarray
+    label_maps: np.ndarray
+
+
+class Fault(NamedTuple):
+    """What is wrong with one file; ``image_id`` is "" where the whole folder is concerned. ``str()`` gives it as one line."""
+
+    image_id: str
+    file: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}"
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message says why, where, and what to do."""
+
+
+class CellDataset:
+    """The images of one folder, memory-mapped from their decoded cache. Made by ``open_dataset``.
+
+    ``dataset[i]`` is a ``CellImage``. Pickling (to DataLoader workers) carries a path, not pixels.
+
+    Attributes:
+        name: of the folder, or ``drawn``.
+        image_ids: N names, sorted.
+        patients: N names, None where unknown.
+        sizes: int64 [N, 2], height and width, px.
+        counts: int64 [N, K], instances per image and class.
+        fingerprint: sha256 of image ids, pixels and label maps; the same on every machine.
+        skipped: faults of the images that were left out.
+    """
+
+    def __init__(self, cache: Path, name: str) -> None:
+        self._cache, self.name = cache, name
+        try:
+            self._label_maps = _map(cache / "label_maps.bin", np.dtype("<u2"))
+            self._images = _map(cache / "images.bin", np.dtype("u1"))
+            index = json.loads((cache / "index.json").read_text(encoding="utf-8"))
+            self.image_ids: list[str] = index["image_ids"]
+            self.patients: list[str | None] = index["patients"]
+            self.sizes = np.array(index["sizes"], np.int64).reshape(-1, 2)
+            self.counts = np.array(index["counts"], np.int64).reshape(-1, len(CLASS_NAMES))
+            self.fingerprint: str = index["fingerprint"]
+            self.skipped = [Fault(*fault) for fault in index["faults"]]
+            self._starts = np.append(0, self.sizes.prod(1).cumsum())
+            if self._images.size != 3 * self._starts[-1] or self._label_maps.size != len(CLASS_NAMES) * self._starts[-1]:
+                raise ValueError("a file is not as long as its index says")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{cache}: the decoded cache is gone or damaged; open the data again, which rebuilds it") from error
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, i: int) -> CellImage:
+        i = range(len(self))[i]
+        (height, width), start, stop = self.sizes[i], self._starts[i], self._starts[i + 1]
+        classes = len(CLASS_NAMES)
+        return CellImage(
+            self.image_ids[i],
+            self.patients[i],
+            self._images[3 * start : 3 * stop].reshape(3, height, width),
+            self._label_maps[classes * start : classes * stop].reshape(classes, height, width).astype(np.int32),
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        return CellDataset, (self._cache, self.name)
+
+
+def open_dataset(
+    data: str | Path,
+    instance_reading: str = "pixel_values",
+    min_instance_area_px: int = 0,
+    skip_faulty_images: bool = False,
+    cache_dir: Path | None = None,
+) -> CellDataset:
+    """Open a folder in the HW3 layout; decode it first, unless its cache is at hand.
+
+    Args:
+        data: the folder that holds ``train/`` (a relative path stands under the repository's root), or ``drawn``: the embedded
+            drawn tissue, drawn into ``outputs/drawn`` on first use.
+        instance_reading: ``pixel_values`` (each value of a class file is one instance, in however many pieces) or
+            ``connected_components`` (each 8-connected piece of what is not background).
+        min_instance_area_px: instances of fewer pixels are left out; 0 keeps all.
+        skip_faulty_images: leave faulty images out, named in ``.skipped``, instead of refusing the folder.
+        cache_dir: where decoded images are kept; ``outputs/cache`` by default.
+
+    Raises:
+        ValueError: an unknown ``instance_reading`` or a bad ``min_instance_area_px``.
+        DataError: faults, all named in the message; or no image left.
+    """
+    _check_settings(instance_reading, min_instance_area_px)
+    folder, name = _locate(data)
+    dataset = _open_cached(folder, name, (instance_reading, min_instance_area_px), cache_dir or CACHE)
+    for_all = [fault for fault in dataset.skipped if not fault.image_id]
+    if dataset.skipped and (for_all or not skip_faulty_images or not len(dataset)):
+        raise DataError(_refusal(folder, dataset.skipped, can_skip=bool(len(dataset)) and not for_all))
+    return dataset
+
+
+def check_folder(data: str | Path, instance_reading: str = "pixel_values") -> list[Fault]:
+    """All faults of a folder in the HW3 layout, in one pass that decodes every file; empty when there are none.
+
+    Args:
+        data: as for ``open_dataset``.
+        instance_reading: as for ``open_dataset``.
+    """
+    _check_settings(instance_reading, 0)
+    folder, name = _locate(data)
+    layout = _read_layout(folder)
+    return layout.faults + [fault for _, faults in _decode(folder, name, layout, (instance_reading, 0)) for fault in faults]
+
+
+def _check_settings(instance_reading: str, min_instance_area_px: int) -> None:
+    if instance_reading not in INSTANCE_READINGS:
+        raise ValueError(f"unknown instance_reading {instance_reading!r}; one of {', '.join(INSTANCE_READINGS)}")
+    if not isinstance(min_instance_area_px, int) or min_instance_area_px < 0:
+        raise ValueError(f"min_instance_area_px is {min_instance_area_px!r}; give a whole number of pixels, 0 or more")
+
+
+def _locate(data: str | Path) -> tuple[Path, str]:
+    if data != "drawn":
+        folder = resolve_path(data)
+        return folder, folder.resolve().name
+    from cellseg_helpers.data.synthetic import draw_dataset
+
+    folder = ROOT / "outputs" / "drawn"
+    try:
+        draw_dataset(folder)
+    except OSError as error:
+        raise DataError(f"the drawn data cannot be made: {error}") from error
+    return folder, "drawn"
+
+
+def _refusal(folder: Path, faults: list[Fault], can_skip: bool) -> str:
+    lines = [f"the data in {folder} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:"]
+    lines += [f"  {fault}" for fault in faults[:FAULTS_SHOWN]]
+    if len(faults) > FAULTS_SHOWN:
+        lines.append(f"  and {len(faults) - FAULTS_SHOWN} more: cellseg_helpers.data.readers.check_folder lists all")
+    go_on = ", or set skip_faulty_images to go on without these images" if can_skip else " and run again"
+    return "\n".join([*lines, f"Repair {'them' if len(faults) > 1 else 'it'}{go_on}."])
+
+
+# What stands in the folder
+
+
+class _Layout(NamedTuple):
+    patients: dict[str, str | None]  # of every image folder, by image id, sorted
+    faults: list[Fault]
+
+
+def _read_layout(folder: Path) -> _Layout:
+    train = folder / "train"
+    if not folder.is_dir():
+        return _Layout({}, [Fault("", str(folder), "there is no such folder; give the folder that holds train/")])
+    if not train.is_dir():
+        right = f"above, {folder.parent}" if folder.name == "train" else "that holds train/<image id>/image.tif"
+        return _Layout({}, [Fault("", str(folder), f"it has no train/ folder; give the folder {right}")])
+    try:
+        entries = _visible(train)
+    except OSError as error:
+        return _Layout({}, [Fault("", "train", f"it cannot be listed ({_cause(error)}); allow reading it")])
+    image_ids = [name for name in entries if (train / name).is_dir()]
+    if not image_ids:
+        return _Layout({}, [Fault("", "train", "it holds no image folder; each image needs train/<image id>/image.tif")])
+    stray = "it stands outside an image folder; move it to train/<image id>/ under its right name, or remove it"
+    faults = [
+        Fault(name, f"train/{name}", stray) for name in entries if name not in image_ids and LOOKALIKE.fullmatch(name)
+    ]
+    spellings = Counter(image_id.lower() for image_id in image_ids)
+    twice = "another folder has the same image id but for upper and lower case; rename or remove one"
+    faults += [Fault(image_id, f"train/{image_id}", twice) for image_id in image_ids if spellings[image_id.lower()] > 1]
+    if not (folder / "patients.csv").exists():
+        return _Layout({image_id: patient_of(image_id) for image_id in image_ids}, faults)
+    patients, patient_faults = _read_patients(folder, image_ids)
+    return _Layout(patients, faults + patient_faults)
+
+
+def _visible(folder: Path) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
+def _read_patients(folder: Path, image_ids: list[str]) -> tuple[dict[str, str | None], list[Fault]]:
+    unknown = dict.fromkeys(image_ids)
+    try:
+        with open(folder / "patients.csv", encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            rows, columns = list(reader), reader.fieldnames or []
+    except (OSError, ValueError, csv.Error) as error:
+        problem = f"it cannot be read ({_cause(error)}); save it as UTF-8 text with the columns image_id and patient"
+        return unknown, [Fault("", "patients.csv", problem)]
+    missing = [column for column in ("image_id", "patient") if column not in columns]
+    if missing:
+        problem = f"its columns ({', '.join(columns) or 'none'}) lack {' and '.join(missing)}; name them in the first line"
+        return unknown, [Fault("", "patients.csv", problem)]
+
+    listed = [((row["image_id"] or "").strip(), (row["patient"] or "").strip()) for row in rows]
+    patients, times = dict(listed), Counter(image_id for image_id, _ in listed)
+    tests = _test_ids(folder)
+    problems = {}
+    for image_id in sorted(patients.keys() | unknown.keys()):
+        if times[image_id] > 1:
+            problems[image_id] = f"is listed {times[image_id]} times; keep one row"
+        elif image_id not in patients:
+            problems[image_id] = "is missing; add its row, or remove patients.csv to go on without patients"
+        elif image_id not in unknown and image_id not in tests:
+            problems[image_id] = "has no folder under train/; correct or remove its row"
+        elif image_id in unknown and not patients[image_id]:
+            problems[image_id] = "has no patient; fill it in, or remove patients.csv to go on without patients"
+    faults = [Fault(image_id, "patients.csv", f"image id {image_id!r} {problem}") for image_id, problem in problems.items()]
+    return {image_id: patients.get(image_id) for image_id in image_ids}, faults
+
+
+def _test_ids(folder: Path) -> set[str]:
+    return {file.stem for file in _inside(folder / "test_release")}
+
+
+# Decoding one image
+
+
+Decoded = tuple[CellImage | None, list[Fault]]
+
+
+def _decode(folder: Path, name: str, layout: _Layout, settings: tuple[str, int]) -> Iterator[Decoded]:
+    for image_id, patient in tqdm(layout.patients.items(), f"decoding {name}", unit="image", delay=2, leave=False):
+        yield _read_image(folder / "train" / image_id, image_id, patient, *settings)
+
+
+def _read_image(place: Path, image_id: str, patient: str | None, instance_reading: str, min_instance_area_px: int) -> Decoded:
+    files, problems = _find_files(place)
+    image, shape = None, None
+    label_maps = {}
+    for key in sorted(files, reverse=True):  # the image before its class files
+        try:
+            tiff = _read_tiff(place / files[key])
+            if key == "image":
+                image = _to_rgb(tiff)
+                shape = image.shape[1:]
+            else:
+                label_maps[int(key[-1])] = _to_label_map(tiff.pixels, shape, instance_reading)
+        except DataError as error:
+            problems.append((files[key], str(error)))
+    if problems or image is None:
+        return None, [Fault(image_id, f"train/{image_id}/{name}".rstrip("/"), problem) for name, problem in sorted(problems)]
+    stack = np.zeros((len(CLASS_NAMES), *shape), np.int32)
+    for class_id, label_map in label_maps.items():
+        stack[class_id - 1] = label_map
+    return CellImage(image_id, patient, image, drop_small_instances(stack, min_instance_area_px)), []
+
+
+def _find_files(place: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """File names by what they hold (``image``, ``class1`` ...), and (file name, problem) of what is amiss."""
+    try:
+        names = _visible(place)
+    except OSError as error:
+        return {}, [("", f"it cannot be listed ({_cause(error)}); allow reading it")]
+    if not names:
+        return {}, [("", "it is empty; put image.tif and its class files there, or remove the folder")]
+    files: dict[str, str] = {}
+    problems = []
+    for name in names:
+        if not FILE_NAME.fullmatch(name):
+            if LOOKALIKE.fullmatch(name):
+                problems.append((name, "unexpected name; image.tif and class1.tif to class4.tif are read: rename or remove it"))
+            continue
+        key = name.lower().split(".")[0]
+        if key in files:
+            problems.append((name, f"{files[key]} is here too and means the same; keep one of them"))
+        files.setdefault(key, name)
+    if "image" not in files:
+        problems.append(("image.tif", "it is missing; put the image there under this name, or remove its folder"))
+    if not files.keys() - {"image"}:
+        problems.append(("", "it has no class file; add at least one of class1.tif to class4.tif (all 0 where there is no cell)"))
+    return files, problems
+
+
+class _Tiff(NamedTuple):
+    pixels: np.ndarray
+    colours: str  # TIFF's photometric interpretation of the decoded pixels
+    palette: np.ndarray | None  # uint16 [3, number of colours]
+
+
+def _read_tiff(path: Path) -> _Tiff:
+    """The first image series of a TIFF.
+
+    Raises:
+        DataError: not a TIFF, truncated, or not to be decoded.
+    """
+    try:
+        with tifffile.TiffFile(path) as tif:
+            size = tif.filehandle.size
+            page = tif.pages.first
+            if max(page.shape) > LARGEST_SIDE_PX:
+                claim = f"its header claims {_size(page.shape)} px, above {LARGEST_SIDE_PX:,} a side"
+                raise DataError(f"{claim}; cut it up, or copy it again if it is damaged")
+            for part in tif.pages:
+                ends = np.add(part.dataoffsets, part.databytecounts)
+                if not len(ends) or not all(part.databytecounts) or max(ends) > size:
+                    raise DataError(f"it is truncated (its {size:,} bytes do not hold all its pixels); copy or export it again")
+            colours = getattr(page.photometric, "name", str(page.photometric))
+            if colours == "YCBCR" and page.compression == tifffile.COMPRESSION.JPEG:
+                colours = "RGB"  # the decoder converts
+            return _Tiff(tif.series[0].asarray(), colours, page.colormap)
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise nearly everything on a broken file
+        raise DataError(f"it cannot be read as a TIFF ({_cause(error)}); copy or export it again") from error
+
+
+def _cause(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    return " ".join(text.split())[:120]
+
+
+def _to_rgb(tiff: _Tiff) -> np.ndarray:
+    """uint8 [3, H, W] of RGB, RGBA, grey, grey + alpha or palette pixels, channels last or first; alpha is dropped.
+
+    16-bit values are scaled to 8 bits by the bit depth in use: the smallest of 8, 12 and 16 bits that holds the largest value
+    of the image's colour channels, so ``round(value * 255 / (2**depth - 1))``. (A bright-field image is bright somewhere: one
+    whose every value is below 4,096 was not recorded with 16 bits.)
+
+    Raises:
+        DataError: another pixel type, colour space or shape.
+    """
+    array = tiff.pixels
+    if array.dtype not in (np.uint8, np.uint16):
+        raise DataError(f"its pixels are {array.dtype}; save the image with 8 or 16 bits a channel (unsigned integers)")
+    if tiff.colours not in ("MINISBLACK", "MINISWHITE", "RGB", "PALETTE"):
+        raise DataError(f"its colours are {tiff.colours}; save the image as RGB or grey")
+    if tiff.colours == "MINISWHITE":
+        array = np.iinfo(array.dtype).max - array
+    if tiff.colours == "PALETTE":
+        array = tiff.palette[:, array]
+    if array.ndim == 2:
+        array = array[None]
+    elif array.ndim == 3 and array.shape[-1] <= 4:
+        array = np.moveaxis(array, -1, 0)
+    if array.ndim != 3 or array.shape[0] > 4:
+        raise DataError(f"its shape {_size(tiff.pixels.shape)} is not that of an image; save height x width x 1 to 4 channels")
+    array = array[: 3 if len(array) > 2 else 1]
+    if array.dtype == np.uint16:
+        depth = next(bits for bits in (8, 12, 16) if array.max() < 2**bits)
+        array = np.rint(array * (255 / (2**depth - 1))).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(array, (3, *array.shape[1:])))
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _to_label_map(array: np.ndarray, image_shape: tuple[int, ...] | None, instance_reading: str) -> np.ndarray:
+    """int32 [H, W] of a class file; its shape is not compared where the image is unreadable (None).
+
+    Raises:
+        DataError: another shape, values that are not ids, or more than 65,535 of them.
+    """
+    if array.ndim > 2:
+        array = array.squeeze()
+    if array.ndim != 2:
+        raise DataError(f"its shape is {_size(array.shape)}; a class file has one channel: save height x width")
+    if image_shape and array.shape != image_shape:
+        sizes = f"it is {_size(array.shape)} px but its image is {_size(image_shape)} px (height x width)"
+        raise DataError(f"{sizes}; export both at one size")
+    wrong = _wrong_values(array)
+    if wrong:
+        raise DataError(f"it has {' and '.join(wrong)}; save whole numbers: 0 = background, other values = instance ids")
+    if instance_reading == "connected_components":
+        array = connected_components(array)
+        if array.max() > LARGEST_ID:
+            raise DataError(f"it has {array.max():,} connected components, above {LARGEST_ID:,}; is it a mask of cells?")
+    elif array.max() > LARGEST_ID:
+        raise DataError(f"its largest instance id is {array.max():,.10g}, above {LARGEST_ID:,}; number the instances from 1 on")
+    return array.astype(np.int32)
+
+
+def _wrong_values(array: np.ndarray) -> list[str]:
+    if array.dtype.kind not in "buif":
+        return [f"pixels of type {array.dtype}"]
+    kinds = {"negative": array < 0}
+    if array.dtype.kind == "f":
+        finite = np.isfinite(array)
+        kinds = {
+            "NaN": np.isnan(array),
+            "infinite": np.isinf(array),
+            "fractional": finite & (array != np.rint(array)),
+            "negative": finite & (array < 0),
+        }
+    found = []
+    for kind, wrong in kinds.items():
+        if count := np.count_nonzero(wrong):
+            row, column = np.unravel_index(wrong.argmax(), wrong.shape)
+            first = f"the first at row {row}, column {column}: {array[row, column]:g}"
+            found.append(f"{count:,} {kind} pixel{'s' if count > 1 else ''} ({first})")
+    return found
+
+
+# The decoded cache: one folder a data folder, reading and state of the files
+
+
+def _open_cached(folder: Path, name: str, settings: tuple[str, int], cache_dir: Path) -> CellDataset:
+    for _ in range(3):
+        cache = cache_dir / _cache_key(folder, settings)
+        if not cache.exists():
+            _build_cache(folder, name, settings, cache)
+            if cache.name != _cache_key(folder, settings):
+                continue
+        try:
+            return CellDataset(cache, name)
+        except DataError:  # damaged, or just removed by a process that saw newer files
+            _discard(cache)
+    trouble = f"its files change while they are read, or no cache can be kept in {cache_dir}"
+    raise DataError(f"{folder}: {trouble}; run again when they are at rest")
+
+
+def _cache_key(folder: Path, settings: tuple[str, int]) -> str:
+    """``<what>-<state>``: a hash of folder, settings and format, and one of name, size, times and inode of every file."""
+    places = _inside(folder / "train")
+    files = [folder / "patients.csv", *places, *(file for place in places for file in _inside(place))]
+    state = [(str(file.relative_to(folder)), *_state(file)) for file in files]
+    what = (str(folder.resolve()), settings, CACHE_FORMAT, CLASS_NAMES)
+    return "-".join(hashlib.sha256(repr(part).encode()).hexdigest()[:16] for part in (what, (state, sorted(_test_ids(folder)))))
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return [folder / name for name in _visible(folder)]
+    except OSError:
+        return []
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    try:
+        status = file.stat()
+    except OSError:
+        return ()
+    if file.is_dir():
+        return ()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def _build_cache(folder: Path, name: str, settings: tuple[str, int], cache: Path) -> None:
+    """Decode into a temporary folder and move it into place; a process that was faster wins."""
+    layout = _read_layout(folder)
+    if not layout.patients:
+        raise DataError(_refusal(folder, layout.faults, can_skip=False))
+    temporary = cache.parent / f".building-{uuid.uuid4().hex}"
+    try:
+        temporary.mkdir(parents=True)
+        _write_cache(_decode(folder, name, layout, settings), layout.faults, temporary)
+        temporary.rename(cache)
+    except OSError as error:
+        if not cache.exists():  # else another process was faster
+            problem = f"cannot write the decoded cache in {cache.parent} ({_cause(error)}); make room there, or allow writing"
+            raise DataError(problem) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _remove_old(cache)
+
+
+def _write_cache(decoded: Iterator[Decoded], faults: list[Fault], into: Path) -> None:
+    faults = list(faults)
+    faulty = {fault.image_id for fault in faults}
+    index: dict[str, Any] = {"image_ids": [], "patients": [], "sizes": [], "counts": []}
+    digest = hashlib.sha256()
+    with open(into / "images.bin", "wb") as images, open(into / "label_maps.bin", "wb") as label_maps:
+        for cell_image, image_faults in decoded:
+            faults += image_faults
+            if cell_image is None or cell_image.image_id in faulty:
+                continue
+            pixels, labels = cell_image.image.tobytes(), cell_image.label_maps.astype("<u2").tobytes()
+            images.write(pixels)
+            label_maps.write(labels)
+            size = cell_image.image.shape[1:]
+            digest.update(json.dumps([cell_image.image_id, *size]).encode())
+            digest.update(pixels)
+            digest.update(labels)
+            index["image_ids"].append(cell_image.image_id)
+            index["patients"].append(cell_image.patient)
+            index["sizes"].append(size)
+            labels_found = find_instances(cell_image.label_maps).labels
+            index["counts"].append(np.bincount(labels_found, minlength=len(CLASS_NAMES) + 1)[1:].tolist())
+        for file in (images, label_maps):
+            file.flush()
+            os.fsync(file.fileno())
+    index |= {"fingerprint": digest.hexdigest(), "faults": faults}
+    with open(into / "index.json", "w", encoding="utf-8") as file:
+        json.dump(index, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A read-only array of the whole file, under a shared lock that lasts as long as the array (mmap keeps the open file)."""
+    with open(path, "rb") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_SH)
+        return np.asarray(np.memmap(file, dtype, "r")) if path.stat().st_size else np.zeros(0, dtype)
+
+
+def _remove_old(cache: Path) -> None:
+    """Remove other states of the same data that no process holds open, and what dead builders left."""
+    what = cache.name.split("-")[0]
+    for old in cache.parent.glob(f"{what}-*"):
+        if old != cache:
+            with suppress(OSError), open(old / "label_maps.bin", "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where a process has it mapped
+                _discard(old)
+    for left in cache.parent.glob(".building-*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE_HOURS * 3600:
+                shutil.rmtree(left)
+
+
+def _discard(cache: Path) -> None:
+    """Remove a cache folder; nobody sees it half removed."""
+    with suppress(OSError):
+        shutil.rmtree(cache.rename(cache.parent / f".building-{uuid.uuid4().hex}"))
