@@ -84,8 +84,8 @@ class RunConfig:
     box_nms_thresh: float = 0.5
     box_fg_iou_thresh: float = 0.5
     box_bg_iou_thresh: float = 0.5
-    box_batch_size_per_image: int = 128
-    mask_batch_size_per_image: int = 16
+    box_batch_size_per_image: int = 64
+    mask_batch_size_per_image: int = 8
     detections_per_image: int = 300
 
     epochs: int = 8

@@ -7,7 +7,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,18 +89,19 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
             break
         sampler.set_epoch(epoch)
         before = history[-1] if history else {"train_minutes": 0.0, "cpu_minutes": 0.0}
-        started, cpu_started = time.perf_counter(), time.process_time()
-        losses = train_epoch(fabric, model, optimizer, per_step_schedule, loader, config, progress)
-        row = {
-            "epoch": epoch + 1,
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            "loss": sum(losses.values()),
-            **losses,
-            "train_minutes": before["train_minutes"] + (time.perf_counter() - started) / 60,
-            "cpu_minutes": before["cpu_minutes"] + (time.process_time() - cpu_started) / 60,
-        }
-        row["validation_loss"] = validation_loss(fabric, model, dataset, validation, config)
-        detections = predict_images(fabric, model, dataset, validation, config)
+        with _explaining_out_of_memory():
+            started, cpu_started = time.perf_counter(), time.process_time()
+            losses = train_epoch(fabric, model, optimizer, per_step_schedule, loader, config, progress)
+            row = {
+                "epoch": epoch + 1,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "loss": sum(losses.values()),
+                **losses,
+                "train_minutes": before["train_minutes"] + (time.perf_counter() - started) / 60,
+                "cpu_minutes": before["cpu_minutes"] + (time.process_time() - cpu_started) / 60,
+            }
+            row["validation_loss"] = validation_loss(fabric, model, dataset, validation, config)
+            detections = predict_images(fabric, model, dataset, validation, config)
         scores = evaluate(truth, detections, score_threshold=config.score_threshold, iou_threshold=config.iou_threshold)
         row["validation_ap50"] = scores["coco_dense"]["summary"]["AP50"]
         row["peak_memory_bytes"] = peak_memory_bytes(fabric.device)
@@ -201,33 +203,25 @@ def train_epoch(fabric: Fabric, model, optimizer, schedule, loader: DataLoader, 
     """One pass: images, targets, losses, backward, step. Returns each loss's mean over the steps and processes.
 
     Raises:
-        TrainingError: a loss that is not finite (named, with the images), or no memory left (with what to lower).
+        TrainingError: a loss that is not finite; it is named, with the images.
     """
     model.train()
     sums = torch.zeros(len(LOSSES), device=fabric.device)
-    try:
-        for images, targets in loader:
-            images, targets = to_device(images, targets, fabric.device)
-            losses = model(images, targets)
-            stacked = torch.stack([losses[name].float() for name in LOSSES])
-            if not stacked.isfinite().all():
-                raise TrainingError(_not_finite(stacked.tolist(), targets))
-            optimizer.zero_grad()
-            fabric.backward(stacked.sum())
-            if config.gradient_clip_norm:
-                fabric.clip_gradients(model, optimizer, max_norm=config.gradient_clip_norm, error_if_nonfinite=False)
-            optimizer.step()
-            schedule.step()
-            sums += stacked.detach()
-            progress.set_postfix(loss=f"{stacked.sum().item():.3f}", refresh=False)
-            progress.update()
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            raise TrainingError(
-                "out of memory in a training step; lower batch_size, crop_size_px (or max_size), box_batch_size_per_image or "
-                "rpn_post_nms_top_n_train, or use precision 'bf16-mixed'; the last epoch's checkpoint is kept"
-            ) from None
-        raise
+    for images, targets in loader:
+        images, targets = to_device(images, targets, fabric.device)
+        losses = model(images, targets)
+        stacked = torch.stack([losses[name].float() for name in LOSSES])
+        if not stacked.isfinite().all():
+            raise TrainingError(_not_finite(stacked.tolist(), targets))
+        optimizer.zero_grad()
+        fabric.backward(stacked.sum())
+        if config.gradient_clip_norm:
+            fabric.clip_gradients(model, optimizer, max_norm=config.gradient_clip_norm, error_if_nonfinite=False)
+        optimizer.step()
+        schedule.step()
+        sums += stacked.detach()
+        progress.set_postfix(loss=f"{stacked.sum().item():.3f}", refresh=False)
+        progress.update()
     means = fabric.all_reduce(sums / len(loader), reduce_op="mean")
     return dict(zip(LOSSES, means.tolist(), strict=True))
 
@@ -295,6 +289,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def _explaining_out_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            raise TrainingError(
+                "out of memory; lower batch_size, crop_size_px (or max_size), box_batch_size_per_image, rpn_post_nms_top_n_train "
+                "or, in prediction, tile_size_px, or use precision 'bf16-mixed'; the last epoch's checkpoint is kept"
+            ) from None
+        raise
 
 
 def _not_finite(values: list[float], targets: list[dict]) -> str:

@@ -302,12 +302,15 @@ def test_dense_max_dets_hold_the_fullest_image(cells, expected):
 
 
 def test_dense_images_need_dense_max_dets():
-    masks = [disc(4 + 5 * column, 4 + 5 * row, 2) for row in range(16) for column in range(20)][:150]
-    truth = truth_of([(1, 1, mask) for mask in masks])
+    masks = [disc(4 + 5 * column, 4 + 5 * row, 2) for row in range(16) for column in range(20)]
+    truth = truth_of([(1, 1, mask) for mask in masks[:150]])
     detections = [result(1, 1, 0.9, mask) for mask in masks]
     metrics = evaluate(truth, detections)
+    assert metrics["detections"] == 320 and metrics["at_threshold"]["all"]["fp"] == 170
     assert metrics["coco_dense"]["max_dets"] == [1, 10, 200]
     assert metrics["coco"]["summary"]["AR100"] == pytest.approx(100 / 150)
+    assert metrics["coco"]["summary"] == summarize(score_coco(truth, detections))
+    assert metrics["coco_dense"]["summary"] == summarize(score_coco(truth, detections, (1, 10, 200)))
     assert metrics["coco_dense"]["summary"]["AR200"] == metrics["coco_dense"]["summary"]["AP"] == pytest.approx(1)
 
 
@@ -373,8 +376,9 @@ def test_other_faults_are_explained():
         evaluate(truth | {"images": [], "annotations": []}, [])
     with pytest.raises(ValueError, match="iou_threshold is 0"):
         match_detections(truth, detections, 0)
-    with pytest.raises(ValueError, match="three rising numbers"):
-        score_coco(truth, detections, (100, 10, 1))
+    for max_dets in ((100, 10, 1), (0, 1), (1, 1), ()):
+        with pytest.raises(ValueError, match="max_dets is .*rising numbers"):
+            score_coco(truth, detections, max_dets)
     with pytest.raises(ValueError, match=r"iou_threshold is 0.52; COCO evaluates at \[0.5, 0.55"):
         precision_recall_curves(score_coco(truth, detections), 0.52)
 

@@ -177,6 +177,18 @@ def test_a_sample_is_drawn_from_its_own_seed_whatever_the_batch():
     assert together[0][1].sum() == 16 and together[1][1].sum() == 48
 
 
+def test_boxes_stay_float32_under_mixed_precision():
+    model = build_model(RunConfig()).eval()
+    seen = []
+    model.rpn.register_forward_hook(lambda module, inputs, output: seen.append(output[0][0]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = model([torch.rand(3, 96, 300)])[0]
+    for boxes in (seen[0], found["boxes"]):
+        assert boxes.dtype == torch.float32
+        assert len(boxes) and (boxes != boxes.bfloat16().float()).any()
+    assert found["masks"].dtype == found["scores"].dtype == torch.float32
+
+
 def test_mask_batch_size_bounds_the_mask_heads_work():
     model = build_model(RunConfig(mask_batch_size_per_image=3)).train()
     seen = []

@@ -713,7 +713,8 @@ sys.stdin.readline()
 dataset = readers.open_dataset(sys.argv[1])
 print(dataset.fingerprint, int(sum(image.image.sum(dtype=int) + image.label_maps.sum() for image in dataset)))
 """
-DIE = """
+KILLS = {
+    "while decoding": """
 import os, signal
 read = readers._read_image
 def read_then_die(place, image_id, *rest):
@@ -721,7 +722,12 @@ def read_then_die(place, image_id, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
     return read(place, image_id, *rest)
 readers._read_image = read_then_die
-"""
+""",
+    "before the move": """
+import os, signal
+Path.rename = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+""",
+}
 
 
 def start(folder, cache_dir, code=OPEN):
@@ -746,8 +752,9 @@ def test_processes_that_start_at_once_all_end_well(folder, cache_dir):
     assert len(caches(cache_dir)) == 1
 
 
-def test_a_killed_builder_leaves_no_cache_to_read(folder, cache_dir):
-    process = start(folder, cache_dir, OPEN.replace('print("ready"', DIE + 'print("ready"'))
+@pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS)
+def test_a_killed_builder_leaves_no_cache_to_read(folder, cache_dir, kill):
+    process = start(folder, cache_dir, OPEN.replace('print("ready"', kill + 'print("ready"'))
     process.communicate("\n")
     assert process.returncode == -signal.SIGKILL
     (left,) = caches(cache_dir)

@@ -20,7 +20,7 @@ class CocoScores(NamedTuple):
     """COCO's evaluation of masks; NaN where there is no truth to find.
 
     T = 10 IoU thresholds (0.50, 0.55 .. 0.95), R = 101 recalls (0, 0.01 .. 1), K classes, A = 4 area ranges (all, under 32^2,
-    32^2 to 96^2, above: px^2 of the mask in the original image), M = 3 limits of detections.
+    32^2 to 96^2, above: px^2 of the mask in the original image), M limits of detections.
 
     Attributes:
         precision: float64 [T, R, K, A, M].
@@ -38,7 +38,7 @@ class CocoScores(NamedTuple):
     iou_thresholds: np.ndarray
     recalls: np.ndarray
     class_names: list[str]
-    max_dets: tuple[int, int, int]
+    max_dets: tuple[int, ...]
 
 
 class Matches(NamedTuple):
@@ -114,11 +114,11 @@ def score_coco(
     between the area ranges; so boxes are left out here.)
 
     Raises:
-        ValueError: a detection does not fit the truth (``check_detections``), or ``max_dets`` is not three rising numbers.
+        ValueError: a detection does not fit the truth (``check_detections``), or ``max_dets`` does not rise from above 0.
     """
     check_detections(truth, detections)
-    if len(max_dets) != 3 or not 0 < max_dets[0] < max_dets[1] < max_dets[2]:
-        raise ValueError(f"max_dets is {tuple(max_dets)}; it must be three rising numbers such as {COCO_MAX_DETS}")
+    if not len(max_dets) or (np.diff(max_dets, prepend=0) <= 0).any():
+        raise ValueError(f"max_dets is {tuple(max_dets)}; it must be rising numbers above 0 such as {COCO_MAX_DETS}")
     fields = ("image_id", "category_id", "score", "segmentation")
     coco = hotcoco.COCO(truth)
     evaluation = hotcoco.COCOeval(coco, coco.load_res([{key: row[key] for key in fields} for row in detections]), "segm")
@@ -135,6 +135,17 @@ def score_coco(
         recalls=np.array(evaluation.params.rec_thrs),
         class_names=[names[class_id] for class_id in evaluation.params.cat_ids],
         max_dets=tuple(evaluation.params.max_dets),
+    )
+
+
+def at_max_dets(scores: CocoScores, max_dets: Sequence[int]) -> CocoScores:
+    """The same scores with some of their ``max_dets`` only."""
+    places = [scores.max_dets.index(limit) for limit in max_dets]
+    return scores._replace(
+        precision=scores.precision[..., places],
+        recall=scores.recall[..., places],
+        score=scores.score[..., places],
+        max_dets=tuple(max_dets),
     )
 
 
@@ -277,12 +288,14 @@ def evaluate(
         ValueError: as ``match_detections``.
     """
     counts = count_matches(match_detections(truth, detections, iou_threshold), score_threshold)
+    dense = dense_max_dets(truth)
+    scores = score_coco(truth, detections, sorted({*COCO_MAX_DETS, *dense}))
     return {
         "images": len(truth["images"]),
         "cells": len(truth["annotations"]),
         "detections": len(detections),
-        "coco": _coco_section(score_coco(truth, detections)),
-        "coco_dense": _coco_section(score_coco(truth, detections, dense_max_dets(truth))),
+        "coco": _coco_section(at_max_dets(scores, COCO_MAX_DETS)),
+        "coco_dense": _coco_section(at_max_dets(scores, dense)),
         "at_threshold": {
             "score_threshold": score_threshold,
             "iou_threshold": iou_threshold,

@@ -223,9 +223,7 @@ def _read_layout(folder: Path) -> _Layout:
     if not image_ids:
         return _Layout({}, [Fault("", "train", "it holds no image folder; each image needs train/<image id>/image.tif")])
     stray = "it stands outside an image folder; move it to train/<image id>/ under its right name, or remove it"
-    faults = [
-        Fault(name, f"train/{name}", stray) for name in entries if name not in image_ids and LOOKALIKE.fullmatch(name)
-    ]
+    faults = [Fault(name, f"train/{name}", stray) for name in entries if name not in image_ids and LOOKALIKE.fullmatch(name)]
     spellings = Counter(image_id.lower() for image_id in image_ids)
     twice = "another folder has the same image id but for upper and lower case; rename or remove one"
     faults += [Fault(image_id, f"train/{image_id}", twice) for image_id in image_ids if spellings[image_id.lower()] > 1]

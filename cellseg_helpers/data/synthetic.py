@@ -54,7 +54,7 @@ RECIPES = {
     "lymphoid": Recipe((0.15, 10.0, 0.0, 0.0), 0.3, 0.1, 0.05, 0.10, 24),
     "mixed": Recipe((2.6, 3.2, 0.5, 0.4), 0.8, 0.4, 0.5, 0.06, 24),
     "neutrophils": Recipe((0.0, 0.5, 5.0, 0.0), 0.3, 8.0, 0.0, 0.4, -4),
-    "macrophages": Recipe((0.3, 1.0, 0.0, 3.6), 0.3, 1.0, 0.0, 0.5, -20),
+    "macrophages": Recipe((0.3, 1.0, 0.0, 3.2), 0.3, 1.0, 0.0, 0.5, -20),
 }
 KINDS = ("epithelium", "lymphoid", "neutrophils", "epithelium", "macrophages", "mixed")  # each patient has one of each
 
@@ -140,14 +140,14 @@ def _neutrophil(rng: np.random.Generator) -> Stamp:
 
 def _macrophage(rng: np.random.Generator) -> Stamp:
     """A large irregular cell: foamy cytoplasm, a nucleus away from the middle, sometimes two."""
-    radius_px = np.clip(24.5 * rng.lognormal(0, 0.42), 13, 46)
+    radius_px = np.clip(25 * rng.lognormal(0, 0.3), 16, 46)
     depth = _outline(rng, radius_px, rng.uniform(1.0, 1.5), 0.05)
     foam = _noise(rng, depth.shape, rng.uniform(1.0, 1.6)) - np.exp(-(depth**2) / 3)
     n = 1 + int(rng.random() < 0.25)
     centres = _around(rng, n, 0.4 * radius_px, rng.uniform(1, 3))
     bean = np.concatenate([centres, centres + rng.normal(0, 3, (n, 2))])
     nucleus = _edge(_discs(depth.shape, bean, np.tile(rng.uniform(5.5, 8.0, n), 2)), 2.0)
-    h = rng.uniform(0.12, 0.3) - 0.07 * foam + (rng.uniform(0.45, 0.8) + 0.12 * _noise(rng, depth.shape, 1.3)) * nucleus
+    h = rng.uniform(0.08, 0.22) - 0.08 * foam + (rng.uniform(0.45, 0.8) + 0.12 * _noise(rng, depth.shape, 1.3)) * nucleus
     return _stamp(depth, h, rng.uniform(0.15, 0.45) - 0.09 * foam, halo=rng.uniform(0, 0.6))
 
 
@@ -332,7 +332,7 @@ def draw_dataset(
         num_test: images without.
         seed: the same seed draws the same bytes.
         image_size_px: least and greatest side, before crops around neutrophils are made a quarter smaller and those around
-            macrophages a tenth larger.
+            macrophages a third larger.
         annotate_border_cells: whether cells that reach the image border are annotated.
 
     Raises:
@@ -390,8 +390,8 @@ def _write_images(folder: Path, num_train: int, num_test: int, seed: int, image_
         kind = KINDS[(turn // group + turn % group) % len(KINDS)]
         rng = np.random.default_rng([seed, index])
         stains = _staining(np.random.default_rng([seed, patient, 0])) * rng.lognormal(0, [[0.1], [0.2], [0.1]])
-        scale = {"neutrophils": 0.75, "macrophages": 1.1}.get(kind, 1.0)
-        height, width = (int(scale * n) for n in rng.integers(image_size_px[0], image_size_px[1] + 1, 2))
+        scale = {"neutrophils": 0.75, "macrophages": 1.3}.get(kind, 1.0)
+        height, width = (round(scale * n) for n in rng.integers(image_size_px[0], image_size_px[1] + 1, 2))
         image, label_maps = draw_tissue(rng, height, width, kind, stains, annotate)
         while not label_maps.any():  # no image of the course is without a cell
             image, label_maps = draw_tissue(rng, height, width, kind, stains, annotate)

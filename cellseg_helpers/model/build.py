@@ -19,7 +19,7 @@ from cellseg_helpers.model.backbones import (
     resnet_fpn,
 )
 from cellseg_helpers.model.roi_align import GatherRoIAlign
-from cellseg_helpers.model.roi_heads import LabelMapRoIHeads, LabelMapRPN, LabelMapTransform, SeededSampler
+from cellseg_helpers.model.roi_heads import LabelMapRoIHeads, LabelMapRPN, LabelMapTransform, SeededSampler, full_precision
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -46,6 +46,8 @@ class LabelMapMaskRCNN(MaskRCNN):
         self.roi_heads.__class__ = LabelMapRoIHeads
         self.roi_heads.mask_batch_size_per_image = mask_batch_size_per_image
         self.roi_heads.box_roi_pool.__class__ = self.roi_heads.mask_roi_pool.__class__ = GatherRoIAlign
+        self.rpn.head.register_forward_hook(full_precision)
+        self.roi_heads.box_predictor.register_forward_hook(full_precision)
         for part in (self.rpn, self.roi_heads):
             sampler = part.fg_bg_sampler
             part.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)

@@ -122,6 +122,15 @@ class LabelMapRPN(RegionProposalNetwork):
         return mean_over_processes(objectness_loss, len(both)), mean_over_processes(box_loss, len(both))
 
 
+def full_precision(module, inputs, outputs: tuple) -> tuple:
+    """Forward hook that makes a predictor's outputs float32.
+
+    torchvision's box coder works in the type of the deltas; under mixed precision that would round every box to bfloat16, whose
+    steps are 2 px from 256 px on.
+    """
+    return tuple([level.float() for level in output] if isinstance(output, list) else output.float() for output in outputs)
+
+
 class LabelMapRoIHeads(RoIHeads):
     """torchvision's box and mask heads, with mask targets read from label maps.
 

@@ -1,0 +1,271 @@
+"""Figures of images, instances, detections and scores. Each function returns a closed ``Figure``: a notebook shows it once."""
+
+import colorsys
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullFormatter
+from skimage.measure import find_contours
+
+from cellseg_helpers.analysis.metrics import Counts, Matches, count_matches
+from cellseg_helpers.data.labels import CLASS_NAMES, decode_in_box, find_instances
+from cellseg_helpers.data.readers import CellImage
+
+# Okabe and Ito's colour-blind safe palette, those of its colours that show on stained tissue and on white.
+CLASS_COLORS = {"epithelial": "#E69F00", "lymphocyte": "#56B4E9", "neutrophil": "#009E73", "macrophage": "#D55E00"}
+DPI = 80
+WINDOW_PX = 64  # side of the crop around a mistake, at least
+LOSS_LABELS = {
+    "loss_objectness": "RPN objectness",
+    "loss_rpn_box_reg": "RPN boxes",
+    "loss_classifier": "classes",
+    "loss_box_reg": "boxes",
+    "loss_mask": "masks",
+}
+
+
+def image_beside_instances(cell_image: CellImage, class_name: str = "all") -> Figure:
+    """An image beside its instance map, one colour an instance; of one class (report A) or of all (report C).
+
+    Raises:
+        ValueError: an unknown ``class_name``.
+    """
+    if class_name != "all" and class_name not in CLASS_NAMES:
+        raise ValueError(f"unknown class_name {class_name!r}; one of all, {', '.join(CLASS_NAMES)}")
+    kept = [class_name in ("all", name) for name in CLASS_NAMES]
+    label_maps = cell_image.label_maps * np.array(kept)[:, None, None]
+    fig, (left, right) = _figure(1, 2, 6.4, 3.4)
+    _show(left, cell_image.image, cell_image.image_id[:8])
+    right.imshow(colour_instances(label_maps))
+    _bare(right, f"{len(find_instances(label_maps).ids)} instances, {class_name if class_name != 'all' else 'all classes'}")
+    return fig
+
+
+def colour_instances(label_maps: np.ndarray) -> np.ndarray:
+    """Label maps (int [K, H, W]) as uint8 [H, W, 3]: neighbours in the order of instances get hues far apart, background black."""
+    picture = np.zeros((*label_maps.shape[1:], 3), np.uint8)
+    instances = find_instances(label_maps)
+    rows = zip(instances.boxes.astype(int).tolist(), instances.labels, instances.ids, strict=True)
+    for place, ((x1, y1, x2, y2), class_id, instance_id) in enumerate(rows):
+        colour = colorsys.hsv_to_rgb(place * 0.618034 % 1, 0.55 + 0.4 * (place % 2), 1 - 0.25 * (place % 3 == 2))
+        picture[y1:y2, x1:x2][label_maps[class_id - 1, y1:y2, x1:x2] == instance_id] = np.multiply(colour, 255)
+    return picture
+
+
+def sizes_against_anchors(instances: pd.DataFrame, anchor_sizes: Sequence[float]) -> Figure:
+    """Histograms of sqrt(area_px) per class, with the anchor sizes as lines.
+
+    Args:
+        instances: one row an instance, with ``class`` and ``size_px``.
+        anchor_sizes: px.
+    """
+    low = min(instances["size_px"].min(), min(anchor_sizes)) / 1.1
+    high = max(instances["size_px"].max(), max(anchor_sizes)) * 1.1
+    bins = np.geomspace(low, high, 40)
+    fig, axes = _figure(2, 2, 7.2, 4.2, sharex=True)
+    for ax, name in zip(axes.flat, CLASS_NAMES, strict=True):
+        sizes = instances.loc[instances["class"] == name, "size_px"]
+        ax.hist(sizes, bins, color=CLASS_COLORS[name])
+        for size in anchor_sizes:
+            ax.axvline(size, color="0.3", linestyle="--", linewidth=0.8)
+        ax.set_xscale("log")
+        ax.set_xticks(list(anchor_sizes), [f"{size:g}" for size in anchor_sizes])
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        ax.set_title(f"{name}, {len(sizes)} cells", fontsize="medium")
+    fig.supxlabel("size of a cell, sqrt(area), px; dashed: anchor sizes", fontsize="medium")
+    fig.supylabel("cells", fontsize="medium")
+    return fig
+
+
+def training_curves(history: pd.DataFrame) -> Figure:
+    """Training and validation loss and validation AP50 by epoch.
+
+    Args:
+        history: as ``history.csv`` of a run, one row an epoch.
+    """
+    fig, (left, right) = _figure(1, 2, 7.2, 2.8)
+    marker = "o" if len(history) < 25 else None
+    left.plot(history["epoch"], history["loss"], color="#0072B2", marker=marker, markersize=3, label="training")
+    left.plot(history["epoch"], history["validation_loss"], color="#CC79A7", marker=marker, markersize=3, label="validation")
+    left.set(xlabel="epoch", ylabel="sum of the five losses")
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False)
+    right.plot(history["epoch"], history["validation_ap50"], color="0.1", marker=marker, markersize=3)
+    right.set(xlabel="epoch", ylabel="validation mask AP50", ylim=(0, 1))
+    _whole_epochs(left, right)
+    return fig
+
+
+def loss_parts(history: pd.DataFrame) -> Figure:
+    """Each of the five training losses by epoch.
+
+    Args:
+        history: as ``history.csv`` of a run, one row an epoch.
+    """
+    fig, ax = _figure(1, 1, 5.6, 2.8)
+    for (name, label), style in zip(LOSS_LABELS.items(), ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))), strict=True):
+        ax.plot(history["epoch"], history[name], linestyle=style, label=label)
+    ax.set(xlabel="epoch", ylabel="training loss")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    _whole_epochs(ax)
+    return fig
+
+
+def truth_beside_predictions(
+    cell_images: Sequence[CellImage],
+    truths: Sequence[list[dict[str, Any]]],
+    predictions: Sequence[list[dict[str, Any]]],
+    score_threshold: float,
+) -> Figure:
+    """One row an image: the image, its annotated cells, its detections of at least ``score_threshold``, outlined by class.
+
+    Args:
+        cell_images: the images.
+        truths: COCO annotations of each.
+        predictions: COCO results of each.
+        score_threshold: of the detections shown.
+    """
+    fig, axes = _figure(len(cell_images), 3, 6.6, 2.35 * len(cell_images) + 0.3, squeeze=False)
+    for row, cell_image, truth, found in zip(axes, cell_images, truths, predictions, strict=True):
+        found = [detection for detection in found if detection["score"] >= score_threshold]
+        _show(row[0], cell_image.image, cell_image.image_id[:8])
+        _show(row[1], cell_image.image, f"{len(truth)} annotated")
+        _show(row[2], cell_image.image, f"{len(found)} predicted, score ≥ {score_threshold:g}")
+        _outline_by_class(row[1], truth)
+        _outline_by_class(row[2], found)
+    _class_legend(fig)
+    return fig
+
+
+def precision_recall(curves: pd.DataFrame, per_class: dict[str, float], counts: dict[str, Counts], score_threshold: float) -> Figure:
+    """The precision-recall curve of each class, and where a score threshold puts it.
+
+    Args:
+        curves: of ``metrics.precision_recall_curves``.
+        per_class: average precision by class name, for the legend; NaN for a class without truth, which is left out.
+        counts: of ``metrics.count_matches`` at ``score_threshold``.
+        score_threshold: shown as a dot on (or, as the curve is COCO's envelope, a little below) each curve.
+    """
+    fig, ax = _figure(1, 1, 5.2, 3.6)
+    for name, average in per_class.items():
+        if np.isnan(average):
+            continue
+        curve = curves[curves["class"] == name]
+        reached = curve[curve["precision"] > 0]
+        ax.plot(reached["recall"], reached["precision"], color=CLASS_COLORS[name], label=f"{name}: {average:.2f}")
+        ax.plot(counts[name].recall, counts[name].precision, "o", color=CLASS_COLORS[name], markeredgecolor="0.1")
+    ax.plot([], [], "o", color="white", markeredgecolor="0.1", label=f"score ≥ {score_threshold:g}")
+    ax.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
+    ax.legend(frameon=False, title="average precision", loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
+def mistakes(
+    table: pd.DataFrame, cell_images: Sequence[CellImage], truth: dict[str, Any], detections: list[dict[str, Any]]
+) -> Figure:
+    """A crop around each wrong detection (solid), with the annotated cells (dashed), outlined by class.
+
+    Args:
+        table: of ``tables.confident_mistakes``, at most 12 rows.
+        cell_images: the images of ``truth``, in its order.
+        truth: COCO data set.
+        detections: COCO results, of which ``table`` is a part.
+    """
+    columns = 4
+    rows = -(-len(table) // columns)
+    fig, axes = _figure(rows, columns, 7.2, 2.15 * rows + 0.3, squeeze=False)
+    for ax in axes.flat[len(table) :]:
+        ax.set_axis_off()
+    for ax, (row, mistake) in zip(axes.flat, table.iterrows(), strict=False):
+        detection = detections[row]
+        number = detection["image_id"]
+        _show(ax, cell_images[number - 1].image, f"{mistake['class']} {mistake['score']:.2f}\n{mistake['kind']}")
+        _outline_by_class(ax, [cell for cell in truth["annotations"] if cell["image_id"] == number], linestyle=(0, (2, 1.5)))
+        _outline_by_class(ax, [detection], linewidth=2)
+        x, y, width, height = detection["bbox"]
+        half = max(WINDOW_PX, 1.5 * width, 1.5 * height) / 2
+        ax.set(xlim=(x + width / 2 - half, x + width / 2 + half), ylim=(y + height / 2 + half, y + height / 2 - half))
+        ax.set_facecolor("0.85")
+    _class_legend(fig)
+    return fig
+
+
+def found_and_missed(
+    cell_image: CellImage, number: int, truth: dict[str, Any], detections: list[dict[str, Any]], matches: Matches, score_threshold: float
+) -> Figure:
+    """One image at a score threshold: annotated cells (missed ones dashed) beside detections (wrong ones dashed), and the counts of all images.
+
+    Args:
+        cell_image: the image.
+        number: its id in ``truth``.
+        truth: COCO data set.
+        detections: COCO results.
+        matches: of ``metrics.match_detections(truth, detections, ...)``.
+        score_threshold: of the detections that count.
+    """
+    cells = [cell for cell in truth["annotations"] if cell["image_id"] == number]
+    found = matches.truths["score"] >= score_threshold
+    table = matches.detections[(matches.detections["image_id"] == number) & (matches.detections["score"] >= score_threshold)]
+    fig, (left, right) = _figure(1, 2, 6.6, 3.9)
+    missed = [cell for cell in cells if not found[cell["id"]]]
+    _show(left, cell_image.image, f"{len(cells)} annotated, {len(missed)} missed (dashed)")
+    _outline_by_class(left, [cell for cell in cells if found[cell["id"]]])
+    _outline_by_class(left, missed, linestyle=(0, (2, 1.5)))
+    wrong = table.index[~table["matched"]]
+    _show(right, cell_image.image, f"{len(table)} detections, {len(wrong)} wrong (dashed)")
+    _outline_by_class(right, [detections[row] for row in table.index[table["matched"]]])
+    _outline_by_class(right, [detections[row] for row in wrong], linestyle=(0, (2, 1.5)))
+    _class_legend(fig)
+    count = count_matches(matches, score_threshold)["all"]
+    fig.suptitle(
+        f"score ≥ {score_threshold:.2f}, all images: precision {count.precision:.2f}, recall {count.recall:.2f}, F1 {count.f1:.2f}",
+        fontsize="medium",
+    )
+    return fig
+
+
+def outlines(rle: dict[str, Any]) -> list[np.ndarray]:
+    """The closed outlines of an RLE mask, each float64 [n, 2] of x, y px; the mask is decoded in its box only."""
+    mask, x0, y0 = decode_in_box(rle)
+    return [line[:, ::-1] - 1 + (x0, y0) for line in find_contours(np.pad(mask, 1).astype(float), 0.5)]
+
+
+def _outline_by_class(ax: Axes, annotations: list[dict[str, Any]], linewidth: float = 1.3, linestyle: Any = "-") -> None:
+    for class_id, name in enumerate(CLASS_NAMES, 1):
+        lines = [line for row in annotations if row["category_id"] == class_id for line in outlines(row["segmentation"])]
+        ax.add_collection(LineCollection(lines, colors=CLASS_COLORS[name], linewidths=linewidth, linestyles=[linestyle]), autolim=False)
+
+
+def _class_legend(fig: Figure) -> None:
+    handles = [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in CLASS_COLORS.items()]
+    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize="small")
+
+
+def _figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Any]:
+    fig, axes = plt.subplots(rows, columns, figsize=(width, height), dpi=DPI, layout="constrained", **options)
+    plt.close(fig)
+    return fig, axes
+
+
+def _show(ax: Axes, image: np.ndarray, title: str) -> None:
+    ax.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+    _bare(ax, title)
+
+
+def _bare(ax: Axes, title: str) -> None:
+    ax.set_title(title, fontsize="small")
+    ax.set(xticks=[], yticks=[])
+
+
+def _whole_epochs(*axes: Axes) -> None:
+    for ax in axes:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
