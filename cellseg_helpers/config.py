@@ -29,7 +29,7 @@ CHOICES = {
 POSITIVE = (
     "batch_size", "epochs", "learning_rate", "detections_per_image", "devices", "plateau_patience", "rpn_batch_size_per_image",
     "box_batch_size_per_image", "rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_train",
-    "rpn_post_nms_top_n_test",
+    "rpn_post_nms_top_n_test", "mask_threshold", "iou_threshold",
 )  # fmt: skip
 FRACTIONS = (
     "validation_fraction", "class_balance", "momentum", "plateau_factor", "rpn_nms_thresh", "rpn_fg_iou_thresh",
@@ -133,6 +133,12 @@ class RunConfig:
                 raise ValueError(f"{field.name} is {getattr(self, field.name)}, but must not be negative")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}, but must lie strictly between 0 and 1")
+        if self.plateau_factor == 1:
+            raise ValueError("plateau_factor is 1.0, but must be below 1: the learning rate is multiplied by it")
+        for part in ("rpn", "box"):
+            background, foreground = getattr(self, f"{part}_bg_iou_thresh"), getattr(self, f"{part}_fg_iou_thresh")
+            if background > foreground:
+                raise ValueError(f"{part}_bg_iou_thresh is {background}, but must not be above {part}_fg_iou_thresh, {foreground}")
         if self.precision == "16-mixed" and self.accelerator == "cpu":
             raise ValueError("precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' with accelerator 'cpu'")
         if not self.weights:
@@ -149,8 +155,10 @@ class RunConfig:
                 f"min_size is {self.min_size} and max_size {self.max_size}; give both, min_size <= max_size, "
                 "or 0 for both to keep the images' own size"
             )
-        if self.tile_size_px and self.tile_overlap_px >= self.tile_size_px:
-            raise ValueError(f"tile_overlap_px is {self.tile_overlap_px}, but must be below tile_size_px, {self.tile_size_px}")
+        if self.tile_size_px and not 0 < self.tile_overlap_px < self.tile_size_px:
+            raise ValueError(
+                f"tile_overlap_px is {self.tile_overlap_px}, but must be above 0 and below tile_size_px, {self.tile_size_px}"
+            )
         if any(character in self.run_name for character in "/\\") or self.run_name in (".", ".."):
             raise ValueError(f"run_name {self.run_name!r} must be a plain folder name")
 

@@ -100,6 +100,7 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
                 "train_minutes": before["train_minutes"] + (time.perf_counter() - started) / 60,
                 "cpu_minutes": before["cpu_minutes"] + (time.process_time() - cpu_started) / 60,
             }
+            share_buffers(fabric, model)
             row["validation_loss"] = validation_loss(fabric, model, dataset, validation, config)
             detections = predict_images(fabric, model, dataset, validation, config)
         scores = evaluate(truth, detections, score_threshold=config.score_threshold, iou_threshold=config.iou_threshold)
@@ -164,7 +165,7 @@ def split_dataset(dataset: CellDataset, config: RunConfig) -> tuple[list[int], l
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """Adam, AdamW or SGD over the parameters that are not frozen."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    shared = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    shared = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, **shared)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](parameters, **shared)
@@ -209,18 +210,15 @@ def train_epoch(fabric: Fabric, model, optimizer, schedule, loader: DataLoader, 
     sums = torch.zeros(len(LOSSES), device=fabric.device)
     for images, targets in loader:
         images, targets = to_device(images, targets, fabric.device)
-        losses = model(images, targets)
-        stacked = torch.stack([losses[name].float() for name in LOSSES])
-        if not stacked.isfinite().all():
-            raise TrainingError(_not_finite(stacked.tolist(), targets))
+        losses = _finite_losses(model(images, targets), targets)
         optimizer.zero_grad()
-        fabric.backward(stacked.sum())
+        fabric.backward(losses.sum())
         if config.gradient_clip_norm:
             fabric.clip_gradients(model, optimizer, max_norm=config.gradient_clip_norm, error_if_nonfinite=False)
         optimizer.step()
         schedule.step()
-        sums += stacked.detach()
-        progress.set_postfix(loss=f"{stacked.sum().item():.3f}", refresh=False)
+        sums += losses.detach()
+        progress.set_postfix(loss=f"{losses.sum().item():.3f}", refresh=False)
         progress.update()
     means = fabric.all_reduce(sums / len(loader), reduce_op="mean")
     return dict(zip(LOSSES, means.tolist(), strict=True))
@@ -228,7 +226,11 @@ def train_epoch(fabric: Fabric, model, optimizer, schedule, loader: DataLoader, 
 
 @torch.no_grad()
 def validation_loss(fabric: Fabric, model, dataset: CellDataset, indices: list[int], config: RunConfig) -> float:
-    """The mean total loss over one fixed crop of each validation image, with the norms' statistics left alone."""
+    """The mean total loss over one fixed crop of each validation image, with the norms' statistics left alone.
+
+    Raises:
+        TrainingError: as ``train_epoch``, so that weights which the epoch's last step spoilt reach no checkpoint.
+    """
     samples = TrainingSet(dataset, indices, config.crop_size_px, class_balance=0, augmentation="none", seed=0)
     keys = [SampleKey(0, position, index) for position, index in enumerate(indices)]
     model.train()
@@ -238,8 +240,8 @@ def validation_loss(fabric: Fabric, model, dataset: CellDataset, indices: list[i
     totals = []
     with fabric.autocast():
         for images, targets in make_loader(samples, replace(config, num_workers=0), keys):
-            losses = model.module(*to_device(images, targets, fabric.device))
-            totals += [sum(losses.values()).item()] * len(images)
+            images, targets = to_device(images, targets, fabric.device)
+            totals += [_finite_losses(model.module(images, targets), targets).sum().item()] * len(images)
     return sum(totals) / len(totals)
 
 
@@ -261,6 +263,13 @@ def predict_images(fabric: Fabric, model, dataset: CellDataset, indices: list[in
         distributed.all_gather_object(gathered, detections)
         detections = sorted(sum(gathered, []), key=lambda detection: detection["image_id"])
     return detections
+
+
+def share_buffers(fabric: Fabric, model: nn.Module) -> None:
+    """Give every process the first one's norm statistics, which the checkpoint holds, so that all validate one model."""
+    if fabric.world_size > 1:
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, 0)
 
 
 def to_device(images: list[Tensor], targets: list[dict], device: torch.device) -> tuple[list[Tensor], list[dict]]:
@@ -304,10 +313,14 @@ def _explaining_out_of_memory() -> Iterator[None]:
         raise
 
 
-def _not_finite(values: list[float], targets: list[dict]) -> str:
-    bad = ", ".join(f"{name} = {value}" for name, value in zip(LOSSES, values, strict=True) if not math.isfinite(value))
+def _finite_losses(losses: dict[str, Tensor], targets: list[dict]) -> Tensor:
+    """The losses as float32 [5], in the order of ``LOSSES``."""
+    stacked = torch.stack([losses[name].float() for name in LOSSES])
+    if stacked.isfinite().all():
+        return stacked
+    bad = ", ".join(f"{n} = {v}" for n, v in zip(LOSSES, stacked.tolist(), strict=True) if not math.isfinite(v))
     images = ", ".join(target["image_id"] for target in targets)
-    return (
+    raise TrainingError(
         f"training stopped: {bad} in a batch of images {images}; lower learning_rate, lengthen warmup_steps or set "
         "gradient_clip_norm; the last epoch's checkpoint is kept"
     )

@@ -63,6 +63,11 @@ def load_run(run_dir: str | Path) -> Run:
         return Run(run_dir=folder, history=history, metrics=load_metrics(folder / "metrics.json"), **parts)
     except FileNotFoundError as error:
         raise RunError(f"run_dir {run_dir} has no {Path(error.filename).name}: the run has not finished; run 02_train again") from None
+    except RunError:
+        raise
+    except ValueError as error:
+        problem = " ".join(str(error).split())
+        raise RunError(f"run_dir {run_dir} has a damaged history.csv or metrics.json ({problem}); run 02_train again") from None
 
 
 def start_run(config: RunConfig, fingerprint: str, split: dict[str, Any], truth: dict[str, Any]) -> Path:
@@ -74,6 +79,8 @@ def start_run(config: RunConfig, fingerprint: str, split: dict[str, Any], truth:
     run_dir = resolve_path(RUNS) / config.named().run_name
     if (run_dir / "settings.json").exists():
         _refuse_other_run(config, fingerprint, run_dir)
+    for left in (left for name in ("last.pt", "best.safetensors") for left in run_dir.glob(f".{name}.*")):
+        left.unlink(missing_ok=True)  # half-written by a killed process
     write_json(run_dir / "split.json", split)
     write_json(run_dir / "truth.json", truth)
     write_json(run_dir / "provenance.json", provenance() | {"data_fingerprint": fingerprint})
@@ -123,7 +130,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise RunError(f"checkpoint {path} cannot be read ({str(error).splitlines()[0][:120]}); delete it to train anew") from None
+        raise RunError(f"checkpoint {path} cannot be read ({' '.join(str(error).split())[:120]}); delete it to train anew") from None
 
 
 def save_weights(path: Path, state: dict[str, Any]) -> None:
@@ -149,7 +156,7 @@ def read_json(path: Path) -> Any:
     """Raises RunError where the file is no JSON."""
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise RunError(f"{path} is not valid JSON ({error}); delete its folder and run again") from None
 
 

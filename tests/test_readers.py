@@ -266,8 +266,11 @@ FAULTS = {  # what is done to train/a, the file at fault, what is said (... stan
         "train/a/image.tif",
         "its pixels are float32; save the image with 8 or 16 bits a channel (unsigned integers)",
     ),
-    "image without its pixels": (
-        lambda place: overwrite_tag(place / "image.tif", "StripByteCounts", 0),
+    "image without one of its strips": (
+        lambda place: (
+            tifffile.imwrite(place / "image.tif", rgb(), photometric="rgb", rowsperstrip=20),
+            overwrite_tag(place / "image.tif", "StripByteCounts", (20 * WIDTH * 3, 0)),
+        ),
         "train/a/image.tif",
         "it is truncated (its ... bytes do not hold all its pixels); copy or export it again",
     ),

@@ -113,7 +113,7 @@ def _epithelial(rng: np.random.Generator) -> Stamp:
     """A large pale oval nucleus: dark rim, grainy chromatin, a nucleolus or two."""
     depth = _outline(rng, 14.5 * rng.lognormal(0, 0.22), rng.uniform(1.05, 1.7), 0.03)
     nucleoli = _discs(depth.shape, rng.normal(0, 3, (2, 2)), rng.uniform(0.5, 2.6, 2))
-    h = rng.uniform(0.25, 0.75) + 0.17 * _noise(rng, depth.shape, 1.1) + 0.25 * np.exp(-((depth - 1.2) ** 2) / 2)
+    h = rng.uniform(0.25, 0.65) + 0.18 * _noise(rng, depth.shape, 1.1) + 0.25 * np.exp(-((depth - 1.2) ** 2) / 2)
     e = rng.uniform(0.1, 0.35) + 0.07 * _noise(rng, depth.shape, 1.3)
     return _stamp(depth, h + 0.45 * _edge(nucleoli, 1.5), e, softness_px=rng.uniform(1.2, 3.0))
 
@@ -121,7 +121,7 @@ def _epithelial(rng: np.random.Generator) -> Stamp:
 def _lymphocyte(rng: np.random.Generator) -> Stamp:
     """A small dark round disc with clumped chromatin."""
     depth = _outline(rng, 9.4 * rng.lognormal(0, 0.13), rng.uniform(1.0, 1.4), 0.035)
-    h = rng.uniform(0.65, 1.25) + 0.25 * _noise(rng, depth.shape, 1.4) + 0.12 * np.exp(-((depth - 1) ** 2) / 2)
+    h = rng.uniform(0.75, 1.25) + 0.25 * _noise(rng, depth.shape, 1.4) + 0.12 * np.exp(-((depth - 1) ** 2) / 2)
     e = rng.uniform(0.05, 0.35) + 0.09 * _noise(rng, depth.shape, 1.3)
     return _stamp(depth, h, e, softness_px=rng.uniform(1.2, 2.5), halo=rng.uniform(0, 0.5))
 
@@ -142,13 +142,13 @@ def _macrophage(rng: np.random.Generator) -> Stamp:
     """A large irregular cell: foamy cytoplasm, a nucleus away from the middle, sometimes two."""
     radius_px = np.clip(25 * rng.lognormal(0, 0.3), 16, 46)
     depth = _outline(rng, radius_px, rng.uniform(1.0, 1.5), 0.05)
-    foam = _noise(rng, depth.shape, rng.uniform(1.0, 1.6)) - np.exp(-(depth**2) / 3)
+    foam = _noise(rng, depth.shape, rng.uniform(1.1, 1.7)) - np.exp(-(depth**2) / 3)
     n = 1 + int(rng.random() < 0.25)
     centres = _around(rng, n, 0.4 * radius_px, rng.uniform(1, 3))
     bean = np.concatenate([centres, centres + rng.normal(0, 3, (n, 2))])
     nucleus = _edge(_discs(depth.shape, bean, np.tile(rng.uniform(5.5, 8.0, n), 2)), 2.0)
-    h = rng.uniform(0.08, 0.22) - 0.08 * foam + (rng.uniform(0.45, 0.8) + 0.12 * _noise(rng, depth.shape, 1.3)) * nucleus
-    return _stamp(depth, h, rng.uniform(0.15, 0.45) - 0.09 * foam, halo=rng.uniform(0, 0.6))
+    h = rng.uniform(0.06, 0.2) - 0.09 * foam + (rng.uniform(0.45, 0.8) + 0.12 * _noise(rng, depth.shape, 1.3)) * nucleus
+    return _stamp(depth, h, rng.uniform(0.15, 0.4) - 0.11 * foam, halo=rng.uniform(0, 0.6))
 
 
 def _spindle(rng: np.random.Generator) -> Stamp:

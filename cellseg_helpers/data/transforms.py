@@ -105,7 +105,7 @@ class TrainingSet(Dataset):
         }
 
     def _draw_instance(self, rng: np.random.Generator) -> tuple[CellImage, tuple[int, int]]:
-        """An image and the (row, column) of a pixel of one of its instances, balanced over the classes."""
+        """An image and the (row, column) of the middle of one of its instances' boxes, balanced over the classes."""
         class_index = rng.choice(np.flatnonzero(self.counts.sum(0)))
         per_image = self.counts[:, class_index]
         cell_image = self.dataset[self.indices[rng.choice(len(per_image), p=per_image / per_image.sum())]]

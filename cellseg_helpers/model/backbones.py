@@ -75,8 +75,9 @@ def freeze_loaded(backbone: BackboneWithFPN, loaded: set[str], trainable_layers:
     """
     layers = ("layer4", "layer3", "layer2", "layer1", "conv1")
     frozen = layers[trainable_layers:]
+    frozen += ("bn1",) if frozen else ()
     for name, parameter in backbone.named_parameters():
-        if name in loaded and name.startswith(tuple(f"body.{layer}" for layer in frozen)):
+        if name in loaded and name.startswith(tuple(f"body.{layer}." for layer in frozen)):
             parameter.requires_grad_(False)
     for name, module in list(backbone.body.named_modules()):
         own = [f"body.{name}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
