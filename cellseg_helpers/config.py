@@ -24,7 +24,7 @@ CHOICES = {
     "scheduler": ("none", "cosine", "plateau"),
     "monitor": ("validation_ap50", "validation_loss", "loss"),
     "accelerator": ("auto", "cpu", "cuda"),
-    "precision": ("32", "bf16-mixed", "16-mixed"),
+    "precision": ("auto", "32", "bf16-mixed", "16-mixed"),
 }
 POSITIVE = (
     "batch_size", "epochs", "learning_rate", "detections_per_image", "devices", "plateau_patience", "rpn_batch_size_per_image",
@@ -103,7 +103,7 @@ class RunConfig:
     plateau_patience: int = 3
     early_stopping_patience: int = 0
     gradient_clip_norm: float = 10.0
-    precision: str = "32"
+    precision: str = "auto"
     accelerator: str = "auto"
     devices: int = 1
     num_workers: int = 0

@@ -146,11 +146,19 @@ def make_fabric(config: RunConfig) -> Fabric:
         raise ValueError(f"devices is {config.devices}, but this machine has {gpus} GPUs that torch can use; lower it, or accelerator 'cpu'")
     if accelerator == "cpu" and config.precision == "16-mixed":
         raise ValueError("precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' on a CPU")
-    precision = "32-true" if config.precision == "32" else config.precision
+    precision = config.precision if config.precision != "auto" else "bf16-mixed" if _has_bfloat16(accelerator) else "32"
+    precision = "32-true" if precision == "32" else precision
     strategy = "ddp" if config.devices > 1 else "auto"
     fabric = Fabric(accelerator=accelerator, devices=config.devices, strategy=strategy, precision=precision)
     fabric.launch()
     return fabric
+
+
+def _has_bfloat16(accelerator: str) -> bool:
+    """Whether the device computes in bfloat16, and does not only emulate it."""
+    if accelerator == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def split_dataset(dataset: CellDataset, config: RunConfig) -> tuple[list[int], list[int], dict[str, Any]]:

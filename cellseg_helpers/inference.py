@@ -216,21 +216,22 @@ def merge_tiles(found: list[Detections], tiles: np.ndarray, height: int, width: 
         return found[0]
     cells = Detections.concatenate(found)
     tile_of = np.repeat(np.arange(len(tiles)), [len(part.masks) for part in found])
+    rows_of = np.split(np.arange(len(tile_of)), np.searchsorted(tile_of, np.arange(1, len(tiles))))
     overlaps = np.argwhere(np.triu(_intersecting(tiles, tiles), k=1))
     margin = np.concatenate([_margin(part.boxes, tile, height, width) for part, tile in zip(found, tiles, strict=True)])
     cut = margin < tile_overlap_px / 8
 
     better_seen = np.zeros(len(margin), bool)
     for one, other in np.concatenate([overlaps, overlaps[:, ::-1]]):
-        rows = np.flatnonzero(cut & (tile_of == one))
+        rows = rows_of[one][cut[rows_of[one]]]
         better_seen[rows] |= _margin(cells.boxes[rows], tiles[other], height, width) >= tile_overlap_px / 4
 
-    rows_of = [np.flatnonzero((tile_of == tile) & ~better_seen) for tile in range(len(tiles))]
+    rows_of = [rows[~better_seen[rows]] for rows in rows_of]
     extents = np.array([_extent(mask) for mask in cells.masks]).reshape(-1, 4)
     same_cell: list[set[int]] = [set() for _ in margin]
     for one, other in overlaps:
         region = _intersection(tiles[one], tiles[other])
-        for a, b in _same_cell_pairs(cells.masks, _intersection(extents, region), rows_of[one], rows_of[other]):
+        for a, b in _same_cell_pairs(cells.masks, extents, rows_of[one], rows_of[other], region):
             same_cell[a].add(b)
             same_cell[b].add(a)
 
@@ -260,14 +261,17 @@ def _intersecting(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return (common[..., 2:] > common[..., :2]).all(axis=-1)
 
 
-def _same_cell_pairs(masks: list[BoxMask], extents: np.ndarray, rows: np.ndarray, others: np.ndarray) -> list[tuple[int, int]]:
-    """The pairs of ``rows`` x ``others`` whose masks, cut to ``extents`` (int [N, 4]), reach an IoU of ``SAME_CELL_IOU``."""
+def _same_cell_pairs(
+    masks: list[BoxMask], extents: np.ndarray, rows: np.ndarray, others: np.ndarray, region: np.ndarray
+) -> list[tuple[int, int]]:
+    """The pairs of ``rows`` x ``others`` whose masks reach an IoU of ``SAME_CELL_IOU`` inside ``region``."""
+    inside, other_inside = _intersection(extents[rows], region), _intersection(extents[others], region)
     pairs = []
-    for i, j in np.argwhere(_intersecting(extents[rows], extents[others])):
+    for i, j in np.argwhere(_intersecting(inside, other_inside)):
         a, b = int(rows[i]), int(others[j])
-        common = _intersection(extents[a], extents[b])
+        common = _intersection(inside[i], other_inside[j])
         shared = np.count_nonzero(_crop(masks[a], common) & _crop(masks[b], common))
-        united = sum(np.count_nonzero(_crop(masks[row], extents[row])) for row in (a, b)) - shared
+        united = np.count_nonzero(_crop(masks[a], inside[i])) + np.count_nonzero(_crop(masks[b], other_inside[j])) - shared
         if shared and shared >= SAME_CELL_IOU * united:
             pairs.append((a, b))
     return pairs

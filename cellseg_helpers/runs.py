@@ -130,7 +130,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise RunError(f"checkpoint {path} cannot be read ({' '.join(str(error).split())[:120]}); delete it to train anew") from None
+        cause = " ".join(str(error).split())[:120] or type(error).__name__
+        raise RunError(f"checkpoint {path} cannot be read ({cause}); delete it to train anew") from None
 
 
 def save_weights(path: Path, state: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def tiny_settings(data: Path, **changes: Any) -> RunConfig:
             "mask_batch_size_per_image": 4,
             "detections_per_image": 5,
             "accelerator": "cpu",
+            "precision": "32",
             **changes,
         }
     )
@@ -98,14 +100,36 @@ def history_without_clock(run_dir: Path) -> pd.DataFrame:
     return pd.read_csv(run_dir / "history.csv").drop(columns=CLOCK_COLUMNS)
 
 
-def train_in_process(folder: Path, settings: dict[str, Any], builder: str = "tiny", die_in: str = "", nth: int = 0) -> None:
+def train_in_process(
+    folder: Path,
+    settings: dict[str, Any],
+    builder: str = "tiny",
+    die_in: str = "",
+    nth: int = 0,
+    environment: dict[str, str] | None = None,
+) -> None:
     """``fit`` in a process of its own, with its files under ``folder``; ``die_in``: see ``die_in_the_middle_of``."""
+    os.environ.update(environment or {})
     torch.set_num_threads(1)
     runs.RUNS, readers.CACHE, engine.build_model = str(folder / "runs"), folder / "cache", BUILDERS[builder]
     if die_in:
         die_in_the_middle_of(die_in, nth)
-    rows: list[pd.DataFrame] = []
-    engine.fit(RunConfig.from_dict(settings), on_epoch=rows.append)
+    model = remember_model()
+    engine.fit(RunConfig.from_dict(settings))
+    write_json(folder / "finished.json", {"cpu_seconds": time.process_time()})
+    torch.save(model[0].state_dict(), folder / f"rank{os.environ.get('RANK', 0)}.pt")
+
+
+def remember_model() -> list[nn.Module]:
+    """A list that will hold the model of the next ``fit``."""
+    built, build = [], engine.build_model
+
+    def build_and_remember(config: RunConfig) -> nn.Module:
+        built.append(build(config))
+        return built[0]
+
+    engine.build_model = build_and_remember
+    return built
 
 
 def die_in_the_middle_of(save: str, nth: int) -> None:

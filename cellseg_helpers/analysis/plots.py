@@ -66,9 +66,8 @@ def sizes_against_anchors(instances: pd.DataFrame, anchor_sizes: Sequence[float]
         instances: one row an instance, with ``class`` and ``size_px``.
         anchor_sizes: px.
     """
-    low = min(instances["size_px"].min(), min(anchor_sizes)) / 1.1
-    high = max(instances["size_px"].max(), max(anchor_sizes)) * 1.1
-    bins = np.geomspace(low, high, 40)
+    every_size = [*instances["size_px"], *anchor_sizes]
+    bins = np.geomspace(min(every_size) / 1.1, max(every_size) * 1.1, 40)
     fig, axes = _figure(2, 2, 7.2, 4.2, sharex=True)
     for ax, name in zip(axes.flat, CLASS_NAMES, strict=True):
         sizes = instances.loc[instances["class"] == name, "size_px"]

@@ -62,6 +62,18 @@ def dataset_summary(dataset: CellDataset, data: str) -> pd.DataFrame:
     return pd.DataFrame({"reported": REPORT_C, "here": here}).rename_axis("item")
 
 
+def choose_image(dataset: CellDataset, image_number: int = -1) -> int:
+    """The image's index; for -1 that of an image with the most classes, and of these the one with the most cells.
+
+    Raises:
+        ValueError: no such image.
+    """
+    if not -1 <= image_number < len(dataset):
+        raise ValueError(f"image_number is {image_number}, but the data have {len(dataset)} images: 0 to {len(dataset) - 1}, or -1")
+    classes, cells = (dataset.counts > 0).sum(1), dataset.counts.sum(1)
+    return image_number if image_number >= 0 else int(np.lexsort([cells, classes])[-1])
+
+
 def instance_table(dataset: CellDataset) -> pd.DataFrame:
     """One row an instance: image_id, patient, class, area_px, size_px (sqrt of area_px), touches_border."""
     parts = []

@@ -1,0 +1,93 @@
+"""How the notebooks are built; what they compute is compared by ``pytest --nbval``."""
+
+import ast
+import json
+import re
+
+import pytest
+
+from cellseg_helpers.config import ROOT, RunConfig
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+IGNORED = "nbval-ignore-output"
+MACHINE_PATH = re.compile(r"/(?:home|root|Users|tmp|work|mnt|opt|usr)/[\w.-]+|[A-Z]:\\\\")
+
+
+def cells_of(path):
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def tags(cell):
+    return cell["metadata"].get("tags", [])
+
+
+def parameters_of(path):
+    (cell,) = [cell for cell in cells_of(path) if "parameters" in tags(cell)]
+    statements = ast.parse(source(cell)).body
+    assert all(isinstance(statement, ast.Assign) and len(statement.targets) == 1 for statement in statements)
+    return {statement.targets[0].id: ast.literal_eval(statement.value) for statement in statements}
+
+
+def test_the_first_notebooks_are_there():
+    assert [path.stem for path in NOTEBOOKS][:4] == ["00_overview", "01_explore_data", "02_train", "03_evaluate"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestEveryNotebook:
+    def test_opens_with_title_question_files_and_time(self, path):
+        first = source(cells_of(path)[0])
+        assert first.startswith("# ")
+        assert all(f"- **{what}:** " in first for what in ("Question", "Reads", "Writes", "Takes"))
+
+    def test_has_15_to_30_cells_and_no_class(self, path):
+        cells = cells_of(path)
+        assert 15 <= len(cells) <= 30
+        code = [ast.parse(source(cell)) for cell in cells if cell["cell_type"] == "code"]
+        assert not [node for tree in code for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+    def test_imports_all_stand_in_the_first_code_cell(self, path):
+        first, *others = [ast.parse(source(cell)).body for cell in cells_of(path) if cell["cell_type"] == "code"]
+        assert all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in first)
+        assert not [node for body in others for tree in body for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+    def test_explains_every_parameter_and_guards_them_next(self, path):
+        code = [cell for cell in cells_of(path) if cell["cell_type"] == "code"]
+        place = next(i for i, cell in enumerate(code) if "parameters" in tags(cell))
+        assert parameters_of(path)
+        lines = [line for line in source(code[place]).splitlines() if line and not line.startswith("#")]
+        assert all("  # " in line for line in lines)
+        assert re.search(r"= (check_parameters|RunConfig\.from_notebook)\(\s*globals\(\)", source(code[place + 1]))
+        assert place == 1
+
+    def test_ends_with_result_limits_next(self, path):
+        text = "\n".join(source(cell) for cell in cells_of(path) if cell["cell_type"] == "markdown")
+        places = [text.index(f"## {heading}\n") for heading in ("Result", "Limits", "Next")]
+        assert places == sorted(places)
+
+    def test_was_run_from_top_to_bottom_without_errors(self, path):
+        code = [cell for cell in cells_of(path) if cell["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+        kinds = {output["output_type"] for cell in code for output in cell["outputs"]}
+        assert "error" not in kinds and kinds & {"display_data", "execute_result"}
+
+    def test_at_most_a_third_of_the_outputs_go_uncompared(self, path):
+        with_output = [cell for cell in cells_of(path) if cell["cell_type"] == "code" and (cell["outputs"] or IGNORED in tags(cell))]
+        ignored = [cell for cell in with_output if IGNORED in tags(cell)]
+        assert 3 * len(ignored) <= len(with_output)
+        assert not [cell for cell in with_output if {"nbval-skip", "raises-exception"} & set(tags(cell))]
+        assert "NBVAL" not in path.read_text(encoding="utf-8")
+
+    def test_shows_no_path_of_a_machine_and_is_small(self, path):
+        outputs = json.dumps([cell.get("outputs") for cell in cells_of(path)])
+        assert not MACHINE_PATH.search(re.sub(r'"image/png": "[^"]*"', "", outputs))
+        assert path.stat().st_size < 1_500_000
+
+
+def test_the_training_notebook_has_every_setting_with_its_default():
+    parameters = parameters_of(ROOT / "notebooks" / "02_train.ipynb")
+    assert parameters == RunConfig().to_dict()
+    assert list(parameters) == list(RunConfig().to_dict())

@@ -1,0 +1,119 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+
+from cellseg_helpers.analysis import plots
+from cellseg_helpers.analysis.metrics import (
+    count_matches,
+    match_detections,
+    precision_recall_curves,
+    score_coco,
+)
+from cellseg_helpers.analysis.tables import class_summary, confident_mistakes
+from cellseg_helpers.data.coco import to_coco
+from cellseg_helpers.data.labels import CLASS_NAMES, encode_box_mask
+from cellseg_helpers.data.readers import CellImage
+
+
+@pytest.fixture
+def cell_image() -> CellImage:
+    """Two touching epithelial squares of 10 px, and a lymphocyte of 6 px: 40 px wide, 30 px high."""
+    label_maps = np.zeros((4, 30, 40), np.int32)
+    label_maps[0, 5:15, 5:15] = 1
+    label_maps[0, 5:15, 15:25] = 7
+    label_maps[1, 20:26, 30:36] = 3
+    return CellImage("tissue-0001", None, np.full((3, 30, 40), 200, np.uint8), label_maps)
+
+
+def square(x, y, side, class_id, score):
+    mask = encode_box_mask(np.ones((side, side), bool), x, y, 30, 40)
+    return {"image_id": 1, "bbox": [x, y, side, side], "score": score, "category_id": class_id, "segmentation": mask}
+
+
+@pytest.fixture
+def detections():
+    return [
+        square(5, 5, 10, 1, 0.9),  # right
+        square(5, 6, 10, 1, 0.8),  # the same cell again
+        square(15, 5, 10, 3, 0.7),  # a cell of another class
+        square(33, 20, 6, 2, 0.6),  # half beside its cell: IoU 1/3
+        square(0, 24, 6, 4, 0.5),  # nothing there, at the border
+    ]
+
+
+def test_an_outline_runs_around_its_pixels():
+    lines = plots.outlines(encode_box_mask(np.ones((4, 3), bool), 0, 2, 10, 10))
+    assert len(lines) == 1
+    assert lines[0].min(0).tolist() == [-0.5, 1.5] and lines[0].max(0).tolist() == [2.5, 5.5]
+
+
+def test_each_instance_has_a_colour_of_its_own(cell_image):
+    picture = plots.colour_instances(cell_image.label_maps)
+    colours, areas = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
+    assert sorted(areas) == [36, 100, 100, 30 * 40 - 236]
+    assert (colours[areas.argmax()] == 0).all()
+
+
+def test_the_map_of_one_class_holds_that_class_alone(cell_image):
+    picture = np.asarray(plots.image_beside_instances(cell_image, "lymphocyte").axes[1].images[0].get_array())
+    assert np.argwhere(picture.any(2)).min(0).tolist() == [20, 30]
+    with pytest.raises(ValueError, match="unknown class_name 'lymphocite'"):
+        plots.image_beside_instances(cell_image, "lymphocite")
+
+
+def test_class_colours_are_four_and_far_apart():
+    assert tuple(plots.CLASS_COLORS) == CLASS_NAMES
+    colours = np.array([to_rgb(colour) for colour in plots.CLASS_COLORS.values()])
+    distances = np.linalg.norm(colours[:, None] - colours[None], axis=2)
+    assert distances[~np.eye(4, dtype=bool)].min() > 0.25
+
+
+def test_mistakes_are_told_apart(cell_image, detections):
+    truth = to_coco([cell_image])
+    matches = match_detections(truth, detections)
+    table = confident_mistakes(truth, detections, matches, 8)
+    assert table["kind"].to_dict() == {1: "found twice", 2: "wrong class", 3: "poor outline", 4: "no annotated cell"}
+    assert table["at_border"].tolist() == [False, False, False, True]
+    assert table["iou"][3] == pytest.approx(1 / 3) and table["iou_other_class"][2] == 1
+    assert confident_mistakes(truth, detections, matches, 2).index.tolist() == [1, 2]
+    assert confident_mistakes(truth, [], match_detections(truth, []), 2).empty
+
+
+def test_the_nearest_anchor_is_nearest_by_ratio():
+    cells = pd.DataFrame({"class": "epithelial", "size_px": [23.0], "image_id": "a", "touches_border": False})
+    table = class_summary(cells, [16, 32])
+    assert table.loc["epithelial", "nearest_anchor_px"] == 32  # 32/23 < 23/16
+    assert np.isnan(table.loc["neutrophil", "nearest_anchor_px"]) and table.loc["neutrophil", "cells"] == 0
+
+
+def test_every_figure_draws_and_stays_closed(cell_image, detections):
+    truth = to_coco([cell_image])
+    matches, coco = match_detections(truth, detections), score_coco(truth, detections)
+    history = pd.DataFrame({"epoch": [1, 2], "loss": [2.0, 1.0], "validation_loss": [2.0, np.nan], "validation_ap50": [0.1, 0.2]})
+    history = history.assign(**dict.fromkeys(plots.LOSS_LABELS, 0.2))
+    empty = pd.DataFrame({"class": [], "size_px": []})
+    curves, counts = precision_recall_curves(coco), count_matches(matches, 0.5)
+    average = curves.groupby("class", sort=False)["precision"].mean().to_dict()
+    figures = [
+        plots.image_beside_instances(cell_image),
+        plots.sizes_against_anchors(empty, [8, 16]),
+        plots.training_curves(history),
+        plots.loss_parts(history),
+        plots.truth_beside_predictions([cell_image], [truth["annotations"]], [detections], 0.5),
+        plots.precision_recall(curves, average, counts, 0.5),
+        plots.mistakes(confident_mistakes(truth, detections, matches, 5), [cell_image], truth, detections),
+        plots.found_and_missed(cell_image, 1, truth, detections, matches, 0.5),
+        plots.found_and_missed(cell_image, 1, truth, [], match_detections(truth, []), 0.5),
+    ]
+    for fig in figures:
+        fig.canvas.draw()
+    assert not plt.get_fignums()
+
+
+def test_missed_cells_and_wrong_detections_are_counted_in_the_titles(cell_image, detections):
+    truth = to_coco([cell_image])
+    left, right = plots.found_and_missed(cell_image, 1, truth, detections, match_detections(truth, detections), 0.65).axes
+    assert left.get_title() == "3 annotated, 2 missed (dashed)"
+    assert right.get_title() == "3 detections, 2 wrong (dashed)"

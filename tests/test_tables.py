@@ -1,0 +1,70 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cellseg_helpers.analysis import tables
+from cellseg_helpers.data.labels import CLASS_NAMES
+
+
+class Dataset:
+    """Two images of 10 x 10 px: in the first a lymphocyte of 4 px at the border, in the second two cells of 9 px."""
+
+    patients = ["p1", "p2"]
+    counts = np.array([[0, 1, 0, 0], [1, 0, 0, 1]])
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        from cellseg_helpers.data.readers import CellImage
+
+        maps = np.zeros((2, 4, 10, 10), np.int32)
+        maps[0, 1, 0:2, 3:5] = 5
+        maps[1, 0, 2:5, 2:5] = 1
+        maps[1, 3, 6:9, 6:9] = 1
+        return iter(CellImage(f"i{n}", f"p{n + 1}", np.zeros((3, 10, 10), np.uint8), maps[n]) for n in range(2))
+
+
+def test_instances_are_listed_with_size_and_border():
+    table = tables.instance_table(Dataset())
+    assert table["class"].tolist() == ["lymphocyte", "epithelial", "macrophage"]
+    assert table["size_px"].tolist() == [2, 3, 3]
+    assert table["touches_border"].tolist() == [True, False, False]
+    assert table["patient"].tolist() == ["p1", "p2", "p2"]
+
+
+def test_patients_are_summed():
+    table = tables.patient_summary(Dataset())
+    assert list(table.columns) == ["images", "cells", *CLASS_NAMES]
+    assert table.loc["p2"].tolist() == [1, 2, 1, 0, 0, 1]
+    unknown = Dataset()
+    unknown.patients = [None, None]
+    assert tables.patient_summary(unknown).empty
+
+
+def test_an_image_is_chosen_by_its_classes_or_its_number():
+    assert tables.choose_image(Dataset()) == 1
+    assert tables.choose_image(Dataset(), 0) == 0
+    with pytest.raises(ValueError, match="image_number is 2, but the data have 2 images"):
+        tables.choose_image(Dataset(), 2)
+
+
+def test_the_split_is_told_in_a_sentence_with_its_warning():
+    split = {"kind": "random", "train": ["a", "b"], "validation": ["c"], "warning": "patients are unknown"}
+    text = tables.describe_split(split)
+    assert text == "random split (by image): 2 training and 1 validation images. Warning: patients are unknown."
+
+
+def test_a_saved_table_carries_its_context_in_every_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "TABLES", str(tmp_path))
+    table = pd.DataFrame({"AP": [0.5, np.nan]}, index=pd.Index(["a", "b"], name="class"))
+    path = tables.save_table(table, "t", scale="quick", data="drawn", split="patient")
+    assert path.read_text().splitlines() == ["scale,data,split,class,AP", "quick,drawn,patient,a,0.5", "quick,drawn,patient,b,"]
+
+
+def test_the_map_is_read_from_the_notebooks_first_cells(tmp_path):
+    first = {"source": ["# 07 Title\n", "\n", "- **Question:** why?\n", "- **Reads:** `a`\n", "- **Writes:** b\n", "- **Takes:** long"]}
+    (tmp_path / "07_why.ipynb").write_text(json.dumps({"cells": [first]}))
+    assert tables.notebook_map(tmp_path).loc["07_why"].to_dict() == {"question": "why?", "reads": "a", "writes": "b", "takes": "long"}
