@@ -62,7 +62,7 @@ class RunConfig:
     split_seed: int = 0
 
     crop_size_px: int = 128
-    class_balance: float = 0.5
+    class_balance: float = 0.7
     augmentation: str = "flips"
 
     backbone: str = "resnet18"
@@ -84,12 +84,12 @@ class RunConfig:
     box_nms_thresh: float = 0.5
     box_fg_iou_thresh: float = 0.5
     box_bg_iou_thresh: float = 0.5
-    box_batch_size_per_image: int = 64
-    mask_batch_size_per_image: int = 8
+    box_batch_size_per_image: int = 128
+    mask_batch_size_per_image: int = 4
     detections_per_image: int = 300
 
-    epochs: int = 8
-    steps_per_epoch: int = 0
+    epochs: int = 4
+    steps_per_epoch: int = 55
     batch_size: int = 4
     optimizer: str = "adamw"
     learning_rate: float = 1e-3

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -217,11 +218,10 @@ def cpu_seconds(pid: int) -> float:
 
 def kill_at(process, seconds: float) -> bool:
     """SIGKILL a process once it has used this much processor time; False where it ended before."""
-    while process.is_alive():
-        if cpu_seconds(process.pid) >= seconds:
-            os.kill(process.pid, signal.SIGKILL)
-            break
-        time.sleep(0.002)
+    with suppress(FileNotFoundError, ProcessLookupError):  # it ended just now
+        while cpu_seconds(process.pid) < seconds:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
     process.join()
     return process.exitcode == -signal.SIGKILL
 

@@ -181,11 +181,11 @@ def test_a_crop_is_a_copy():
 
 
 def rare_class() -> Images:
-    """20 images of 300 px full of lymphocytes; a single macrophage in the last."""
-    maps = np.zeros((4, 300, 300), np.int32)
-    maps[1, ::12, ::12] = np.arange(1, 626).reshape(25, 25)
+    """20 images of 200 px with many lymphocytes; a single macrophage in the last."""
+    maps = np.zeros((4, 200, 200), np.int32)
+    maps[1, ::20, ::20] = np.arange(1, 101).reshape(10, 10)
     last = maps.copy()
-    last[3, 240:250, 30:40] = 1
+    last[3, 160:170, 20:30] = 1
     return Images([maps] * 19 + [last])
 
 
