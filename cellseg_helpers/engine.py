@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision, Precision
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -147,11 +148,18 @@ def make_fabric(config: RunConfig) -> Fabric:
     if accelerator == "cpu" and config.precision == "16-mixed":
         raise ValueError("precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' on a CPU")
     precision = config.precision if config.precision != "auto" else "bf16-mixed" if _has_bfloat16(accelerator) else "32"
-    precision = "32-true" if precision == "32" else precision
+    plugin = Precision() if precision == "32" else AutocastPrecision(precision, accelerator)
     strategy = "ddp" if config.devices > 1 else "auto"
-    fabric = Fabric(accelerator=accelerator, devices=config.devices, strategy=strategy, precision=precision)
+    fabric = Fabric(accelerator=accelerator, devices=config.devices, strategy=strategy, plugins=plugin)
     fabric.launch()
     return fabric
+
+
+class AutocastPrecision(MixedPrecision):
+    """Mixed precision that leaves the model's inputs in float32: rounded to bfloat16, a box from 256 px on is 1 px off."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
 
 
 def _has_bfloat16(accelerator: str) -> bool:
@@ -171,9 +179,9 @@ def split_dataset(dataset: CellDataset, config: RunConfig) -> tuple[list[int], l
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """Adam, AdamW or SGD over the parameters that are not frozen."""
+    """Adam, AdamW or SGD over the parameters that are not frozen; fused where gradients can still be clipped."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    shared = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    shared = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": config.precision != "16-mixed"}
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, **shared)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](parameters, **shared)
