@@ -156,7 +156,7 @@ def test_what_a_killed_run_left_half_written_is_removed():
 
 
 def test_another_run_in_the_folder_is_refused_with_the_differing_fields():
-    run_dir = start_run(RunConfig(run_name="a"), FINGERPRINT, SPLIT, truth())
+    run_dir = start_run(RunConfig(run_name="a", epochs=8), FINGERPRINT, SPLIT, truth())
     before = {file.name: file.read_bytes() for file in run_dir.iterdir()}
     with pytest.raises(RunError) as caught:
         start_run(RunConfig(run_name="a", epochs=9, anchor_ratios=[1.0]), FINGERPRINT, SPLIT, truth())
@@ -164,7 +164,7 @@ def test_another_run_in_the_folder_is_refused_with_the_differing_fields():
     assert "epochs was 8, is 9" in message and "anchor_ratios was [0.5, 1.0, 2.0], is [1.0]" in message
     assert str(run_dir) in message and "run_name" in message and "batch_size" not in message and "fingerprint" not in message
     with pytest.raises(RunError, match="data_fingerprint was '0123456789ab', is 'ffffffffffff'"):
-        start_run(RunConfig(run_name="a"), "f" * 64, SPLIT, truth())
+        start_run(RunConfig(run_name="a", epochs=8), "f" * 64, SPLIT, truth())
     assert {file.name: file.read_bytes() for file in run_dir.iterdir()} == before
 
 
