@@ -85,7 +85,7 @@ def predict(
     Raises:
         ValueError: the image or a parameter is not as above.
     """
-    image = torch.as_tensor(image)
+    image = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))  # a cached image is read-only
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"predict takes a uint8 image of shape [3, H, W], not {image.dtype} {list(image.shape)}")
     if not 0 < mask_threshold <= 1:

@@ -38,7 +38,7 @@ def detections():
         square(5, 5, 10, 1, 0.9),  # right
         square(5, 6, 10, 1, 0.8),  # the same cell again
         square(15, 5, 10, 3, 0.7),  # a cell of another class
-        square(33, 20, 6, 2, 0.6),  # half beside its cell: IoU 1/3
+        square(33, 20, 6, 2, 0.6),  # half beside its cell: IoU 1/3; 1 px from the border
         square(0, 24, 6, 4, 0.5),  # nothing there, at the border
     ]
 
@@ -75,7 +75,7 @@ def test_mistakes_are_told_apart(cell_image, detections):
     matches = match_detections(truth, detections)
     table = confident_mistakes(truth, detections, matches, 8)
     assert table["kind"].to_dict() == {1: "found twice", 2: "wrong class", 3: "poor outline", 4: "no annotated cell"}
-    assert table["at_border"].tolist() == [False, False, False, True]
+    assert table["at_border"].tolist() == [False, False, True, True]
     assert table["iou"][3] == pytest.approx(1 / 3) and table["iou_other_class"][2] == 1
     assert confident_mistakes(truth, detections, matches, 2).index.tolist() == [1, 2]
     assert confident_mistakes(truth, [], match_detections(truth, []), 2).empty

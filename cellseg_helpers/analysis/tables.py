@@ -19,6 +19,7 @@ from cellseg_helpers.runs import Run, load_run, write_text
 
 TABLES = "outputs/tables"
 NO_CELL_IOU = 0.1  # under it, a detection lies on no annotated cell (TIDE's background threshold)
+BORDER_PX = 2  # a predicted mask may end this far from the image's edge and still be of a cell that the edge cuts
 REPORT_C = {
     "image type": "RGB microscopy",
     "annotation": "instance level",
@@ -154,7 +155,8 @@ def confident_mistakes(truth: dict[str, Any], detections: list[dict[str, Any]], 
         count: rows at most.
 
     Returns:
-        Indexed by the detection's row: image, class, score, kind, iou (with a cell of its class), iou_other_class, at_border.
+        Indexed by the detection's row: image, class, score, kind, iou (with a cell of its class), iou_other_class, at_border
+        (the mask ends within 2 px of the image's edge).
     """
     wrong = matches.detections[~matches.detections["matched"]].nlargest(count, "score")
     images = {image["id"]: image for image in truth["images"]}
@@ -175,7 +177,7 @@ def confident_mistakes(truth: dict[str, Any], detections: list[dict[str, Any]], 
             "kind": _kind(detection["iou"], other, matches.iou_threshold),
             "iou": detection["iou"],
             "iou_other_class": other,
-            "at_border": bool(x <= 0 or y <= 0 or x + width >= image["width"] or y + height >= image["height"]),
+            "at_border": bool(min(x, y, image["width"] - x - width, image["height"] - y - height) <= BORDER_PX),
         }
     columns = ["image", "class", "score", "kind", "iou", "iou_other_class", "at_border"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("detection")
