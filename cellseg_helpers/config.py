@@ -36,6 +36,7 @@ FRACTIONS = (
     "rpn_bg_iou_thresh", "box_score_thresh", "box_nms_thresh", "box_fg_iou_thresh", "box_bg_iou_thresh", "mask_threshold",
     "score_threshold", "iou_threshold",
 )  # fmt: skip
+CHECKED = "_parameters_checked"
 NOT_PART_OF_A_RUN = ("run_name", "num_workers")
 
 
@@ -192,13 +193,15 @@ class RunConfig:
         return cls.from_dict(merged)
 
     @classmethod
-    def from_notebook(cls, namespace: Mapping[str, Any]) -> "RunConfig":
+    def from_notebook(cls, namespace: dict[str, Any]) -> "RunConfig":
         """The config of a notebook whose parameters are run settings; call it with ``globals()`` right after the parameters.
 
         Raises:
             ValueError: see ``from_dict``; every plain value in the namespace counts as a parameter.
         """
-        return cls.from_dict(_parameters(namespace)).named()
+        config = cls.from_dict(_parameters(namespace, [field.name for field in fields(cls)])).named()
+        namespace[CHECKED] = True
+        return config
 
     def named(self) -> "RunConfig":
         """The same settings with a ``run_name``; where it is empty, one made from the settings."""
@@ -219,7 +222,7 @@ class RunConfig:
         return {name: (other.get(name), mine.get(name)) for name in names if other.get(name) != mine.get(name)}
 
 
-def check_parameters(namespace: Mapping[str, Any], **types_by_name: type) -> dict[str, Any]:
+def check_parameters(namespace: dict[str, Any], **types_by_name: type) -> dict[str, Any]:
     """Check a notebook's own parameters; call it with ``globals()`` right after the parameters cell.
 
     Args:
@@ -233,7 +236,7 @@ def check_parameters(namespace: Mapping[str, Any], **types_by_name: type) -> dic
     Raises:
         ValueError: an unknown name (with the nearest known one), a missing one, or a value out of type or range.
     """
-    found = _parameters(namespace)
+    found = _parameters(namespace, list(types_by_name))
     for name in found:
         if name not in types_by_name:
             hint = _did_you_mean(name, types_by_name) or f"; this notebook has {', '.join(types_by_name)}"
@@ -243,6 +246,7 @@ def check_parameters(namespace: Mapping[str, Any], **types_by_name: type) -> dic
             raise ValueError(f"parameter {name!r} has no value; the parameters cell must set it")
     checked = {name: _typed(name, found[name], kind) for name, kind in types_by_name.items()}
     RunConfig(**{name: value for name, value in checked.items() if name in RunConfig.__dataclass_fields__})
+    namespace[CHECKED] = True
     return checked
 
 
@@ -251,9 +255,10 @@ def resolve_path(path: str | Path) -> Path:
     return ROOT / Path(path).expanduser()
 
 
-def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+def _parameters(namespace: dict[str, Any], known: list[str]) -> dict[str, Any]:
+    """The plain values of a notebook. Once checked, a live kernel also holds later cells' results: then only likely typos count."""
     shell_names = {"In", "Out", "exit", "quit"}
-    return {
+    found = {
         name: value
         for name, value in namespace.items()
         if not name.startswith("_")
@@ -261,6 +266,9 @@ def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
         and not callable(value)
         and not isinstance(value, types.ModuleType)
     }
+    if CHECKED in namespace:
+        return {name: value for name, value in found.items() if difflib.get_close_matches(name, known, n=1, cutoff=0.8)}
+    return found
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:

@@ -226,3 +226,21 @@ def test_relative_paths_stand_under_the_repository(tmp_path, monkeypatch):
     assert resolve_path(tmp_path / "a") == tmp_path / "a"
     assert resolve_path("~/a") == Path(os.path.expanduser("~")) / "a"
     assert RunConfig.from_yaml("params/quick.yaml").scale == "quick"
+
+
+def test_the_guard_can_run_again_in_a_live_kernel_and_still_finds_typos():
+    namespace = {"run_dir": "outputs/reference/quick_run", "score_threshold": 0.5}
+    kinds = {"run_dir": str, "score_threshold": float}
+    settings = check_parameters(namespace, **kinds)
+    namespace |= {"settings": settings, "best": 3, "megabytes": 1.5, "validation": [1, 2]}
+    assert check_parameters(namespace, **kinds) == settings
+    namespace["score_treshold"] = 0.3
+    with pytest.raises(ValueError, match="did you mean 'score_threshold'"):
+        check_parameters(namespace, **kinds)
+
+    namespace = {"backbone": "resnet34"}
+    config = RunConfig.from_notebook(namespace)
+    namespace |= {"config": config, "best": 3, "megabytes": 1.5, "train": [0], "validation": [1, 2], "scores": object()}
+    assert RunConfig.from_notebook(namespace) == config
+    with pytest.raises(ValueError, match="did you mean 'backbone'"):
+        RunConfig.from_notebook(namespace | {"bakbone": "resnet101"})

@@ -50,9 +50,10 @@ class TestEveryNotebook:
         assert not [node for tree in code for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
 
     def test_imports_all_stand_in_the_first_code_cell(self, path):
-        first, *others = [ast.parse(source(cell)).body for cell in cells_of(path) if cell["cell_type"] == "code"]
-        assert all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in first)
-        assert not [node for body in others for tree in body for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        first, *others = [ast.parse(source(cell)) for cell in cells_of(path) if cell["cell_type"] == "code"]
+        imports = ast.Import | ast.ImportFrom
+        assert all(isinstance(statement, imports) for statement in first.body)
+        assert not [node for tree in others for node in ast.walk(tree) if isinstance(node, imports)]
 
     def test_explains_every_parameter_and_guards_them_next(self, path):
         code = [cell for cell in cells_of(path) if cell["cell_type"] == "code"]
@@ -75,7 +76,8 @@ class TestEveryNotebook:
         assert "error" not in kinds and kinds & {"display_data", "execute_result"}
 
     def test_at_most_a_third_of_the_outputs_go_uncompared(self, path):
-        with_output = [cell for cell in cells_of(path) if cell["cell_type"] == "code" and (cell["outputs"] or IGNORED in tags(cell))]
+        code = [cell for cell in cells_of(path) if cell["cell_type"] == "code"]
+        with_output = [cell for cell in code if cell["outputs"] or IGNORED in tags(cell)]
         ignored = [cell for cell in with_output if IGNORED in tags(cell)]
         assert 3 * len(ignored) <= len(with_output)
         assert not [cell for cell in with_output if {"nbval-skip", "raises-exception"} & set(tags(cell))]

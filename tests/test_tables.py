@@ -65,6 +65,8 @@ def test_a_saved_table_carries_its_context_in_every_row(tmp_path, monkeypatch):
 
 
 def test_the_map_is_read_from_the_notebooks_first_cells(tmp_path):
-    first = {"source": ["# 07 Title\n", "\n", "- **Question:** why?\n", "- **Reads:** `a`\n", "- **Writes:** b\n", "- **Takes:** long"]}
+    told = {"Question": "why?", "Reads": "`a`", "Writes": "b", "Takes": "long"}
+    first = {"source": ["# 07 Title\n", "\n", *(f"- **{key}:** {value}\n" for key, value in told.items())]}
     (tmp_path / "07_why.ipynb").write_text(json.dumps({"cells": [first]}))
-    assert tables.notebook_map(tmp_path).loc["07_why"].to_dict() == {"question": "why?", "reads": "a", "writes": "b", "takes": "long"}
+    row = tables.notebook_map(tmp_path).loc["07_why"].to_dict()
+    assert row == {"question": "why?", "reads": "a", "writes": "b", "takes": "long"}

@@ -49,7 +49,7 @@ def image_beside_instances(cell_image: CellImage, class_name: str = "all") -> Fi
 
 
 def colour_instances(label_maps: np.ndarray) -> np.ndarray:
-    """Label maps (int [K, H, W]) as uint8 [H, W, 3]: neighbours in the order of instances get hues far apart, background black."""
+    """Label maps (int [K, H, W]) as uint8 [H, W, 3]: instances that follow one another get hues far apart; background black."""
     picture = np.zeros((*label_maps.shape[1:], 3), np.uint8)
     instances = find_instances(label_maps)
     rows = zip(instances.boxes.astype(int).tolist(), instances.labels, instances.ids, strict=True)
@@ -145,7 +145,9 @@ def truth_beside_predictions(
     return fig
 
 
-def precision_recall(curves: pd.DataFrame, per_class: dict[str, float], counts: dict[str, Counts], score_threshold: float) -> Figure:
+def precision_recall(
+    curves: pd.DataFrame, per_class: dict[str, float], counts: dict[str, Counts], score_threshold: float
+) -> Figure:
     """The precision-recall curve of each class, and where a score threshold puts it.
 
     Args:
@@ -199,9 +201,16 @@ def mistakes(
 
 
 def found_and_missed(
-    cell_image: CellImage, number: int, truth: dict[str, Any], detections: list[dict[str, Any]], matches: Matches, score_threshold: float
+    cell_image: CellImage,
+    number: int,
+    truth: dict[str, Any],
+    detections: list[dict[str, Any]],
+    matches: Matches,
+    score_threshold: float,
 ) -> Figure:
-    """One image at a score threshold: annotated cells (missed ones dashed) beside detections (wrong ones dashed), and the counts of all images.
+    """One image at a score threshold: annotated cells (missed ones dashed) beside detections (wrong ones dashed).
+
+    The title tells precision, recall and F1 of all images.
 
     Args:
         cell_image: the image.
@@ -225,10 +234,8 @@ def found_and_missed(
     _outline_by_class(right, [detections[row] for row in wrong], linestyle=(0, (2, 1.5)))
     _class_legend(fig)
     count = count_matches(matches, score_threshold)["all"]
-    fig.suptitle(
-        f"score ≥ {score_threshold:.2f}, all images: precision {count.precision:.2f}, recall {count.recall:.2f}, F1 {count.f1:.2f}",
-        fontsize="medium",
-    )
+    ratios = f"precision {count.precision:.2f}, recall {count.recall:.2f}, F1 {count.f1:.2f}"
+    fig.suptitle(f"score ≥ {score_threshold:.2f}, all images: {ratios}", fontsize="medium")
     return fig
 
 
@@ -241,7 +248,8 @@ def outlines(rle: dict[str, Any]) -> list[np.ndarray]:
 def _outline_by_class(ax: Axes, annotations: list[dict[str, Any]], linewidth: float = 1.3, linestyle: Any = "-") -> None:
     for class_id, name in enumerate(CLASS_NAMES, 1):
         lines = [line for row in annotations if row["category_id"] == class_id for line in outlines(row["segmentation"])]
-        ax.add_collection(LineCollection(lines, colors=CLASS_COLORS[name], linewidths=linewidth, linestyles=[linestyle]), autolim=False)
+        drawn = LineCollection(lines, colors=CLASS_COLORS[name], linewidths=linewidth, linestyles=[linestyle])
+        ax.add_collection(drawn, autolim=False)
 
 
 def _class_legend(fig: Figure) -> None:

@@ -70,7 +70,8 @@ def choose_image(dataset: CellDataset, image_number: int = -1) -> int:
         ValueError: no such image.
     """
     if not -1 <= image_number < len(dataset):
-        raise ValueError(f"image_number is {image_number}, but the data have {len(dataset)} images: 0 to {len(dataset) - 1}, or -1")
+        allowed = f"0 to {len(dataset) - 1}, or -1"
+        raise ValueError(f"image_number is {image_number}, but the data have {len(dataset)} images: {allowed}")
     classes, cells = (dataset.counts > 0).sum(1), dataset.counts.sum(1)
     return image_number if image_number >= 0 else int(np.lexsort([cells, classes])[-1])
 
@@ -91,7 +92,7 @@ def instance_table(dataset: CellDataset) -> pd.DataFrame:
 
 
 def class_summary(instances: pd.DataFrame, anchor_sizes: Sequence[float]) -> pd.DataFrame:
-    """Per class: cells, images with it, size in px (5th percentile, median, 95th), the anchor size nearest to the median, border contact."""
+    """Per class: cells, images, size in px (5th percentile, median, 95th), the anchor nearest to the median, border contact."""
     rows = {}
     for name in CLASS_NAMES:
         cells = instances[instances["class"] == name]
