@@ -97,7 +97,7 @@ class TrainingSet(Dataset):
         model_seed, recipe_seed = rng.integers(2**63, size=2).tolist()
         if self.recipe is not None:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(recipe_seed)
+                torch.default_generator.manual_seed(recipe_seed)
                 image, label_maps = self.recipe(image, label_maps)
         return image.as_subclass(Tensor), make_target(label_maps.as_subclass(Tensor)) | {
             "image_id": cell_image.image_id,
