@@ -64,6 +64,7 @@ class RunConfig:
 
     crop_size_px: int = 128
     class_balance: float = 0.7
+    drop_cut_cells: bool = True
     augmentation: str = "flips"
 
     backbone: str = "resnet18"

@@ -55,6 +55,7 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
         ValueError: settings or data that cannot be used; RunError: the folder holds another run.
         TrainingError: a loss that is not finite, or no memory left.
     """
+    config = replace(config.named(), precision=resolve_precision(config))
     fabric = make_fabric(config)
     torch.manual_seed(config.seed)
     dataset = open_dataset(config.data, config.instance_reading, config.min_instance_area_px, config.skip_faulty_images)
@@ -65,7 +66,9 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
 
     model = build_model(config)
     optimizer = make_optimizer(model, config)
-    samples = TrainingSet(dataset, train, config.crop_size_px, config.class_balance, config.augmentation, config.seed)
+    samples = TrainingSet(
+        dataset, train, config.crop_size_px, config.class_balance, config.augmentation, config.seed, config.drop_cut_cells
+    )
     per_step = config.batch_size * fabric.world_size
     steps = config.steps_per_epoch or -(-len(train) // per_step)
     sampler = EpochSampler(train, steps * per_step, config.seed, fabric.global_rank, fabric.world_size, config.batch_size)
@@ -90,7 +93,7 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
             break
         sampler.set_epoch(epoch)
         before = history[-1] if history else {"train_minutes": 0.0, "cpu_minutes": 0.0}
-        with _explaining_out_of_memory():
+        with _explaining():
             started, cpu_started = time.perf_counter(), time.process_time()
             losses = train_epoch(fabric, model, optimizer, per_step_schedule, loader, config, progress)
             row = {
@@ -135,19 +138,33 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
     return run_dir
 
 
+def resolve_precision(config: RunConfig) -> str:
+    """The precision of a run on this machine: ``auto`` is bf16-mixed where the device computes in bfloat16, else 32."""
+    if config.precision != "auto":
+        return config.precision
+    if _accelerator(config) == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native else "32"
+
+
+def _accelerator(config: RunConfig) -> str:
+    return config.accelerator if config.accelerator != "auto" else "cuda" if torch.cuda.device_count() else "cpu"
+
+
 def make_fabric(config: RunConfig) -> Fabric:
     """The devices, processes and precision of a run; several devices start one process each (not from a notebook).
 
     Raises:
         ValueError: a device or precision that this machine does not have.
     """
-    gpus = torch.cuda.device_count()
-    accelerator = config.accelerator if config.accelerator != "auto" else "cuda" if gpus else "cpu"
+    accelerator, gpus = _accelerator(config), torch.cuda.device_count()
     if accelerator == "cuda" and gpus < config.devices:
         raise ValueError(f"devices is {config.devices}, but this machine has {gpus} GPUs that torch can use; lower it, or accelerator 'cpu'")
     if accelerator == "cpu" and config.precision == "16-mixed":
         raise ValueError("precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' on a CPU")
-    precision = config.precision if config.precision != "auto" else "bf16-mixed" if _has_bfloat16(accelerator) else "32"
+    precision = resolve_precision(config)
     plugin = Precision() if precision == "32" else AutocastPrecision(precision, accelerator)
     strategy = "ddp" if config.devices > 1 else "auto"
     fabric = Fabric(accelerator=accelerator, devices=config.devices, strategy=strategy, plugins=plugin)
@@ -160,13 +177,6 @@ class AutocastPrecision(MixedPrecision):
 
     def convert_input(self, data: Any) -> Any:
         return data
-
-
-def _has_bfloat16(accelerator: str) -> bool:
-    """Whether the device computes in bfloat16, and does not only emulate it."""
-    if accelerator == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def split_dataset(dataset: CellDataset, config: RunConfig) -> tuple[list[int], list[int], dict[str, Any]]:
@@ -247,7 +257,7 @@ def validation_loss(fabric: Fabric, model, dataset: CellDataset, indices: list[i
     Raises:
         TrainingError: as ``train_epoch``, so that weights which the epoch's last step spoilt reach no checkpoint.
     """
-    samples = TrainingSet(dataset, indices, config.crop_size_px, class_balance=0, augmentation="none", seed=0)
+    samples = TrainingSet(dataset, indices, config.crop_size_px, 0.0, "none", 0, config.drop_cut_cells)
     keys = [SampleKey(0, position, index) for position, index in enumerate(indices)]
     model.train()
     for module in model.modules():
@@ -317,14 +327,20 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def _explaining_out_of_memory() -> Iterator[None]:
+def _explaining() -> Iterator[None]:
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+    except (MemoryError, RuntimeError, ValueError) as error:
+        no_memory = ("allocate memory", "is killed by signal: Killed")  # the process; a worker of the loader
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in no_memory):
             raise TrainingError(
-                "out of memory; lower batch_size, crop_size_px (or max_size), box_batch_size_per_image, rpn_post_nms_top_n_train "
-                "or, in prediction, tile_size_px, or use precision 'bf16-mixed'; the last epoch's checkpoint is kept"
+                "out of memory; lower batch_size, crop_size_px (or max_size), box_batch_size_per_image, rpn_post_nms_top_n_train, "
+                "num_workers or, in prediction, tile_size_px, or use precision 'bf16-mixed'; the last epoch's checkpoint is kept"
+            ) from None
+        if "Expected more than 1 value per channel when training" in str(error):
+            raise TrainingError(
+                "a batch of one crop is too small for the batch norms (its deepest feature map has one pixel); raise batch_size or "
+                "crop_size_px"
             ) from None
         raise
 

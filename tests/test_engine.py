@@ -322,6 +322,7 @@ def test_weights_that_the_last_step_spoilt_reach_no_checkpoint(data, monkeypatch
 NO_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
     MemoryError(),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
     RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
 ]
 
@@ -347,6 +348,18 @@ def test_out_of_memory_ends_in_a_sentence(data, monkeypatch, where, error):
     assert all(name in message for name in ("batch_size", "crop_size_px", "tile_size_px", "bf16-mixed", "rpn_post_nms_top_n_train"))
     names = RunConfig().to_dict().keys()
     assert {word.strip("(),;") for word in message.split() if "_" in word} <= names
+
+
+def test_a_batch_too_small_for_its_norms_is_explained(data, monkeypatch):
+    monkeypatch.setattr(engine, "build_model", build_model)
+    changes = {"crop_size_px": 32, "batch_size": 1, "steps_per_epoch": 1}
+    with pytest.raises(TrainingError, match="too small for the batch norms .*; raise batch_size or crop_size_px$"):
+        fit(tiny_settings(data, epochs=1, **changes))
+
+
+def test_precision_is_saved_as_it_was(data):
+    run_dir = fit(tiny_settings(data, epochs=1, precision="auto"))
+    assert load_run(run_dir).settings["precision"] in ("32", "bf16-mixed")
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(data, monkeypatch):

@@ -131,6 +131,24 @@ def test_a_cell_cut_by_the_crop_keeps_the_box_of_what_is_left():
     assert len(seen) > 10
 
 
+def test_cells_cut_by_the_crop_can_be_left_out_of_the_targets():
+    """Where a side of the crop lies inside the image, a cell that reaches it goes, and no other class's cell of that id with it."""
+    maps = np.zeros((4, 40, 44), np.int32)
+    maps[0, 0:3, 12:18], maps[1, 10:16, 10:16], maps[2, 20:24, 20:24], maps[2, 30:34, 25:29] = 9, 9, 9, 8
+    places = np.stack([*np.indices(maps.shape[1:]), maps[0]]).astype(np.uint8)
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(300):
+        image, label_maps = crop(CellImage("image0", None, places, maps), 20, None, rng, drop_cut_cells=True)
+        top, left = image[:2, 0, 0].tolist()
+        expected = maps[:, top : top + 20, left : left + 20].copy()
+        for k, instance, y1, x1, y2, x2 in ((0, 9, 0, 12, 3, 18), (1, 9, 10, 10, 16, 16), (2, 9, 20, 20, 24, 24), (2, 8, 30, 25, 34, 29)):
+            reached = (y1 <= top and top > 0) or (y2 >= top + 20 and top < 20) or (x1 <= left and left > 0) or (x2 >= left + 20 and left < 24)
+            expected[k][(expected[k] == instance) & reached] = 0
+        assert np.array_equal(label_maps, expected)
+        seen |= {(k, i, bool((expected[k] == i).any())) for k, i in ((0, 9), (1, 9), (2, 9), (2, 8))}
+    assert len(seen) == 8
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 80), st.integers(0, 2**32 - 1))
 def test_a_crop_holds_its_centre_and_has_the_right_size(height, width, size, seed):

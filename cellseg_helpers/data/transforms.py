@@ -77,13 +77,22 @@ class TrainingSet(Dataset):
         class_balance: in [0, 1].
         augmentation: a name in ``RECIPES``.
         seed: of every random choice, together with the key.
+        drop_cut_cells: leave cells that reach the crop's border out of the targets, as annotators leave out those that reach the
+            image's; else what is left of them is annotated.
     """
 
     def __init__(
-        self, dataset: CellDataset, indices: list[int], crop_size_px: int, class_balance: float, augmentation: str, seed: int
+        self,
+        dataset: CellDataset,
+        indices: list[int],
+        crop_size_px: int,
+        class_balance: float,
+        augmentation: str,
+        seed: int,
+        drop_cut_cells: bool = False,
     ):
         self.dataset, self.indices, self.seed = dataset, indices, seed
-        self.crop_size_px, self.class_balance = crop_size_px, class_balance
+        self.crop_size_px, self.class_balance, self.drop_cut_cells = crop_size_px, class_balance, drop_cut_cells
         self.recipe = v2.Compose(RECIPES[augmentation]) if RECIPES[augmentation] else None
         self.counts = np.asarray(dataset.counts)[indices]
 
@@ -92,7 +101,7 @@ class TrainingSet(Dataset):
         cell_image, center = self.dataset[key.image_index], None
         if rng.random() < self.class_balance and self.counts.any():
             cell_image, center = self._draw_instance(rng)
-        image, label_maps = crop(cell_image, self.crop_size_px, center, rng)
+        image, label_maps = crop(cell_image, self.crop_size_px, center, rng, self.drop_cut_cells)
         image, label_maps = tv_tensors.Image(image), tv_tensors.Mask(label_maps)
         model_seed, recipe_seed = rng.integers(2**63, size=2).tolist()
         if self.recipe is not None:
@@ -116,7 +125,11 @@ class TrainingSet(Dataset):
 
 
 def crop(
-    cell_image: CellImage, size_px: int, center: tuple[int, int] | None, rng: np.random.Generator
+    cell_image: CellImage,
+    size_px: int,
+    center: tuple[int, int] | None,
+    rng: np.random.Generator,
+    drop_cut_cells: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A random square crop, copied: image uint8 [3, h, w] and label maps int32 [K, h, w].
 
@@ -125,6 +138,7 @@ def crop(
         size_px: side; 0, or a shorter image side, keeps that side whole.
         center: (row, column) that the crop must hold, somewhere in its middle half; None: anywhere.
         rng: draws the place.
+        drop_cut_cells: whether instances become background that reach a side of the crop inside the image.
     """
     height, width = cell_image.image.shape[1:]
     starts, sides = [], []
@@ -137,7 +151,13 @@ def crop(
         starts.append(int(np.clip(start, 0, length - side)))
         sides.append(side)
     window = np.s_[:, starts[0] : starts[0] + sides[0], starts[1] : starts[1] + sides[1]]
-    return torch.from_numpy(cell_image.image[window].copy()), torch.from_numpy(cell_image.label_maps[window].astype(np.int32))
+    label_maps = cell_image.label_maps[window].astype(np.int32)
+    if drop_cut_cells:
+        for axis, length in enumerate((height, width)):
+            for line, inside in ((0, starts[axis] > 0), (-1, starts[axis] + sides[axis] < length)):
+                for label_map in label_maps if inside else ():
+                    label_map[np.isin(label_map, label_map.take(line, axis))] = 0
+    return torch.from_numpy(cell_image.image[window].copy()), torch.from_numpy(label_maps)
 
 
 def make_target(label_maps: Tensor) -> dict[str, Tensor]:
