@@ -38,7 +38,7 @@ from torchvision.ops import FrozenBatchNorm2d, masks_to_boxes
 
 CLASSES = (1, 2, 3, 4)
 CROP = 256
-TILE, OVERLAP = 512, 128
+OVERLAP = 128
 BATCH = 2
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP, MAX_NORM = 2e-4, 1e-4, 0.05, 10.0
 SCORE_THRESHOLD = 0.05
@@ -54,7 +54,7 @@ def load_images(folder, uuids):
     return images
 
 
-def build_model(weights, rois_per_image):
+def build_model(weights, rois_per_image, proposals, detections):
     resnet = resnet18(weights=None, norm_layer=FrozenBatchNorm2d)
     missing, unexpected = resnet.load_state_dict(load_file(weights), strict=False)
     print("not in the checkpoint:", ", ".join(missing), "| unknown:", ", ".join(unexpected) or "none", flush=True)
@@ -64,11 +64,13 @@ def build_model(weights, rois_per_image):
         _resnet_fpn_extractor(resnet, trainable_layers=3),
         num_classes=len(CLASSES) + 1,
         rpn_anchor_generator=AnchorGenerator(((8,), (16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 5),
+        rpn_pre_nms_top_n_test=proposals,
+        rpn_post_nms_top_n_test=proposals,
         box_batch_size_per_image=rois_per_image,
-        box_detections_per_img=300,
+        box_detections_per_img=detections,
         box_score_thresh=SCORE_THRESHOLD,
     )
-    # No choice of min_size and max_size keeps both a 256 px crop and a 512 px tile as they are.
+    # No choice of min_size and max_size keeps both a 256 px crop and a larger tile as they are.
     model.transform.resize = lambda image, target=None: (image, target)
     return model
 
@@ -144,10 +146,10 @@ def train(model, images, cpu_minutes, seed, history):
     return {"steps": steps, "cpu_minutes": used, "wall_minutes": (time.perf_counter() - wall_start) / 60, "seed": seed}
 
 
-def tile_spans(size):
+def tile_spans(size, tile):
     """Returns (start, core start, core end) of each tile along one axis; the cores partition the axis."""
-    starts = [*range(0, max(size - TILE, 0), TILE - OVERLAP), max(size - TILE, 0)]
-    cuts = [(left + TILE + right) / 2 for left, right in zip(starts, starts[1:])]
+    starts = [*range(0, max(size - tile, 0), tile - OVERLAP), max(size - tile, 0)]
+    cuts = [(left + tile + right) / 2 for left, right in zip(starts, starts[1:])]
     return list(zip(starts, [-math.inf, *cuts], [*cuts, math.inf]))
 
 
@@ -159,11 +161,11 @@ def encode(mask, y, x, shape):
 
 
 @torch.inference_mode()
-def detect(model, image):
+def detect(model, image, tile):
     results = []
-    for y, top, bottom in tile_spans(image.shape[0]):
-        for x, left, right in tile_spans(image.shape[1]):
-            found = model([to_tensor(image[y : y + TILE, x : x + TILE])])[0]
+    for y, top, bottom in tile_spans(image.shape[0], tile):
+        for x, left, right in tile_spans(image.shape[1], tile):
+            found = model([to_tensor(image[y : y + tile, x : x + tile])])[0]
             corners = found["boxes"] + torch.tensor([x, y, x, y])
             centre_x, centre_y = (corners[:, :2] + corners[:, 2:]).T / 2
             keep = (centre_x >= left) & (centre_x < right) & (centre_y >= top) & (centre_y < bottom)
@@ -217,6 +219,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rois-per-image", type=int, default=512, help="sampled for the heads in training; torchvision's: 512")
+    parser.add_argument("--tile", type=int, default=512, help="side of the tiles in prediction, px")
+    parser.add_argument("--proposals", type=int, default=1000, help="of the RPN in prediction, before and after its NMS")
+    parser.add_argument("--detections", type=int, default=300, help="kept a tile")
     parser.add_argument("--eval-only", action="store_true")
     args = parser.parse_args()
 
@@ -224,7 +229,7 @@ def main():
     torch.manual_seed(args.seed)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     split = json.loads(args.split_json.read_text())
-    model = build_model(args.weights, args.rois_per_image)
+    model = build_model(args.weights, args.rois_per_image, args.proposals, args.detections)
 
     if not args.eval_only:
         images = load_images(args.data / "train", split["train"])
@@ -238,12 +243,13 @@ def main():
     images = load_images(args.data / "train", split["validation"])
     detections, start = [], time.process_time()
     for image_id, (image, _) in enumerate(images, 1):
-        found = detect(model, image)
+        found = detect(model, image, args.tile)
         detections += [{"image_id": image_id} | result for result in found]
         print(f"validation image {image_id} of {len(images)}: {len(found)} detections", flush=True)
     (args.out_dir / "detections.json").write_text(json.dumps(detections))
     metrics = average_precision(ground_truth(images), detections) | saved["training"]
     metrics |= {"validation_images": len(images), "detections": len(detections)}
+    metrics |= {"tile": args.tile, "proposals": args.proposals, "detections_per_tile": args.detections}
     metrics |= {"evaluation_cpu_minutes": (time.process_time() - start) / 60}
     metrics |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
     (args.out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))

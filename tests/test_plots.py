@@ -117,3 +117,10 @@ def test_missed_cells_and_wrong_detections_are_counted_in_the_titles(cell_image,
     left, right = plots.found_and_missed(cell_image, 1, truth, detections, match_detections(truth, detections), 0.65).axes
     assert left.get_title() == "3 annotated, 2 missed (dashed)"
     assert right.get_title() == "3 detections, 2 wrong (dashed)"
+
+
+def test_a_ratio_of_nothing_is_a_dash_in_the_title(cell_image, detections):
+    truth = to_coco([cell_image])
+    title = plots.found_and_missed(cell_image, 1, truth, detections, match_detections(truth, detections), 1.0).get_suptitle()
+    assert title == f"image {cell_image.image_id[:8]} at score ≥ 1.00; all images: precision –, recall 0.00, F1 0.00"
+

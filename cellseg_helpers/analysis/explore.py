@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable
 
-from ipywidgets import Image, ValueWidget, VBox
+from ipywidgets import Image, Layout, ValueWidget, VBox
 from matplotlib.figure import Figure
 
 
@@ -17,7 +17,7 @@ def explore(draw: Callable[..., Figure], **controls: ValueWidget) -> VBox:
         draw: takes the controls' values by name.
         controls: widgets that have a value.
     """
-    picture = Image(format="png")
+    picture = Image(format="png", layout=Layout(align_self="flex-start"))  # at its own size, not stretched to the page
 
     def redraw(_=None) -> None:
         png = io.BytesIO()
