@@ -62,7 +62,7 @@ class RunConfig:
     validation_fraction: float = 0.25
     split_seed: int = 0
 
-    crop_size_px: int = 128
+    crop_size_px: int = 192
     class_balance: float = 0.7
     drop_cut_cells: bool = True
     augmentation: str = "flips"
@@ -90,11 +90,11 @@ class RunConfig:
     mask_batch_size_per_image: int = 4
     detections_per_image: int = 300
 
-    epochs: int = 4
-    steps_per_epoch: int = 55
-    batch_size: int = 4
+    epochs: int = 3
+    steps_per_epoch: int = 66
+    batch_size: int = 2
     optimizer: str = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     min_learning_rate: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 1e-4
