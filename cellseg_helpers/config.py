@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")
 BACKBONES = (*RESNETS, "resnet50_fpn_v2")
 CHOICES = {
-    "scale": ("quick", "full"),
+    "scale": ("quick", "sample", "full"),
     "instance_reading": ("pixel_values", "connected_components"),
-    "split": ("patient", "random"),
+    "split": ("auto", "patient", "random"),
     "augmentation": ("none", "flips", "flips_turns_stain"),
     "backbone": BACKBONES,
     "optimizer": ("adam", "adamw", "sgd"),
@@ -58,7 +58,7 @@ class RunConfig:
     instance_reading: str = "pixel_values"
     min_instance_area_px: int = 0
     skip_faulty_images: bool = False
-    split: str = "patient"
+    split: str = "auto"
     validation_fraction: float = 0.25
     split_seed: int = 0
 

@@ -29,8 +29,11 @@ from cellseg_helpers.data.splits import make_split
 from cellseg_helpers.data.transforms import EpochSampler, SampleKey, TrainingSet, collate
 from cellseg_helpers.inference import predict
 from cellseg_helpers.model.build import build_model
-from cellseg_helpers.runs import load_checkpoint, save_checkpoint, save_weights, start_run, write_json, write_text
+from cellseg_helpers.runs import opening_checkpoint, save_checkpoint, save_weights, start_run, write_json, write_text
 
+NO_MEMORY = (
+    "allocate memory", "Unable to allocate", "out of memory", "ALLOC_FAILED", "killed by signal: Killed", "killed by signal: Bus error",
+)  # fmt: skip
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 
 
@@ -78,13 +81,13 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
 
     history: list[dict[str, Any]] = []
     if (run_dir / "last.pt").exists():
-        checkpoint = load_checkpoint(run_dir / "last.pt")
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        per_step_schedule.load_state_dict(checkpoint["per_step_schedule"])
-        plateau.load_state_dict(checkpoint["plateau"])
-        fabric.strategy.precision.load_state_dict(checkpoint["precision"])
-        history = checkpoint["history"]
+        with opening_checkpoint(run_dir, config) as checkpoint:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            per_step_schedule.load_state_dict(checkpoint["per_step_schedule"])
+            plateau.load_state_dict(checkpoint["plateau"])
+            fabric.strategy.precision.load_state_dict(checkpoint["precision"])
+            history = checkpoint["history"]
 
     progress = tqdm(total=config.epochs * steps, initial=len(history) * steps, desc="training", unit="step", mininterval=1,
                     disable=not fabric.is_global_zero)  # fmt: skip
@@ -123,6 +126,7 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
             save_checkpoint(
                 run_dir / "last.pt",
                 {
+                    "settings": config.to_dict(),
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "per_step_schedule": per_step_schedule.state_dict(),
@@ -244,7 +248,8 @@ def train_epoch(fabric: Fabric, model, optimizer, schedule, loader: DataLoader, 
         optimizer.step()
         schedule.step()
         sums += losses.detach()
-        progress.set_postfix(loss=f"{losses.sum().item():.3f}", refresh=False)
+        parts = zip(("objectness", "rpn_box", "class", "box", "mask"), losses.tolist(), strict=True)
+        progress.set_postfix({"loss": f"{losses.sum().item():.2f}"} | {n: f"{v:.2f}" for n, v in parts}, refresh=False)
         progress.update()
     means = fabric.all_reduce(sums / len(loader), reduce_op="mean")
     return dict(zip(LOSSES, means.tolist(), strict=True))
@@ -330,9 +335,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 def _explaining() -> Iterator[None]:
     try:
         yield
-    except (MemoryError, RuntimeError, ValueError) as error:
-        no_memory = ("allocate memory", "is killed by signal: Killed")  # the process; a worker of the loader
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in no_memory):
+    except (MemoryError, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in NO_MEMORY):
             raise TrainingError(
                 "out of memory; lower batch_size, crop_size_px (or max_size), box_batch_size_per_image, rpn_post_nms_top_n_train, "
                 "num_workers or, in prediction, tile_size_px, or use precision 'bf16-mixed'; the last epoch's checkpoint is kept"

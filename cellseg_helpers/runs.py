@@ -83,14 +83,18 @@ def start_run(config: RunConfig, fingerprint: str, split: dict[str, Any], truth:
         left.unlink(missing_ok=True)  # half-written by a killed process
     write_json(run_dir / "split.json", split)
     write_json(run_dir / "truth.json", truth)
-    write_json(run_dir / "provenance.json", provenance() | {"data_fingerprint": fingerprint})
+    if not (run_dir / "provenance.json").exists():  # else it is of the code and machine that began the run
+        write_json(run_dir / "provenance.json", provenance() | {"data_fingerprint": fingerprint})
     write_json(run_dir / "settings.json", config.named().to_dict())
     return run_dir
 
 
 def _refuse_other_run(config: RunConfig, fingerprint: str, run_dir: Path) -> None:
-    differences = config.differences(read_json(run_dir / "settings.json"))
-    before = read_json(run_dir / "provenance.json")["data_fingerprint"]
+    try:
+        differences = config.differences(read_json(run_dir / "settings.json"))
+        before = read_json(run_dir / "provenance.json")["data_fingerprint"]
+    except (FileNotFoundError, TypeError, KeyError, AttributeError):
+        raise RunError(f"{run_dir} has lost or damaged files (settings.json, provenance.json); delete that folder to train anew") from None
     if before != fingerprint:
         differences["data_fingerprint"] = (before[:12], fingerprint[:12])
     if differences:
@@ -132,6 +136,32 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         cause = " ".join(str(error).split())[:120] or type(error).__name__
         raise RunError(f"checkpoint {path} cannot be read ({cause}); delete it to train anew") from None
+
+
+@contextmanager
+def opening_checkpoint(run_dir: Path, config: RunConfig) -> Iterator[dict[str, Any]]:
+    """The run's ``last.pt``, of which the block takes what it needs.
+
+    Raises:
+        RunError: not readable, of other settings (the differing fields are named), not fitting in the block, or beside it a file
+            is gone that was written before it.
+    """
+    path = run_dir / "last.pt"
+    gone = [name for name in ("best.safetensors", "detections.json", "metrics.json", "history.csv") if not (run_dir / name).exists()]
+    if gone:
+        raise RunError(f"{run_dir} has lost {', '.join(gone)}; delete that folder to train anew")
+    checkpoint = load_checkpoint(path)
+    try:
+        differences = config.differences(checkpoint["settings"])
+        if differences:
+            listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in differences.items())
+            raise RunError(f"checkpoint {path} is of a run with other settings ({listed}); delete it to train anew")
+        yield checkpoint
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+        if isinstance(error, RunError):
+            raise
+        cause = " ".join(str(error).split())[:120]
+        raise RunError(f"checkpoint {path} does not fit this run ({cause}); delete it to train anew") from None
 
 
 def save_weights(path: Path, state: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ def test_a_name_like_no_other_is_answered_without_a_guess():
     ("settings", "message"),
     [
         ({"backbone": "resnet102"}, "unknown backbone 'resnet102'; one of resnet18, .*did you mean 'resnet1..'"),
-        ({"split": "patients"}, "unknown split 'patients'; one of patient, random; did you mean 'patient'"),
+        ({"split": "patients"}, "unknown split 'patients'; one of auto, patient, random; did you mean 'patient'"),
         ({"precision": "bf16"}, "unknown precision 'bf16'; one of .*32, bf16-mixed, 16-mixed"),
         ({"epochs": "3"}, "epochs is '3', but must be of type int$"),
         ({"epochs": 3.0}, "epochs is 3.0, but must be of type int"),
@@ -172,7 +172,9 @@ def test_a_missing_parameter_file_is_named(tmp_path):
 def test_every_parameter_file_loads_and_can_be_scaled_down(path):
     values = yaml.safe_load(path.read_text())
     assert values.items() <= RunConfig.from_yaml(path).to_dict().items()
-    assert RunConfig.from_yaml(path, "params/quick.yaml").scale == "quick"
+    scaled_down, quick = RunConfig.from_yaml(path, "params/quick.yaml"), RunConfig()
+    for name in ("scale", "weights", "crop_size_px", "batch_size", "epochs", "steps_per_epoch", "learning_rate", "tile_size_px"):
+        assert getattr(scaled_down, name) == getattr(quick, name)
 
 
 def test_the_quick_file_keeps_what_a_run_is_about():

@@ -323,6 +323,9 @@ NO_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
     MemoryError(),
     RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+    RuntimeError("numpy._core._exceptions._ArrayMemoryError: Unable to allocate 20.0 GiB for an array with shape (9,)"),
+    OSError(12, "Cannot allocate memory"),
+    RuntimeError("CUDA error: out of memory"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
 ]
 

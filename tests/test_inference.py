@@ -1,5 +1,7 @@
 import contextlib
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -360,3 +362,36 @@ def test_other_images_are_refused(image):
 def test_bad_parameters_are_refused(parameters, message):
     with pytest.raises(ValueError, match=message):
         predict(DiscFinder(), np.zeros((3, 40, 40), np.uint8), **parameters)
+
+
+MEMORY = """
+import resource, numpy as np, torch
+from torch import nn
+from cellseg_helpers.inference import predict
+
+class Dense(nn.Module):
+    def forward(self, images):
+        return [self.cells(*image.shape[1:]) for image in images]
+
+    def cells(self, height, width):
+        n = 1000 * height * width // 2500**2
+        corners = torch.rand(n, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([width - 30.0, height - 30.0])
+        return {"boxes": torch.cat([corners, corners + 30], 1), "labels": torch.ones(n, dtype=torch.int64),
+                 "scores": torch.linspace(0.1, 0.9, n), "masks": torch.ones(n, 28, 28)}
+
+def grown(tile_size_px):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = predict(Dense().eval(), np.zeros((3, 2500, 2500), np.uint8), tile_size_px=tile_size_px, tile_overlap_px=64)
+    return len(found), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+
+predict(Dense().eval(), np.zeros((3, 500, 500), np.uint8))
+print(*grown(512), *grown(0))
+"""
+
+
+def test_a_dense_large_image_takes_little_memory():
+    """2,500 x 2,500 px, 1,000 cells: full-size float masks would be 25 GB; the image itself is 75 MB as float32."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    in_tiles, tiles_mb, whole, whole_mb = map(int, done.stdout.split())
+    assert in_tiles > 800 and whole == 1000
+    assert tiles_mb < 100 and whole_mb < 400

@@ -99,7 +99,7 @@ def test_a_random_split_of_one_image_a_patient_needs_no_warning():
 @pytest.mark.parametrize(
     ("patients", "kind", "message"),
     [
-        (["a", "b"], "patients", "unknown split 'patients'; one of patient, random"),
+        (["a", "b"], "patients", "unknown split 'patients'; one of auto, patient, random"),
         (["a", None, "b", None], "patient", "2 of 4 have none \\(first: image1\\); add patients.csv .* or use split 'random'"),
         (["a", "a", "a"], "patient", "split 'patient' needs at least two patients, found 1"),
         (["a"], "random", "split 'random' needs at least two images, found 1"),

@@ -82,6 +82,7 @@ def tiny_settings(data: Path, **changes: Any) -> RunConfig:
             "batch_size": 2,
             "epochs": 3,
             "steps_per_epoch": 2,
+            "learning_rate": 1e-3,
             "warmup_steps": 2,
             "rpn_batch_size_per_image": 32,
             "rpn_post_nms_top_n_train": 50,

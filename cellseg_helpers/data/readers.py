@@ -181,10 +181,11 @@ def _locate(data: str | Path) -> tuple[Path, str]:
     if data != "drawn":
         folder = resolve_path(data)
         return folder, folder.resolve().name
-    from cellseg_helpers.data.synthetic import draw_dataset
+    from cellseg_helpers.data.synthetic import discard_older_drawing, draw_dataset
 
     folder = ROOT / "outputs" / "drawn"
     try:
+        discard_older_drawing(folder)
         draw_dataset(folder)
     except OSError as error:
         raise DataError(f"the drawn data cannot be made: {error}") from error

@@ -35,21 +35,23 @@ def make_split(
     """Split images so that the validation side holds about the same share of every class.
 
     Of 500 seeded random draws of groups (patients, or single images for ``random``), the one whose shares of images and of
-    instances per class lie nearest to ``validation_fraction`` is taken, so a rare class reaches validation where it can.
+    instances per class lie nearest to ``validation_fraction`` is taken; before all, as many classes as can stand on both sides.
 
     Args:
         image_ids: N names.
         counts: int [N, K], instances per image and class.
         patients: N patient names, None where unknown.
-        kind: ``patient`` (no patient on both sides) or ``random`` (by image).
+        kind: ``patient`` (no patient on both sides), ``random`` (by image), or ``auto``: by patient where every image's is known.
         validation_fraction: share of the groups, in (0, 1); at least one group stands on each side.
         seed: of the draw.
 
     Raises:
         ValueError: an unknown kind, an unknown patient under ``patient``, or fewer than two groups.
     """
-    if kind not in ("patient", "random"):
-        raise ValueError(f"unknown split {kind!r}; one of patient, random")
+    if kind not in ("auto", "patient", "random"):
+        raise ValueError(f"unknown split {kind!r}; one of auto, patient, random")
+    if kind == "auto":
+        kind = "random" if None in patients or len(set(patients)) < 2 else "patient"
     unknown = [i for i, patient in zip(image_ids, patients, strict=True) if patient is None]
     if kind == "patient" and unknown:
         raise ValueError(
@@ -69,8 +71,10 @@ def make_split(
 
     rng = np.random.default_rng(seed)
     draws = [rng.choice(len(names), size, replace=False) for _ in range(CANDIDATES)]
-    distances = [np.abs(shares[draw].sum(0) - validation_fraction)[present].sum() for draw in draws]
-    held_out = np.isin(group_of, draws[int(np.argmin(distances))])
+    held = np.stack([shares[draw].sum(0) for draw in draws])[:, present]
+    one_sided = ((held == 0) | np.isclose(held, 1)).sum(1)
+    best = np.lexsort((np.abs(held - validation_fraction).sum(1), one_sided))[0]
+    held_out = np.isin(group_of, draws[best])
 
     sides = [[i for i, out in zip(image_ids, held_out, strict=True) if out == side] for side in (False, True)]
     return Split(kind, *sides, warning="" if kind == "patient" else _random_split_warning(patients, held_out))

@@ -14,6 +14,7 @@ All arithmetic is in float64, so that the last bits in which processors differ d
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -370,11 +371,22 @@ def draw_dataset(
         shutil.rmtree(part, ignore_errors=True)
 
 
+def discard_older_drawing(folder: Path) -> None:
+    """Remove a drawing that another version of this module made, so that it is drawn anew; anything else is left alone."""
+    try:
+        version = json.loads((folder / "drawn.json").read_text())["version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if version != VERSION:
+        shutil.rmtree(folder)
+
+
 def _holds(folder: Path, settings: dict) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    if (folder / "drawn.json").is_file() and json.loads((folder / "drawn.json").read_text()) == settings:
-        return True
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((folder / "drawn.json").read_text()) == settings:
+            return True
     raise FileExistsError(
         f"{folder} holds something other than this drawing (other settings, another version of it, or other files); "
         "remove that folder or name another one"

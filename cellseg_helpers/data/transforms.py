@@ -68,7 +68,7 @@ class TrainingSet(Dataset):
     """Cropped and augmented samples with their targets; ``[SampleKey]`` gives (image uint8 [3, h, w], target).
 
     A share ``class_balance`` of the samples is drawn by class: a class, each as likely, then one of its instances in the
-    training images, each as likely, which the crop then holds. The rest are crops at a random place of the key's own image.
+    training images, each as likely, whose middle the crop then holds. The rest are crops at a random place of the key's own image.
 
     Args:
         dataset: all images.

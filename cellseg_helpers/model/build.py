@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 from torchvision.models.detection import MaskRCNN, MaskRCNN_ResNet50_FPN_V2_Weights, MaskRCNN_ResNet50_FPN_Weights
+from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
@@ -100,6 +101,8 @@ def build_model(config: RunConfig, num_classes: int = len(CLASS_NAMES)) -> Label
     model.load_report = _load(model, config)
     loaded = {name.removeprefix("backbone.") for name in model.load_report.loaded}
     freeze_loaded(model.backbone, loaded, config.trainable_backbone_layers, norms=not v2)
+    if config.weights == "coco" and not v2:
+        overwrite_eps(model, 0.0)  # as these weights were trained, and as torchvision builds the model around them
     return model
 
 
