@@ -3,6 +3,7 @@
 ``CELLSEG_KILL_POINTS=10 pytest tests/test_engine.py -k random_moments`` kills ten runs instead of three.
 """
 
+import json
 import math
 import multiprocessing
 import os
@@ -186,6 +187,39 @@ def test_another_configuration_is_refused_before_any_work(data, monkeypatch):
     monkeypatch.setattr(engine, "build_model", lambda config: pytest.fail("built a model"))
     with pytest.raises(RunError, match="epochs was 1, is 2; learning_rate was 0.001, is 0.01"):
         fit(tiny_settings(data, epochs=2, learning_rate=1e-2))
+
+
+def test_a_checkpoint_of_another_run_is_refused(data):
+    mine, other = fit(tiny_settings(data, epochs=1)), fit(tiny_settings(data, epochs=1, run_name="other", seed=5))
+    (mine / "last.pt").write_bytes((other / "last.pt").read_bytes())
+    with pytest.raises(RunError, match="checkpoint .*last.pt is of a run with other settings \\(seed was 5, is 0\\); delete it"):
+        fit(tiny_settings(data, epochs=1))
+
+
+@pytest.mark.parametrize("change", [lambda c: c["model"].popitem(), lambda c: c.pop("optimizer"), lambda c: c["optimizer"].clear()])
+def test_a_checkpoint_that_does_not_fit_is_named(data, change):
+    run_dir = fit(tiny_settings(data, epochs=1))
+    checkpoint = load_checkpoint(run_dir / "last.pt")
+    change(checkpoint)
+    torch.save(checkpoint, run_dir / "last.pt")
+    with pytest.raises(RunError, match="checkpoint .*last.pt does not fit this run .*; delete it to train anew"):
+        fit(tiny_settings(data, epochs=1))
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "provenance.json"])
+def test_a_run_that_lost_a_file_says_so(data, name):
+    run_dir = fit(tiny_settings(data, epochs=1))
+    (run_dir / name).unlink()
+    with pytest.raises(RunError, match=f"has lost .*{name}.*; delete that folder to train anew"):
+        fit(tiny_settings(data, epochs=1))
+
+
+def test_going_on_leaves_the_provenance_of_the_start(data):
+    run_dir = fit(tiny_settings(data, epochs=1))
+    before = json.loads((run_dir / "provenance.json").read_text()) | {"code_version": "older"}
+    (run_dir / "provenance.json").write_text(json.dumps(before))
+    fit(tiny_settings(data, epochs=1))
+    assert json.loads((run_dir / "provenance.json").read_text()) == before
 
 
 def test_a_damaged_checkpoint_is_named(data):

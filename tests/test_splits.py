@@ -55,6 +55,24 @@ def test_a_class_in_two_groups_reaches_both_sides(seed, kind):
     assert (counts[held_out].sum(0) > 0).all() and (counts[~held_out].sum(0) > 0).all()
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_a_rare_class_reaches_validation_also_at_a_small_fraction(seed):
+    rng = np.random.default_rng(seed)
+    counts = np.column_stack([rng.integers(1, 100, 10), rng.integers(1, 100, 10), np.zeros((10, 2), int)])
+    counts[rng.choice(10, 2, replace=False), 3] = rng.integers(1, 60, 2)
+    image_ids, split = split_of([f"p{i}" for i in range(10)], counts, fraction=0.25, seed=seed)
+    held_out = np.isin(image_ids, split.validation)
+    assert counts[held_out, 3].sum() > 0 and counts[~held_out, 3].sum() > 0
+
+
+def test_auto_splits_by_patient_where_every_patient_is_known():
+    patients = ["a", "a", "b", "b", "c", "d"]
+    assert split_of(patients, kind="auto")[1] == split_of(patients, kind="patient")[1]
+    unknown = split_of([None, *patients[1:]], kind="auto")[1]
+    assert unknown.kind == "random" and unknown.warning
+    assert split_of(["only"] * 6, kind="auto")[1].kind == "random"
+
+
 def test_shares_of_each_class_are_near_the_asked_one():
     rng = np.random.default_rng(0)
     counts = rng.integers(0, 50, (80, 4))

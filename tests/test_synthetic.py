@@ -17,7 +17,7 @@ from scipy import ndimage
 from cellseg_helpers.config import ROOT
 from cellseg_helpers.data import synthetic
 from cellseg_helpers.data.labels import find_instances
-from cellseg_helpers.data.synthetic import RECIPES, draw_dataset, draw_tissue
+from cellseg_helpers.data.synthetic import RECIPES, VERSION, discard_older_drawing, draw_dataset, draw_tissue
 
 TRAIN, TEST = 14, 3
 
@@ -196,6 +196,21 @@ def test_small_and_narrow_images(kind: str) -> None:
     for height, width in ((33, 80), (150, 34), (40, 40)):
         image, maps = draw_tissue(np.random.default_rng(2), height, width, kind)
         assert image.shape == (3, height, width) and maps.shape == (4, height, width)
+
+
+def test_a_drawing_of_another_version_is_discarded_and_nothing_else(tmp_path):
+    draw_dataset(tmp_path / "drawn", 2, 0)
+    discard_older_drawing(tmp_path / "drawn")
+    assert (tmp_path / "drawn" / "train").is_dir()
+    (tmp_path / "drawn" / "drawn.json").write_text(json.dumps({"version": VERSION - 1}))
+    discard_older_drawing(tmp_path / "drawn")
+    assert not (tmp_path / "drawn").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "drawn.json").write_text("not JSON")
+    discard_older_drawing(tmp_path / "mine")
+    assert (tmp_path / "mine").is_dir()
+    with pytest.raises(FileExistsError, match="holds something other than this drawing"):
+        draw_dataset(tmp_path / "mine", 2, 0)
 
 
 @pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_test": -1}, {"image_size_px": (32, 64)}, {"image_size_px": (99, 90)}])
