@@ -98,11 +98,14 @@ def _refuse_other_run(config: RunConfig, fingerprint: str, run_dir: Path) -> Non
     if before != fingerprint:
         differences["data_fingerprint"] = (before[:12], fingerprint[:12])
     if differences:
-        listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in differences.items())
         raise RunError(
-            f"{run_dir} holds a run with other settings ({listed}); choose another run_name, give the old settings to go on, "
+            f"{run_dir} holds a run with other settings ({_listed(differences)}); choose another run_name, give the old settings to go on, "
             "or delete that folder"
         )
+
+
+def _listed(differences: dict[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in differences.items())
 
 
 def provenance() -> dict[str, Any]:
@@ -154,8 +157,7 @@ def opening_checkpoint(run_dir: Path, config: RunConfig) -> Iterator[dict[str, A
     try:
         differences = config.differences(checkpoint["settings"])
         if differences:
-            listed = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in differences.items())
-            raise RunError(f"checkpoint {path} is of a run with other settings ({listed}); delete it to train anew")
+            raise RunError(f"checkpoint {path} is of a run with other settings ({_listed(differences)}); delete it to train anew")
         yield checkpoint
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
         if isinstance(error, RunError):

@@ -123,4 +123,3 @@ def test_a_ratio_of_nothing_is_a_dash_in_the_title(cell_image, detections):
     truth = to_coco([cell_image])
     title = plots.found_and_missed(cell_image, 1, truth, detections, match_detections(truth, detections), 1.0).get_suptitle()
     assert title == f"image {cell_image.image_id[:8]} at score ≥ 1.00; all images: precision –, recall 0.00, F1 0.00"
-

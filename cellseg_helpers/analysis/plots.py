@@ -234,8 +234,9 @@ def found_and_missed(
     _outline_by_class(right, [detections[row] for row in wrong], linestyle=(0, (2, 1.5)))
     _class_legend(fig)
     count = count_matches(matches, score_threshold)["all"]
-    ratios = [f"{name} {'–' if np.isnan(value) else f'{value:.2f}'}" for name, value in zip(("precision", "recall", "F1"), count[3:], strict=True)]
-    fig.suptitle(f"image {cell_image.image_id[:8]} at score ≥ {score_threshold:.2f}; all images: {', '.join(ratios)}", fontsize="small")
+    ratios = {"precision": count.precision, "recall": count.recall, "F1": count.f1}
+    told = ", ".join(f"{name} {'–' if np.isnan(value) else f'{value:.2f}'}" for name, value in ratios.items())
+    fig.suptitle(f"image {cell_image.image_id[:8]} at score ≥ {score_threshold:.2f}; all images: {told}", fontsize="small")
     return fig
 
 
