@@ -14,11 +14,15 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scenes import CLASS_NAMES, HEIGHT, WIDTH, disc, result, truth_of
 
 from cellseg_helpers.analysis.metrics import (
+    COCO_AREAS_PX,
+    average_precision,
     average_precision_per_class,
     check_detections,
     class_table,
+    count_by_image,
     count_matches,
     dense_max_dets,
     evaluate,
@@ -30,40 +34,6 @@ from cellseg_helpers.analysis.metrics import (
     summarize,
     summary_table,
 )
-
-HEIGHT, WIDTH = 90, 110
-CLASS_NAMES = ["epithelial", "lymphocyte", "neutrophil", "macrophage"]
-
-
-def disc(x: float, y: float, radius: float) -> dict:
-    ys, xs = np.mgrid[:HEIGHT, :WIDTH]
-    rle = coco_mask.encode(np.asfortranarray(((xs - x) ** 2 + (ys - y) ** 2 <= radius**2).astype(np.uint8)))
-    return {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()}
-
-
-def truth_of(cells: list[tuple[int, int, dict]], images: int = 1) -> dict:
-    """COCO truth of cells (image_id, class_id, mask)."""
-    return {
-        "images": [{"id": i, "file_name": f"image{i}", "height": HEIGHT, "width": WIDTH} for i in range(1, images + 1)],
-        "categories": [{"id": k, "name": name} for k, name in enumerate(CLASS_NAMES, 1)],
-        "annotations": [
-            {
-                "id": number,
-                "image_id": image_id,
-                "category_id": class_id,
-                "bbox": coco_mask.toBbox(mask).tolist(),
-                "area": int(coco_mask.area(mask)),
-                "iscrowd": 0,
-                "segmentation": mask,
-            }
-            for number, (image_id, class_id, mask) in enumerate(cells, 1)
-        ],
-    }
-
-
-def result(image_id: int, class_id: int, score: float, mask: dict) -> dict:
-    box = coco_mask.toBbox(mask) + [-0.5, -0.5, 3, 3]
-    return {"image_id": image_id, "bbox": box.tolist(), "score": score, "category_id": class_id, "segmentation": mask}
 
 
 @st.composite
@@ -190,6 +160,63 @@ def test_counts_equal_pycocotools_on_the_kept_detections(scene, score_threshold)
     assert list(counts) == ["all", *CLASS_NAMES]
     assert {name: counts[name][:3] for name in CLASS_NAMES} == {name: (tp[name], fp[name], fn[name]) for name in CLASS_NAMES}
     assert counts["all"][:3] == tuple(sum(values.values()) for values in (tp, fp, fn))
+
+
+@settings(deadline=None, max_examples=40)
+@given(scenes(), st.sampled_from([0.5, 0.75]), st.sampled_from([3, 100]))
+def test_average_precision_by_area_equals_pycocotools(scene, iou_threshold, max_dets):
+    truth, detections = scene
+    expected = by_pycocotools(truth, detections, (1, 2, max_dets), [iou_threshold]).eval["precision"][0, :, :, :, -1]
+    for area, limits in enumerate([(0, math.inf), *COCO_AREAS_PX.values()]):
+        matches = match_detections(truth, detections, iou_threshold, limits)
+        found = average_precision(matches, max_dets=max_dets)
+        np.testing.assert_allclose(found[0], with_nan(expected[:, :, area].mean(0)), rtol=0, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(scenes(), st.lists(st.integers(0, 3), min_size=4, max_size=4))
+def test_a_weighted_image_counts_as_if_it_stood_there_more_often(scene, times):
+    truth, detections = scene
+    spread = np.linspace(0, 1e-6, max(len(detections), 1))  # no two scores equal
+    detections = [row | {"score": row["score"] * 0.9 + more} for row, more in zip(detections, spread, strict=False)]
+    times = times[: len(truth["images"])]
+    copies = [(image["id"], number) for image, n in zip(truth["images"], times, strict=True) for number in range(n)]
+    images, cells, found = [], [], []
+    for new, (old, _) in enumerate(copies, 1):
+        images.append({**truth["images"][old - 1], "id": new})
+        cells += [{**row, "image_id": new} for row in truth["annotations"] if row["image_id"] == old]
+        found += [{**row, "image_id": new} for row in detections if row["image_id"] == old]
+    cells = [{**row, "id": number} for number, row in enumerate(cells, 1)]
+    weighted = average_precision(match_detections(truth, detections), [np.ones(len(times)), times])
+    assert weighted.shape == (2, 4)
+    if images:
+        written_out = by_pycocotools({**truth, "images": images, "annotations": cells}, found, (1, 2, 100), [0.5])
+        expected = with_nan(written_out.eval["precision"][0, :, :, 0, -1].mean(0))
+        np.testing.assert_allclose(weighted[1], expected, rtol=0, atol=1e-12)
+    else:
+        assert np.isnan(weighted[1]).all()
+
+
+def test_a_cell_outside_the_area_range_neither_counts_nor_costs():
+    small, large = disc(20, 20, 5), disc(70, 50, 25)
+    truth = truth_of([(1, 1, small), (1, 1, large)])
+    detections = [result(1, 1, 0.9, large), result(1, 1, 0.8, small), result(1, 1, 0.7, disc(100, 10, 5))]
+    matches = match_detections(truth, detections, area_range_px=COCO_AREAS_PX["medium"])
+    assert matches.truths["counted"].tolist() == [False, True]
+    assert matches.detections["counted"].tolist() == [True, False, False]
+    assert count_matches(matches)["all"][:3] == (1, 0, 0)
+    assert count_matches(match_detections(truth, detections, area_range_px=COCO_AREAS_PX["small"]))["all"][:3] == (1, 1, 0)
+
+
+def test_counts_by_image_add_up():
+    cells = [(1, 1, disc(20, 20, 10)), (1, 2, disc(60, 20, 10)), (3, 1, disc(20, 60, 10))]
+    detections = [result(1, 1, 0.9, disc(21, 20, 10)), result(2, 1, 0.8, disc(20, 20, 10)), result(3, 1, 0.2, disc(20, 60, 10))]
+    counts = count_by_image(match_detections(truth_of(cells, images=3), detections), 0.5)
+    assert counts.tp.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert counts.fp.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert counts.fn.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
+    iou = coco_mask.iou([detections[0]["segmentation"]], [cells[0][2]], [0])[0, 0]
+    assert counts.iou_sum[0, 0] == iou and counts.iou_sum.sum() == iou
 
 
 def three_discs() -> tuple[dict, list[dict]]:

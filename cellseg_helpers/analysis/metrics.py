@@ -14,6 +14,8 @@ import pandas as pd
 from pycocotools import mask as coco_mask
 
 COCO_MAX_DETS = (1, 10, 100)
+COCO_RECALLS = np.linspace(0, 1, 101)
+COCO_AREAS_PX = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
 
 
 class CocoScores(NamedTuple):
@@ -46,17 +48,20 @@ class Matches(NamedTuple):
 
     Attributes:
         detections: one row a detection, in the given order: image_id, class_id, score, area_px, matched (bool), iou (with the
-            cell it matched, otherwise the largest with any cell of its image and class), truth_id (missing if unmatched).
+            cell it matched, otherwise the largest with any cell of its image and class), truth_id (missing if unmatched),
+            counted (False where an area range leaves it out: it matched a cell outside, or none and lies outside itself).
         truths: one row a cell, indexed by annotation id: image_id, class_id, area_px, score (of the detection that
-            matched it, NaN if none), detection (its row, missing if none).
+            matched it, NaN if none), detection (its row, missing if none), counted (in the area range).
         class_names: names by class id.
         iou_threshold: the least IoU of a match.
+        image_ids: of the truth, in its order.
     """
 
     detections: pd.DataFrame
     truths: pd.DataFrame
     class_names: dict[int, str]
     iou_threshold: float
+    image_ids: list[int]
 
 
 class Counts(NamedTuple):
@@ -68,6 +73,22 @@ class Counts(NamedTuple):
     precision: float
     recall: float
     f1: float
+
+
+class ImageCounts(NamedTuple):
+    """Counts of I images (rows, as ``Matches.image_ids``) and K classes (columns, as ``Matches.class_names``).
+
+    Attributes:
+        tp: int [I, K].
+        fp: int [I, K].
+        fn: int [I, K].
+        iou_sum: float64 [I, K], of the matched pairs.
+    """
+
+    tp: np.ndarray
+    fp: np.ndarray
+    fn: np.ndarray
+    iou_sum: np.ndarray
 
 
 def check_detections(truth: dict[str, Any], detections: list[dict[str, Any]]) -> None:
@@ -201,12 +222,24 @@ def precision_recall_curves(scores: CocoScores, iou_threshold: float = 0.5) -> p
     return pd.concat(curves, ignore_index=True)
 
 
-def match_detections(truth: dict[str, Any], detections: list[dict[str, Any]], iou_threshold: float = 0.5) -> Matches:
+def match_detections(
+    truth: dict[str, Any],
+    detections: list[dict[str, Any]],
+    iou_threshold: float = 0.5,
+    area_range_px: tuple[float, float] = (0, math.inf),
+) -> Matches:
     """COCO's greedy matching of detections to cells of their image and class.
 
     From the highest score down, each detection takes the cell of largest mask IoU that is still free, if this IoU is at least
     ``iou_threshold`` (``evaluateImg`` of pycocotools). A match depends on no lower-scored detection, so one table serves every
     score threshold: see ``count_matches``.
+
+    Args:
+        truth: COCO data set with RLE masks.
+        detections: COCO results with RLE masks of the image's size.
+        iou_threshold: the least mask IoU of a match.
+        area_range_px: least and greatest mask area of the cells that count, both included; a detection takes a cell outside it
+            only where none inside is free.
 
     Raises:
         ValueError: a detection does not fit the truth (``check_detections``), or ``iou_threshold`` is not in (0, 1].
@@ -215,6 +248,8 @@ def match_detections(truth: dict[str, Any], detections: list[dict[str, Any]], io
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold is {iou_threshold}; it must be above 0 and at most 1")
     cells = truth["annotations"]
+    cell_area_px = np.array([cell["area"] for cell in cells], int)
+    cell_counts = _within(cell_area_px, area_range_px)
     score = np.array([detection["score"] for detection in detections], float)
     partner = np.full(len(detections), -1)
     best_iou = np.zeros(len(detections))
@@ -222,7 +257,7 @@ def match_detections(truth: dict[str, Any], detections: list[dict[str, Any]], io
     for key in detections_of.keys() & cells_of.keys():
         rows = np.array(detections_of[key])[np.argsort(-score[detections_of[key]], kind="stable")]
         iou = _mask_iou([detections[row] for row in rows], [cells[row] for row in cells_of[key]])
-        taken = _match_greedily(iou, iou_threshold)
+        taken = _match_greedily(iou, iou_threshold, cell_counts[cells_of[key]])
         best_iou[rows] = np.where(taken >= 0, iou[np.arange(len(rows)), taken], iou.max(axis=1))
         partner[rows] = np.where(taken >= 0, np.array(cells_of[key])[taken], -1)
 
@@ -231,26 +266,32 @@ def match_detections(truth: dict[str, Any], detections: list[dict[str, Any]], io
     finder[partner[matched]] = np.flatnonzero(matched)
     found = finder >= 0
     truth_ids = np.array([cell["id"] for cell in cells], int)
+    area_px = _areas(detections)
+    counted = _within(area_px, area_range_px)
+    counted[matched] = cell_counts[partner[matched]]
     detection_table = pd.DataFrame(
         {
             **_columns(detections),
             "score": score,
-            "area_px": _areas(detections),
+            "area_px": area_px,
             "matched": matched,
             "iou": best_iou,
             "truth_id": _nullable(truth_ids[partner] if len(cells) else partner, matched),
+            "counted": counted,
         }
     )
     truth_table = pd.DataFrame(
         {
             **_columns(cells),
-            "area_px": np.array([cell["area"] for cell in cells], int),
+            "area_px": cell_area_px,
             "score": np.where(found, score[finder], np.nan) if len(detections) else np.full(len(cells), np.nan),
             "detection": _nullable(finder, found),
+            "counted": cell_counts,
         },
         index=pd.Index(truth_ids, name="truth_id"),
     )
-    return Matches(detection_table, truth_table, _class_names(truth), iou_threshold)
+    image_ids = [image["id"] for image in truth["images"]]
+    return Matches(detection_table, truth_table, _class_names(truth), iou_threshold, image_ids)
 
 
 def count_matches(matches: Matches, score_threshold: float = 0.0) -> dict[str, Counts]:
@@ -258,14 +299,63 @@ def count_matches(matches: Matches, score_threshold: float = 0.0) -> dict[str, C
 
     ``"all"`` adds up the counts of the classes.
     """
-    kept = matches.detections[matches.detections["score"] >= score_threshold]
-    totals = matches.truths["class_id"].value_counts()
-    per_class = {}
-    for class_id, name in matches.class_names.items():
-        matched = kept.loc[kept["class_id"] == class_id, "matched"]
-        tp = int(matched.sum())
-        per_class[name] = _counts(tp, len(matched) - tp, int(totals.get(class_id, 0)) - tp)
-    return {"all": _counts(*(sum(column) for column in list(zip(*per_class.values(), strict=True))[:3]))} | per_class
+    counts = count_by_image(matches, score_threshold)
+    totals = np.stack([counts.tp, counts.fp, counts.fn]).sum(axis=1)  # [3, K]
+    per_class = {name: _counts(*totals[:, k].tolist()) for k, name in enumerate(matches.class_names.values())}
+    return {"all": _counts(*totals.sum(axis=1).tolist())} | per_class
+
+
+def count_by_image(matches: Matches, score_threshold: float = 0.0) -> ImageCounts:
+    """What ``count_matches`` adds up: the counts of each image and class."""
+    found = matches.detections[matches.detections["counted"] & (matches.detections["score"] >= score_threshold)]
+    tp = _tally(matches, found[found["matched"]])
+    cells = _tally(matches, matches.truths[matches.truths["counted"]])
+    iou_sum = _tally(matches, found[found["matched"]], "iou")
+    return ImageCounts(tp.astype(int), (_tally(matches, found) - tp).astype(int), (cells - tp).astype(int), iou_sum)
+
+
+def average_precision(matches: Matches, image_weights: np.ndarray | None = None, max_dets: int | None = None) -> np.ndarray:
+    """COCO's average precision of each class at the matches' IoU threshold, of any resampling of the images.
+
+    An image of weight 2 counts as if it stood in the data twice, one of weight 0 as if it were absent; the result is the same
+    number that COCO's evaluation gives of the images written out (but for the order of equal scores).
+
+    Args:
+        matches: of ``match_detections``.
+        image_weights: number [B, I], one row a resampling, one column an image of ``matches.image_ids``; None = all once.
+        max_dets: of each image and class only so many detections, the highest-scored, are counted; None = all.
+
+    Returns:
+        float64 [B, K], classes in the order of ``matches.class_names``; NaN for a class without a cell.
+    """
+    weights = np.ones((1, len(matches.image_ids))) if image_weights is None else np.asarray(image_weights, float)
+    table = matches.detections
+    place = _image_places(matches, table)
+    order = np.lexsort([place, -table["score"]])
+    if max_dets is not None:
+        ranked = table.iloc[order].groupby(["image_id", "class_id"]).cumcount().to_numpy()
+        order = order[ranked < max_dets]
+    order = order[table["counted"].to_numpy()[order]]
+    class_id, matched = table["class_id"].to_numpy()[order], table["matched"].to_numpy()[order]
+    cells = weights @ _tally(matches, matches.truths[matches.truths["counted"]])
+    columns = [
+        _weighted_precision(weights, cells[:, k], place[order[class_id == number]], matched[class_id == number])
+        for k, number in enumerate(matches.class_names)
+    ]
+    return np.stack(columns, axis=1)
+
+
+def _weighted_precision(weights: np.ndarray, cells: np.ndarray, place: np.ndarray, matched: np.ndarray) -> np.ndarray:
+    """Mean over COCO's 101 recalls of the largest precision at this recall or beyond: float64 [B], detections by descending score."""
+    average = np.where(cells > 0, 0.0, np.nan)
+    hits = np.flatnonzero(matched)  # the precision is largest where a cell was just found
+    for row in np.flatnonzero((cells > 0) & bool(len(hits))):
+        weight = weights[row, place]
+        found = np.cumsum(weight[hits])
+        precision = found / (np.cumsum(weight)[hits] + np.spacing(1))
+        envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0)
+        average[row] = envelope[np.searchsorted(found / cells[row], COCO_RECALLS)].mean()
+    return average
 
 
 def evaluate(
@@ -373,17 +463,35 @@ def _mask_iou(detections: list[dict[str, Any]], cells: list[dict[str, Any]]) -> 
     return coco_mask.iou([row["segmentation"] for row in detections], [row["segmentation"] for row in cells], [0] * len(cells))
 
 
-def _match_greedily(iou: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """Column int [D] that each row takes, -1 = none; the rows choose in turn, and of equal columns take the last."""
+def _match_greedily(iou: np.ndarray, iou_threshold: float, counts: np.ndarray) -> np.ndarray:
+    """Column int [D] that each row takes, -1 = none; the rows choose in turn, first among the columns that count (bool [G]), then
+    among the others, and of equal columns take the last."""
     iou_threshold = min(iou_threshold, 1 - 1e-10)
-    free = iou.copy()
     taken = np.full(len(iou), -1)
+    groups = [(columns, iou[:, columns]) for columns in (np.flatnonzero(counts), np.flatnonzero(~counts)) if len(columns)]
     for row in np.flatnonzero((iou >= iou_threshold).any(axis=1)):
-        column = iou.shape[1] - 1 - int(free[row, ::-1].argmax())
-        if free[row, column] >= iou_threshold:
-            taken[row] = column
-            free[:, column] = -1
+        for columns, free in groups:
+            column = free.shape[1] - 1 - int(free[row, ::-1].argmax())
+            if free[row, column] >= iou_threshold:
+                taken[row] = columns[column]
+                free[:, column] = -1
+                break
     return taken
+
+
+def _within(area_px: np.ndarray, area_range_px: tuple[float, float]) -> np.ndarray:
+    return (area_px >= area_range_px[0]) & (area_px <= area_range_px[1])
+
+
+def _image_places(matches: Matches, table: pd.DataFrame) -> np.ndarray:
+    return pd.Index(matches.image_ids).get_indexer(table["image_id"])
+
+
+def _tally(matches: Matches, table: pd.DataFrame, column: str | None = None) -> np.ndarray:
+    """Rows, or the sum of a column, of each image and class: float64 [I, K]."""
+    images, classes = len(matches.image_ids), len(matches.class_names)
+    place = _image_places(matches, table) * classes + pd.Index(list(matches.class_names)).get_indexer(table["class_id"])
+    return np.bincount(place, table[column] if column else None, images * classes).reshape(images, classes).astype(float)
 
 
 def _columns(annotations: list[dict[str, Any]]) -> dict[str, np.ndarray]:

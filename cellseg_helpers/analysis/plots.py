@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from skimage.measure import find_contours
 
@@ -22,6 +23,7 @@ from cellseg_helpers.data.readers import CellImage
 CLASS_COLORS = {"epithelial": "#E69F00", "lymphocyte": "#56B4E9", "neutrophil": "#009E73", "macrophage": "#D55E00"}
 DPI = 80
 WINDOW_PX = 64  # side of the crop around a mistake, at least
+MARKS = "os^D"
 LOSS_LABELS = {
     "loss_objectness": "RPN objectness",
     "loss_rpn_box_reg": "RPN boxes",
@@ -145,28 +147,118 @@ def truth_beside_predictions(
     return fig
 
 
-def precision_recall(
-    curves: pd.DataFrame, per_class: dict[str, float], counts: dict[str, Counts], score_threshold: float
-) -> Figure:
-    """The precision-recall curve of each class, and where a score threshold puts it.
+def precision_recall(curves: pd.DataFrame, per_class: dict[str, float], counts: dict[float, dict[str, Counts]]) -> Figure:
+    """The precision-recall curve of each class, and where score thresholds put it.
 
     Args:
         curves: of ``metrics.precision_recall_curves``.
         per_class: average precision by class name, for the legend; NaN for a class without truth, which is left out.
-        counts: of ``metrics.count_matches`` at ``score_threshold``.
-        score_threshold: shown as a dot on (or, as the curve is COCO's envelope, a little below) each curve.
+        counts: score threshold -> counts of ``metrics.count_matches``, shown as a mark on (or, as the curve is COCO's envelope, a
+            little below) each curve; at most ``len(MARKS)``.
     """
-    fig, ax = _figure(1, 1, 5.2, 3.6)
+    fig, ax = _figure(1, 1, 5.6, 3.6)
     for name, average in per_class.items():
         if np.isnan(average):
             continue
         curve = curves[curves["class"] == name]
         reached = curve[curve["precision"] > 0]
         ax.plot(reached["recall"], reached["precision"], color=CLASS_COLORS[name], label=f"{name}: {average:.2f}")
-        ax.plot(counts[name].recall, counts[name].precision, "o", color=CLASS_COLORS[name], markeredgecolor="0.1")
-    ax.plot([], [], "o", color="white", markeredgecolor="0.1", label=f"score ≥ {score_threshold:g}")
+        for mark, count in zip(MARKS, counts.values(), strict=False):
+            ax.plot(count[name].recall, count[name].precision, mark, color=CLASS_COLORS[name], markeredgecolor="0.1")
+    for mark, score_threshold in zip(MARKS, counts, strict=False):
+        label = f"score ≥ {score_threshold:g}" if score_threshold else "all detections"
+        ax.plot([], [], mark, color="white", markeredgecolor="0.1", label=label)
     ax.set(xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
     ax.legend(frameon=False, title="average precision", loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
+def score_histograms(matches: Matches) -> Figure:
+    """Scores of the detections of each class, matched (in the class's colour) on top of unmatched ones (grey)."""
+    fig, axes = _figure(2, 2, 7.2, 4.2, sharex=True)
+    bins = np.linspace(0, 1, 41)
+    for ax, (class_id, name) in zip(axes.flat, matches.class_names.items(), strict=True):
+        found = matches.detections[matches.detections["class_id"] == class_id]
+        parts = [found.loc[~found["matched"], "score"], found.loc[found["matched"], "score"]]
+        ax.hist(parts, bins, stacked=True, color=["0.75", CLASS_COLORS[name]])
+        ax.set_title(f"{name}: {len(parts[1])} matched, {len(parts[0])} not", fontsize="medium")
+        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        ax.set_xlim(0, 1)
+    handles = [Patch(color="0.75", label="matches no annotated cell"), Patch(color="0.3", label="colours: matches one")]
+    fig.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize="small")
+    fig.supxlabel("score", fontsize="medium")
+    fig.supylabel("detections", fontsize="medium")
+    return fig
+
+
+def threshold_sweep(table: pd.DataFrame) -> Figure:
+    """Average precision, precision, recall and F1 over the score threshold, by class and all together.
+
+    Args:
+        table: of ``thresholds.sweep``; its column of average precision is the one whose name begins with AP.
+    """
+    average = next(column for column in table if column.startswith("AP"))
+    fig, axes = _figure(2, 2, 7.2, 4.8, sharex=True, sharey=True)
+    for ax, column in zip(axes.flat, (average, "precision", "recall", "F1"), strict=True):
+        for name, colour in {"all": "0.1", **CLASS_COLORS}.items():
+            rows = table[table["class"] == name]
+            style = "--" if name == "all" else "-"
+            ax.plot(rows["score_threshold"], rows[column], style, color=colour, marker=".", markersize=4, label=name)
+        ax.set_title(column, fontsize="medium")
+        ax.set_ylim(0, 1.02)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+    for ax in axes[1]:
+        ax.set_xlabel("score threshold")
+    return fig
+
+
+def reliability_diagram(table: pd.DataFrame, errors: pd.Series) -> Figure:
+    """Matched share over score, by class, and how many detections each point stands for.
+
+    Args:
+        table: of ``thresholds.reliability``.
+        errors: expected calibration error by class, for the legend.
+    """
+    fig, (ax, below) = _figure(2, 1, 5.6, 4.6, sharex=True, height_ratios=(3, 1))
+    ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", label="scores were probabilities")
+    for name, colour in {"all": "0.1", **CLASS_COLORS}.items():
+        rows = table[table["class"] == name]
+        style = "--" if name == "all" else "-"
+        for axis, column in ((ax, "matched_share"), (below, "detections")):
+            axis.plot(rows["mean_score"], rows[column], style, color=colour, marker="o", markersize=3)
+        ax.plot([], [], style, color=colour, label=f"{name}: {errors.get(name, np.nan):.2f}")
+    ax.set(ylabel="share that matches a cell", xlim=(0, 1), ylim=(0, 1.02))
+    below.set(xlabel="score (mean of a bin)", ylabel="detections", yscale="log")
+    ax.legend(frameon=False, title="expected calibration error", loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    return fig
+
+
+def predicted_against_true_counts(counts: dict[str, pd.DataFrame]) -> Figure:
+    """Predicted over annotated cells of each image, one panel a class, one mark for each way to choose the threshold.
+
+    Args:
+        counts: name of the choice -> table of ``thresholds.cell_counts``; at most ``len(MARKS)``.
+    """
+    fig, axes = _figure(1, 4, 9.2, 2.9)
+    for ax, (name, colour) in zip(axes, CLASS_COLORS.items(), strict=True):
+        largest = 1
+        for mark, size, table in zip(MARKS, (7, 5, 4), counts.values(), strict=False):
+            rows = table[table["class"] == name]
+            face = colour if mark == MARKS[0] else "white"
+            ax.plot(rows["cells"], rows["predicted"], mark, color=face, markeredgecolor=colour, markersize=size, alpha=0.8)
+            largest = max(largest, rows["cells"].max(), rows["predicted"].max())
+        ax.plot([0, largest], [0, largest], color="0.6", linewidth=0.8, linestyle=":")
+        ax.set_title(name, fontsize="medium")
+        ax.set_xlabel("cells of an image")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator(4, integer=True))
+    handles = [
+        Line2D([], [], linestyle="", marker=mark, color="0.4" if mark == MARKS[0] else "white", markeredgecolor="0.4", label=name)
+        for mark, name in zip(MARKS, counts, strict=False)
+    ]
+    fig.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    axes[0].set_ylabel("predicted cells")
     return fig
 
 

@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+from scenes import CLASS_NAMES, disc, result, truth_of
+
+from cellseg_helpers.analysis import resampling
+from cellseg_helpers.analysis.metrics import count_matches, dense_max_dets, match_detections, score_coco, summarize
+
+MASKS = [disc(x, y, r) for x, y, r in ((15, 15, 6), (45, 15, 8), (80, 40, 20), (20, 60, 18), (100, 80, 7), (60, 80, 6))]
+
+
+def scene(images: int = 12, seed: int = 0, shift: float = 2.0, missed: float = 0.2):
+    """Every image holds six cells of three classes; found with a shift, some missed, with some finds of nothing."""
+    rng = np.random.default_rng(seed)
+    cells, detections = [], []
+    for image_id in range(1, images + 1):
+        for n, mask in enumerate(MASKS):
+            cells.append((image_id, 1 + n % 3, mask))
+            if rng.random() > missed:
+                x, y, r = [(15, 15, 6), (45, 15, 8), (80, 40, 20), (20, 60, 18), (100, 80, 7), (60, 80, 6)][n]
+                moved = disc(x + rng.normal(0, shift), y + rng.normal(0, shift), r)
+                detections.append(result(image_id, 1 + n % 3, float(rng.uniform(0.3, 1)), moved))
+        detections.append(result(image_id, int(rng.integers(1, 4)), float(rng.uniform(0, 0.7)), disc(60, 50, 5)))
+    return truth_of(cells, images), detections
+
+
+def of_patients(truth, names):
+    images = [image | {"patient": name} for image, name in zip(truth["images"], names, strict=True)]
+    return truth | {"images": images}
+
+
+def test_halves_hold_every_image_once_and_no_patient_twice():
+    truth, detections = scene()
+    truth = of_patients(truth, [f"p{i % 4}" for i in range(12)])
+    first, second, told = resampling.halve(truth, detections, 0)
+    ids = [{image["id"] for image in half.truth["images"]} for half in (first, second)]
+    assert ids[0] | ids[1] == set(range(1, 13)) and not ids[0] & ids[1] and len(ids[0]) == 6
+    patients = [{image["patient"] for image in half.truth["images"]} for half in (first, second)]
+    assert not patients[0] & patients[1]
+    assert told == "6 images to choose on and 6 to judge on (no patient in both)."
+    for half, images in zip((first, second), ids, strict=True):
+        assert {row["image_id"] for row in half.detections} == images == {row["image_id"] for row in half.truth["annotations"]}
+    assert len(first.detections) + len(second.detections) == len(detections)
+    assert "drawn by image" in resampling.halve(scene()[0], detections, 0)[2]
+
+
+def test_one_image_cannot_be_halved():
+    with pytest.raises(ValueError, match="at least two images"):
+        resampling.halve(*scene(images=1), 0)
+
+
+def test_the_first_scores_are_those_of_the_images_themselves():
+    truth, detections = scene()
+    scores = resampling.resampled_scores(truth, detections, resampling.draw_images(12, 20, 0))
+    summary = summarize(score_coco(truth, detections, dense_max_dets(truth)))
+    for metric in ("AP50", "AP75"):
+        assert scores[metric, "all"][0] == pytest.approx(summary[metric], abs=1e-12)
+    matches = match_detections(truth, detections)
+    for name, count in count_matches(matches).items():
+        for metric, value in (("precision", count.precision), ("recall", count.recall), ("F1", count.f1)):
+            np.testing.assert_equal(scores[metric, name][0], value)
+    assert all(len(values) == 21 for values in scores.values())
+    assert {of for metric, of in scores if metric == "AP50"} == {"all", *CLASS_NAMES, "small", "medium", "large"}
+
+
+def test_panoptic_quality_of_a_known_scene():
+    truth = truth_of([(1, 1, MASKS[0]), (1, 1, MASKS[1])])
+    detections = [result(1, 1, 0.9, MASKS[0]), result(1, 1, 0.8, MASKS[4])]
+    scores = resampling.resampled_scores(truth, detections, resampling.draw_images(1, 0, 0))
+    assert scores["PQ", "epithelial"] == scores["PQ", "all"] == [1 / (1 + 0.5 + 0.5)]
+    assert np.isnan(scores["PQ", "lymphocyte"]).all()
+
+
+def test_bootstrap_samples_have_as_many_images():
+    drawn = resampling.draw_images(7, 200, 3)
+    assert drawn.shape == (201, 7) and (drawn[0] == 1).all() and (drawn.sum(1) == 7).all()
+    assert (drawn == resampling.draw_images(7, 200, 3)).all() and (drawn != resampling.draw_images(7, 200, 4)).any()
+
+
+def verdicts(before, after):
+    weights = resampling.draw_images(12, 300, 0)
+    truth = scene()[0]
+    table = resampling.compare(
+        resampling.resampled_scores(truth, before, weights), resampling.resampled_scores(truth, after, weights)
+    )
+    return table.set_index(["metric", "of"])
+
+
+def test_a_planted_effect_is_found_in_both_directions():
+    good, poor = scene(missed=0.1)[1], scene(missed=0.5)[1]
+    table = verdicts(poor, good)
+    row = table.loc["recall", "all"]
+    assert row["verdict"] == "better" and 0 < row["low"] < row["difference"] < row["high"]
+    assert row["difference"] == pytest.approx(row["after"] - row["before"])
+    assert verdicts(good, poor).loc[("recall", "all"), "verdict"] == "worse"
+    assert verdicts(good, poor).loc[("AP50", "all"), "verdict"] == "worse"
+
+
+def test_no_effect_is_not_found():
+    first = scene(seed=1)[1]
+    assert set(verdicts(first, first)["verdict"]) <= {"unchanged", "cannot tell"}
+    assert verdicts(first, first).loc[("AP50", "all"), "verdict"] == "unchanged"
+    found = [verdicts(first, scene(seed=seed)[1]).loc[("recall", "all"), "verdict"] for seed in range(2, 12)]
+    assert found.count("cannot tell") >= 8
+
+
+def test_a_class_in_one_image_has_no_interval():
+    truth, detections = scene()
+    lone = truth_of([*[(row["image_id"], row["category_id"], row["segmentation"]) for row in truth["annotations"]], (1, 4, MASKS[5])], 12)
+    weights = resampling.draw_images(12, 300, 0)
+    before = resampling.resampled_scores(lone, detections, weights)
+    after = resampling.resampled_scores(lone, [*detections, result(1, 4, 0.9, MASKS[5])], weights)
+    row = resampling.compare(before, after).set_index(["metric", "of"]).loc["recall", "macrophage"]
+    assert row["difference"] == 1 and np.isnan(row["low"]) and row["verdict"] == "cannot tell"
+
+
+def test_nothing_found_is_no_error():
+    truth = scene()[0]
+    scores = resampling.resampled_scores(truth, [], resampling.draw_images(12, 5, 0))
+    assert (scores["AP50", "all"] == 0).all() and np.isnan(scores["precision", "all"]).all()
