@@ -223,13 +223,13 @@ class RunConfig:
         return {name: (other.get(name), mine.get(name)) for name in names if other.get(name) != mine.get(name)}
 
 
-def check_parameters(namespace: dict[str, Any], **types_by_name: type) -> dict[str, Any]:
+def check_parameters(namespace: dict[str, Any], **types_by_name: type | tuple[type, float, float]) -> dict[str, Any]:
     """Check a notebook's own parameters; call it with ``globals()`` right after the parameters cell.
 
     Args:
         namespace: the notebook's globals; every plain value in it counts as a parameter.
-        types_by_name: the parameters that the notebook has, with their types. Names that ``RunConfig`` has too are held to its
-            range.
+        types_by_name: the parameters that the notebook has, with their types; (type, least, greatest) also bounds the value, or
+            each number of a list. Names that ``RunConfig`` has too are held to its range.
 
     Returns:
         name -> value, in the order of ``types_by_name``.
@@ -245,7 +245,11 @@ def check_parameters(namespace: dict[str, Any], **types_by_name: type) -> dict[s
     for name in types_by_name:
         if name not in found:
             raise ValueError(f"parameter {name!r} has no value; the parameters cell must set it")
-    checked = {name: _typed(name, found[name], kind) for name, kind in types_by_name.items()}
+    kinds = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in types_by_name.items()}
+    checked = {name: _typed(name, found[name], kind) for name, (kind, *_) in kinds.items()}
+    for name, (_, *bounds) in kinds.items():
+        if bounds:
+            _check_bounds(name, checked[name], *bounds)
     RunConfig(**{name: value for name, value in checked.items() if name in RunConfig.__dataclass_fields__})
     namespace[CHECKED] = True
     return checked
@@ -290,6 +294,14 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, str):
         hint = "; YAML reads 1e-4 as text, write 1.0e-4"
     raise ValueError(f"{name} is {value!r}, but must be of type {kind.__name__}{hint}")
+
+
+def _check_bounds(name: str, value: Any, least: float, greatest: float) -> None:
+    numbers = value if isinstance(value, list) else [value]
+    is_number = [isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers]
+    if not numbers or not all(is_number) or not all(least <= number <= greatest for number in numbers):
+        each = "hold one or more numbers, each" if isinstance(value, list) else "lie"
+        raise ValueError(f"{name} is {value!r}, but must {each} between {least:g} and {greatest:g}")
 
 
 def _did_you_mean(name: Any, known) -> str:

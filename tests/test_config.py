@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -246,3 +247,25 @@ def test_the_guard_can_run_again_in_a_live_kernel_and_still_finds_typos():
     assert RunConfig.from_notebook(namespace) == config
     with pytest.raises(ValueError, match="did you mean 'backbone'"):
         RunConfig.from_notebook(namespace | {"bakbone": "resnet101"})
+
+
+@pytest.mark.parametrize(
+    "value, bounds, message",
+    [
+        (0, (int, 1, 12), "shown is 0, but must lie between 1 and 12"),
+        (13, (int, 1, 12), "shown is 13, but must lie between 1 and 12"),
+        (1.5, (float, 0, 1), "shown is 1.5, but must lie between 0 and 1"),
+        ([0.2, 25], (list, 0, 1), "shown is [0.2, 25], but must hold one or more numbers, each between 0 and 1"),
+        ([], (list, 0, 1), "shown is [], but must hold one or more numbers"),
+        (["0.2"], (list, 0, 1), "shown is ['0.2'], but must hold one or more numbers"),
+        ("3", (int, 1, 12), "shown is '3', but must be of type int"),
+    ],
+)
+def test_a_notebooks_own_parameter_out_of_bounds_is_told(value, bounds, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_parameters({"shown": value}, shown=bounds)
+
+
+def test_a_notebooks_own_parameter_within_bounds_passes():
+    found = check_parameters({"shown": 12, "limits": [0, 0.5, 1]}, shown=(int, 1, 12), limits=(list, 0, 1))
+    assert found == {"shown": 12, "limits": [0, 0.5, 1]}

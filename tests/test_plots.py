@@ -103,7 +103,7 @@ def test_every_figure_draws_and_stays_closed(cell_image, detections):
         plots.loss_parts(history),
         plots.truth_beside_predictions([cell_image], [truth["annotations"]], [detections], 0.5),
         plots.precision_recall(curves, average, {0: count_matches(matches), 0.5: counts}),
-        plots.mistakes(confident_mistakes(truth, detections, matches, 5), [cell_image], truth, detections),
+        plots.crops(confident_mistakes(truth, detections, matches, 5), [cell_image], truth, detections),
         plots.found_and_missed(cell_image, 1, truth, detections, matches, 0.5),
         plots.found_and_missed(cell_image, 1, truth, [], match_detections(truth, []), 0.5),
     ]

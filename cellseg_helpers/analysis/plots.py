@@ -262,13 +262,13 @@ def predicted_against_true_counts(counts: dict[str, pd.DataFrame]) -> Figure:
     return fig
 
 
-def mistakes(
+def crops(
     table: pd.DataFrame, cell_images: Sequence[CellImage], truth: dict[str, Any], detections: list[dict[str, Any]]
 ) -> Figure:
-    """A crop around each wrong detection (solid), with the annotated cells (dashed), outlined by class.
+    """A crop around each of some detections (solid), with the annotated cells (dashed), outlined by class.
 
     Args:
-        table: of ``tables.confident_mistakes``, at most 12 rows.
+        table: indexed by the detection's row: class, score, kind (shown above the crop), as ``tables.confident_mistakes`` gives.
         cell_images: the images of ``truth``, in its order.
         truth: COCO data set.
         detections: COCO results, of which ``table`` is a part.
@@ -278,16 +278,100 @@ def mistakes(
     fig, axes = _figure(rows, columns, 7.2, 2.15 * rows + 0.3, squeeze=False)
     for ax in axes.flat[len(table) :]:
         ax.set_axis_off()
-    for ax, (row, mistake) in zip(axes.flat, table.iterrows(), strict=False):
+    for ax, (row, told) in zip(axes.flat, table.iterrows(), strict=False):
         detection = detections[row]
         number = detection["image_id"]
-        _show(ax, cell_images[number - 1].image, f"{mistake['class']} {mistake['score']:.2f}\n{mistake['kind']}")
+        _show(ax, cell_images[number - 1].image, f"{told['class']} {told['score']:.2f}\n{told['kind']}")
         _outline_by_class(ax, [cell for cell in truth["annotations"] if cell["image_id"] == number], linestyle=(0, (2, 1.5)))
         _outline_by_class(ax, [detection], linewidth=2)
         x, y, width, height = detection["bbox"]
         half = max(WINDOW_PX, 1.5 * width, 1.5 * height) / 2
         ax.set(xlim=(x + width / 2 - half, x + width / 2 + half), ylim=(y + height / 2 + half, y + height / 2 - half))
         ax.set_facecolor("0.85")
+    _class_legend(fig)
+    return fig
+
+
+def border_contact(contacts: dict[str, pd.DataFrame]) -> Figure:
+    """Cells at the border over the number expected by chance, by class, with the interval of chance (grey); one panel a table.
+
+    Args:
+        contacts: title -> table of ``borders.border_contact``.
+    """
+    fig, axes = _figure(1, len(contacts), 2.6 * len(contacts) + 1, 2.6, sharey=True, squeeze=False)
+    for ax, (title, table) in zip(axes[0], contacts.items(), strict=True):
+        shown = table[table["expected"] > 0]
+        places = [list(table.index).index(name) for name in shown.index]
+        low, high = shown["low"] / shown["expected"], shown["high"] / shown["expected"]
+        ax.barh(places, high - low, left=low, height=0.6, color="0.85")
+        ax.axvline(1, color="0.5", linewidth=0.8, linestyle=":")
+        for place, (name, row) in zip(places, shown.iterrows(), strict=True):
+            ax.plot(row["ratio"], place, "o", color=CLASS_COLORS.get(name, "0.1"))
+            ax.annotate(f"{row['at_border']} of {row['expected']:.0f}", (0.98, place), xycoords=("axes fraction", "data"),
+                        ha="right", va="center", fontsize="x-small")  # fmt: skip
+        ax.set_yticks(range(len(table)), table.index)
+        ax.set_xlim(-0.1, max(2.4, 1.5 * shown["ratio"].max(), 1.4 * high.max()) if len(shown) else 2.4)
+        ax.set_title(title, fontsize="small")
+        ax.set_xlabel("cells at the border / by chance")
+    axes[0, 0].invert_yaxis()
+    return fig
+
+
+def border_strip(cell_image: CellImage, truth: list[dict[str, Any]], at_border: list[dict[str, Any]], title: str) -> Figure:
+    """Annotated cells over an image (report B, figure 2), beside the detections that come near its border.
+
+    Args:
+        cell_image: the image.
+        truth: its COCO annotations.
+        at_border: its COCO results near the border.
+        title: of the detections.
+    """
+    fig, (left, right) = _figure(1, 2, 6.6, 3.7)
+    _show(left, cell_image.image, f"{cell_image.image_id[:8]}: {len(truth)} annotated")
+    _outline_by_class(left, truth)
+    _show(right, cell_image.image, f"{len(at_border)} {title}")
+    _outline_by_class(right, at_border)
+    _class_legend(fig)
+    return fig
+
+
+def step_effects(effects: pd.DataFrame, steps: pd.DataFrame, metrics: Sequence[str]) -> Figure:
+    """What each step of post-processing changed on the judging half: difference and 95 % interval, one panel a metric.
+
+    Args:
+        effects: ``effects`` of ``ablation.ablate``; the rows of all classes together are shown.
+        steps: ``steps`` of it; steps that were not carried on are drawn hollow.
+        metrics: of the panels.
+    """
+    fig, axes = _figure(1, len(metrics), 2.0 * len(metrics) + 1.4, 0.28 * len(steps) + 1, sharey=True, squeeze=False)
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        rows = effects[(effects["of"] == "all") & (effects["metric"] == metric)].set_index("step").loc[steps.index]
+        ax.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
+        ax.hlines(range(len(rows)), rows["low"], rows["high"], color="#0072B2", linewidth=1.5)
+        for place, (difference, carried) in enumerate(zip(rows["difference"], steps["carried"], strict=True)):
+            ax.plot(difference, place, "o", markeredgecolor="#0072B2", color="#0072B2" if carried else "white", markersize=5)
+        ax.set_yticks(range(len(rows)), rows.index)
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+        ax.set_title(metric, fontsize="medium")
+        ax.set_xlabel("change")
+    axes[0, 0].invert_yaxis()
+    return fig
+
+
+def before_and_after(cell_image: CellImage, before: list[dict[str, Any]], labels: np.ndarray) -> Figure:
+    """An image, its detections as predicted (they may overlap), and the label image in the end.
+
+    Args:
+        cell_image: the image.
+        before: COCO results, outlined by class.
+        labels: uint [H, W], one colour an id; 0 = background.
+    """
+    fig, (left, middle, right) = _figure(1, 3, 8.4, 3.3)
+    _show(left, cell_image.image, cell_image.image_id[:8])
+    _show(middle, cell_image.image, f"{len(before)} detections")
+    _outline_by_class(middle, before, linewidth=0.8)
+    right.imshow(colour_instances(labels[None].astype(np.int32)))
+    _bare(right, f"{len(np.unique(labels)) - 1} cells, each pixel to one")
     _class_legend(fig)
     return fig
 

@@ -69,13 +69,16 @@ def draw_images(images: int, resamples: int, seed: int) -> np.ndarray:
     return np.concatenate([np.ones((1, images), int), drawn])
 
 
-def resampled_scores(truth: dict[str, Any], detections: list[dict[str, Any]], image_weights: np.ndarray) -> Scores:
+def resampled_scores(
+    truth: dict[str, Any], detections: list[dict[str, Any]], image_weights: np.ndarray, score_threshold: float = 0.0
+) -> Scores:
     """Scores of detections, as they are and of bootstrap samples of their images.
 
     Args:
         truth: COCO data set.
         detections: COCO results.
         image_weights: of ``draw_images``, [1 + B, I].
+        score_threshold: of the detections that count for precision, recall, F1 and PQ.
 
     Returns:
         (metric, of) -> float64 [1 + B]. Metrics: AP50, AP75 (COCO's, at the dense ``maxDets``), precision, recall, F1 and PQ at
@@ -92,7 +95,7 @@ def resampled_scores(truth: dict[str, Any], detections: list[dict[str, Any]], im
     for area, limits in COCO_AREAS_PX.items():
         of_area = match_detections(truth, detections, 0.5, limits)
         scores["AP50", area] = _mean_of_defined(average_precision(of_area, image_weights, limit))
-    return scores | count_scores(matches, image_weights)
+    return scores | count_scores(matches, image_weights, score_threshold)
 
 
 def count_scores(matches: Matches, image_weights: np.ndarray, score_threshold: float = 0.0) -> Scores:

@@ -128,11 +128,8 @@ def describe_split(split: Mapping[str, Any]) -> str:
 
 def images_of_run(run: Run) -> tuple[list[CellImage], str]:
     """The validation images of a run in the order of its truth, and a sentence; no images where the data are gone or changed."""
-    settings = run.settings
     try:
-        dataset = open_dataset(
-            settings["data"], settings["instance_reading"], settings["min_instance_area_px"], settings["skip_faulty_images"]
-        )
+        dataset = _dataset_of(run)
     except DataError as error:
         return [], f"No pictures: {str(error).splitlines()[0]}"
     index = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
@@ -141,6 +138,36 @@ def images_of_run(run: Run) -> tuple[list[CellImage], str]:
     if to_coco(images)["annotations"] != run.truth["annotations"]:
         return [], f"No pictures: the data {dataset.name!r} are no longer those that this run was scored on."
     return images, f"Pictures are from the data {dataset.name!r}, whose cells are those that the run was scored on."
+
+
+def annotations_of_run(run: Run) -> tuple[dict[str, Any], str]:
+    """All annotated images of a run's data as a COCO data set, and a sentence; the validation images where the data are gone."""
+    try:
+        dataset = _dataset_of(run)
+    except DataError as error:
+        return run.truth, f"Only the {len(run.truth['images'])} validation images: {str(error).splitlines()[0]}"
+    return to_coco(dataset), f"All {len(dataset)} annotated images of the data {dataset.name!r}."
+
+
+def _dataset_of(run: Run) -> CellDataset:
+    settings = run.settings
+    return open_dataset(
+        settings["data"], settings["instance_reading"], settings["min_instance_area_px"], settings["skip_faulty_images"]
+    )
+
+
+def affected_detections(matches: Matches, rows: Sequence[int], count: int) -> pd.DataFrame:
+    """Of some detections the highest-scored, indexed by their row: image_id, class, score, kind (right or wrong), for ``plots.crops``.
+
+    Args:
+        matches: of ``metrics.match_detections``.
+        rows: of the detections.
+        count: rows at most.
+    """
+    found = matches.detections.loc[list(rows)].nlargest(count, "score")
+    kinds = np.where(found["matched"], "right", "wrong")
+    table = pd.DataFrame({"image_id": found["image_id"], "class": found["class_id"].map(matches.class_names), "score": found["score"]})
+    return table.assign(kind=kinds).rename_axis("detection")
 
 
 def confident_mistakes(truth: dict[str, Any], detections: list[dict[str, Any]], matches: Matches, count: int) -> pd.DataFrame:

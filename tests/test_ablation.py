@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+from scenes import disc, result, truth_of
+
+from cellseg_helpers.analysis import ablation
+from cellseg_helpers.analysis.ablation import Step, ablate, apply_recipe, panoptic_quality, steps_of_report_e
+from cellseg_helpers.analysis.postprocess import mask_nms
+from cellseg_helpers.analysis.resampling import halve
+
+PLACES = [(15, 15), (45, 15), (75, 15), (15, 60), (45, 60), (80, 60)]
+
+
+def scene(images: int = 12):
+    """Six cells an image, each found exactly; each also by a low-scored detection of another class, and each image has a find of
+    nothing with a low score."""
+    cells, detections = [], []
+    rng = np.random.default_rng(0)
+    for image_id in range(1, images + 1):
+        for n, (x, y) in enumerate(PLACES):
+            class_id = 1 + n % 2
+            mask = disc(x + float(rng.uniform(-2, 2)), y, 9)
+            cells.append((image_id, class_id, mask))
+            detections.append(result(image_id, class_id, float(rng.uniform(0.6, 1)), mask))
+            detections.append(result(image_id, 3 - class_id, float(rng.uniform(0.55, 0.6)), mask))
+        detections.append(result(image_id, 1, float(rng.uniform(0.05, 0.2)), disc(100, 80, 6)))
+    return truth_of(cells, images), detections
+
+
+@pytest.fixture(scope="module")
+def halves():
+    return halve(*scene(), 0)[:2]
+
+
+def drop_above(detections, score):
+    return [row for row in detections if row["score"] < score]
+
+
+def test_a_step_that_helps_is_carried_on_and_one_that_harms_is_not(halves):
+    steps = [
+        Step("doubles", mask_nms, [0.9, 0.5]),
+        Step("harm", drop_above, [0.8]),
+        Step("nothing", lambda detections, _: list(detections), [None]),
+        Step("needed", drop_above, [0.99], required=True),
+    ]
+    found = ablate(*halves, steps, 200, 0)
+    assert found.steps["carried"].tolist() == [True, False, False, True]
+    assert found.steps.loc["doubles", "option"] == 0.9  # of equally good ones the first
+    assert [step.name for step, _ in found.recipe] == ["doubles", "needed"]
+    of_all = found.effects[found.effects["of"] == "all"].set_index(["step", "metric"])
+    assert of_all.loc[("doubles", "precision"), "verdict"] == "better"
+    assert of_all.loc[("doubles", "recall"), "verdict"] == "unchanged"
+    assert of_all.loc[("harm", "recall"), "verdict"] == of_all.loc[("harm", "PQ"), "verdict"] == "worse"
+    assert (of_all.loc["nothing", "verdict"] == "unchanged").all()
+    # a step is measured from what was carried on, not from the step above it
+    assert of_all.loc[("nothing", "recall"), "before"] == of_all.loc[("doubles", "recall"), "after"]
+
+
+def test_the_best_option_is_that_of_the_choosing_half(halves):
+    choosing, judging = halves
+    harmful_first = Step("cut", lambda detections, score: [row for row in detections if row["score"] >= score], [0.99, 0.6, 0.0])
+    found = ablate(choosing, judging, [harmful_first], 10, 0)
+    qualities = [panoptic_quality(choosing._replace(detections=harmful_first.apply(choosing.detections, o))) for o in (0.99, 0.6, 0.0)]
+    assert found.steps.loc["cut", "option"] == 0.6 and found.steps.loc["cut", "PQ_after"] == max(qualities)
+    assert found.steps.loc["cut", "PQ_before"] == qualities[2]
+
+
+def test_the_total_is_the_recipe_applied(halves):
+    choosing, judging = halves
+    steps = steps_of_report_e([(0.01, 1.15), (0.05, 1.1)], [0.1, 0.3, 0.5], [1, 2], [1.0], [0.5], [0.25])
+    assert [step.name for step in steps] == [
+        "size-aware scores", "class thresholds", "closing", "opening", "hole filling", "largest component", "smoothing", "mask NMS",
+        "each pixel to one cell",
+    ]  # fmt: skip
+    found = ablate(choosing, judging, steps, 50, 0)
+    assert {"class thresholds", "mask NMS", "each pixel to one cell"} <= {step.name for step, _ in found.recipe}
+    assert found.steps.loc["class thresholds", "option"] == {1: 0.3, 2: 0.1, 3: 0.3, 4: 0.3}
+    final = judging._replace(detections=apply_recipe(judging.detections, found.recipe))
+    total = found.total.set_index(["metric", "of"]).loc["PQ", "all"]
+    assert total["before"] == panoptic_quality(judging) and total["after"] == panoptic_quality(final)
+    assert total["after"] == 1.0 and total["verdict"] == "better"
+
+
+def test_inputs_are_left_alone(halves):
+    before = [dict(row) for row in halves[0].detections]
+    ablation.ablate(*halves, [Step("doubles", mask_nms, [0.5])], 5, 0)
+    assert halves[0].detections == before
