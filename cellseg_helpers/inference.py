@@ -9,7 +9,7 @@ from torch.nn import functional
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 from torchvision.ops import clip_boxes_to_image
 
-from cellseg_helpers.data.labels import encode_box_mask
+from cellseg_helpers.data.labels import encode_box_masks
 
 SAME_CELL_IOU = 0.5  # of two masks, in the region that both tiles see
 TILES_PER_BATCH = 4
@@ -99,14 +99,15 @@ def predict(
     tiles = lay_tiles(height, width, tile_size_px, tile_overlap_px)
     found = merge_tiles(_detect(model, image, tiles, mask_threshold), tiles, height, width, tile_overlap_px)
     boxes, labels, scores, masks = found.select(np.argsort(-found.scores, kind="stable"))
+    encoded = encode_box_masks(masks, [(height, width)] * len(masks))
     return [
         {
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "score": score,
             "category_id": label,
-            "segmentation": encode_box_mask(*mask, height, width),
+            "segmentation": mask,
         }
-        for (x1, y1, x2, y2), label, score, mask in zip(boxes.tolist(), labels.tolist(), scores.tolist(), masks, strict=True)
+        for (x1, y1, x2, y2), label, score, mask in zip(boxes.tolist(), labels.tolist(), scores.tolist(), encoded, strict=True)
     ]
 
 

@@ -10,8 +10,10 @@ from cellseg_helpers.data.labels import (
     CLASS_NAMES,
     connected_components,
     decode_in_box,
+    decode_in_boxes,
     drop_small_instances,
     encode_box_mask,
+    encode_box_masks,
     encode_instances,
     find_instances,
 )
@@ -153,6 +155,35 @@ def test_long_runs_round_trip(seed):
     assert encode_box_mask(inside, x0, y0, *image.shape)["counts"] == rle["counts"].decode()
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(masks, offsets), max_size=8))
+def test_batches_equal_one_by_one(cases):
+    """Masks of different images; empty ones and ones as high or as large as their image are among them."""
+    full = [full_rle(mask, x, y, mask.shape[0] + y + bottom, mask.shape[1] + x + right) for mask, (x, right, y, bottom) in cases]
+    sizes = [image.shape for image, _ in full]
+    rles = [{"size": list(image.shape), "counts": counts} for image, counts in full]
+    assert encode_box_masks([(mask, x, y) for mask, (x, _, y, _) in cases], sizes) == rles
+    for (image, _), rle, (inside, x0, y0) in zip(full, rles, decode_in_boxes(rles), strict=True):
+        assert inside.dtype == bool
+        again = np.zeros(image.shape, bool)
+        again[y0 : y0 + inside.shape[0], x0 : x0 + inside.shape[1]] = inside
+        assert np.array_equal(again, image)
+        alone, *corner = decode_in_box(rle)
+        assert np.array_equal(alone, inside) and corner == [x0, y0]
+    assert encode_box_masks(decode_in_boxes(rles), sizes) == rles
+
+
+def test_batch_with_long_runs_and_bytes():
+    rng = np.random.default_rng(0)
+    images = [np.asfortranarray(rng.random((1500, 20)) < share, np.uint8) for share in (0.001, 1, 0.999, 0, 0.5)]
+    rles = [coco_mask.encode(image) for image in images]
+    inside = decode_in_boxes(rles)
+    assert [mask.sum() for mask, _, _ in inside] == [image.sum() for image in images]
+    assert [rle["counts"].encode() for rle in encode_box_masks(inside, [rle["size"] for rle in rles])] == [
+        rle["counts"] for rle in rles
+    ]
+
+
 def test_work_does_not_grow_with_the_image():
     """A dense 60,000 x 60,000 px image would take 3.6 GB."""
     mask = np.array([[True, False], [True, True]])
@@ -166,6 +197,8 @@ def test_work_does_not_grow_with_the_image():
 def test_mask_outside_its_image_is_refused():
     with pytest.raises(ValueError, match="a 2 x 3 px mask at x 8, y 0 reaches outside its 10 x 10 px image"):
         encode_box_mask(np.ones((2, 3), bool), 8, 0, 10, 10)
+    with pytest.raises(ValueError, match="a 2 x 3 px mask at x 0, y 4 reaches outside its 5 x 10 px image"):
+        encode_box_masks([(np.ones((2, 3), bool), 0, 4)] * 2, [(6, 10), (5, 10)])
 
 
 def test_diagonal_neighbours_are_one_component_and_ids_do_not_matter():
