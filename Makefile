@@ -6,6 +6,7 @@ RUN ?= $(SCALE)-$(notdir $(patsubst %/,%,$(DATA)))
 BIN := .venv/bin
 OUT := outputs/notebooks/$(RUN)
 PAPERMILL := $(BIN)/papermill --cwd notebooks
+ANALYSES := 03_evaluate 04_score_thresholds 05_border_cells 06_postprocessing 07_predict_test
 
 .PHONY: study test lab data install lock nbdime
 
@@ -15,8 +16,12 @@ study: install nbdime
 	$(PAPERMILL) notebooks/00_overview.ipynb $(OUT)/00_overview.ipynb
 	$(PAPERMILL) notebooks/01_explore_data.ipynb $(OUT)/01_explore_data.ipynb -r data "$(DATA)"
 	$(PAPERMILL) notebooks/02_train.ipynb $(OUT)/02_train.ipynb -f params/$(SCALE).yaml -r data "$(DATA)" -r run_name "$(RUN)"
-	$(PAPERMILL) notebooks/03_evaluate.ipynb $(OUT)/03_evaluate.ipynb -r run_dir "outputs/runs/$(RUN)"
+	for notebook in $(ANALYSES); do \
+		$(PAPERMILL) notebooks/$$notebook.ipynb $(OUT)/$$notebook.ipynb -r run_dir "outputs/runs/$(RUN)" || exit 1; \
+	done
 	@echo "Tables:             outputs/tables/"
+	@echo "Cells:              outputs/cells/$(RUN)/"
+	@echo "Submission:         outputs/submissions/$(RUN)/"
 	@echo "Executed notebooks: $(OUT)/"
 	@echo "The run:            outputs/runs/$(RUN)/"
 

@@ -7,12 +7,13 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
@@ -22,14 +23,24 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cellseg_helpers.analysis.metrics import evaluate, save_metrics
-from cellseg_helpers.config import RunConfig
+from cellseg_helpers.config import RunConfig, resolve_path
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.readers import CellDataset, open_dataset
 from cellseg_helpers.data.splits import make_split
 from cellseg_helpers.data.transforms import EpochSampler, SampleKey, TrainingSet, collate
 from cellseg_helpers.inference import predict
-from cellseg_helpers.model.build import build_model
-from cellseg_helpers.runs import opening_checkpoint, save_checkpoint, save_weights, start_run, write_json, write_text
+from cellseg_helpers.model.backbones import read_weights
+from cellseg_helpers.model.build import build_model, count_parameters, rebuild_model
+from cellseg_helpers.runs import (
+    RunError,
+    opening_checkpoint,
+    read_json,
+    save_checkpoint,
+    save_weights,
+    start_run,
+    write_json,
+    write_text,
+)
 
 NO_MEMORY = (
     "allocate memory", "Unable to allocate", "out of memory", "ALLOC_FAILED", "killed by signal: Killed", "killed by signal: Bus error",
@@ -281,19 +292,80 @@ def predict_images(fabric: Fabric, model, dataset: CellDataset, indices: list[in
     detections = []
     with fabric.autocast():
         for number in range(fabric.global_rank, len(indices), fabric.world_size):
-            found = predict(
-                model.module,
-                dataset[indices[number]].image,
-                tile_size_px=config.tile_size_px,
-                tile_overlap_px=config.tile_overlap_px,
-                mask_threshold=config.mask_threshold,
-            )
-            detections += [{"image_id": number + 1} | detection for detection in found]
+            detections += _predict(model.module, dataset[indices[number]].image, number + 1, config)
     if fabric.world_size > 1:
         gathered = [None] * fabric.world_size
         distributed.all_gather_object(gathered, detections)
         detections = sorted(sum(gathered, []), key=lambda detection: detection["image_id"])
     return detections
+
+
+def predict_run(
+    run_dir: str | Path, images: Sequence[np.ndarray], image_ids: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """Detections of a finished run in images, as its validation made them: same weights (of the best epoch), tiles and precision.
+
+    It takes a GPU where there is one, whatever the run had.
+
+    Args:
+        run_dir: the run folder.
+        images: uint8 [3, H, W], RGB.
+        image_ids: one for each image; by default they count from 1.
+
+    Returns:
+        COCO results.
+
+    Raises:
+        RunError: no such folder, no weights in it, or files of it that cannot be used.
+        TrainingError: no memory left.
+    """
+    config = replace(_config_of(run_dir), accelerator="auto", devices=1)
+    if config.precision == "16-mixed" and _accelerator(config) == "cpu":
+        config = replace(config, precision="32")
+    path = resolve_path(run_dir) / "best.safetensors"
+    if not path.exists():
+        advice = "give a run folder that has them, or train one with notebooks/02_train.ipynb"
+        raise RunError(f"run_dir {run_dir} has no weights (best.safetensors); {advice}")
+    fabric = make_fabric(config)
+    try:
+        model = rebuild_model(config, read_weights(path)).to(fabric.device)
+    except ValueError as error:
+        raise RunError(f"run_dir {run_dir} cannot predict: {error}") from None
+    detections = []
+    numbered = zip(image_ids or range(1, len(images) + 1), images, strict=True)
+    with _explaining(), fabric.autocast():
+        for image_id, image in tqdm(numbered, "predicting", total=len(images), unit="image"):
+            detections += _predict(model, image, image_id, config)
+    return detections
+
+
+def count_run_parameters(run_dir: str | Path) -> int:
+    """Trainable parameters of a run, by its settings; its weights are not needed.
+
+    Raises:
+        RunError: no such folder, or a missing or damaged ``settings.json``.
+    """
+    return count_parameters(rebuild_model(_config_of(run_dir)))
+
+
+def _config_of(run_dir: str | Path) -> RunConfig:
+    try:
+        return RunConfig.from_dict(read_json(resolve_path(run_dir) / "settings.json"))
+    except FileNotFoundError:
+        raise RunError(f"run_dir {run_dir} has no settings.json; give the folder of a run") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"run_dir {run_dir} has settings that cannot be used ({error}); give the folder of another run") from None
+
+
+def _predict(model: nn.Module, image: np.ndarray, image_id: int, config: RunConfig) -> list[dict[str, Any]]:
+    found = predict(
+        model,
+        image,
+        tile_size_px=config.tile_size_px,
+        tile_overlap_px=config.tile_overlap_px,
+        mask_threshold=config.mask_threshold,
+    )
+    return [{"image_id": image_id} | detection for detection in found]
 
 
 def share_buffers(fabric: Fabric, model: nn.Module) -> None:

@@ -9,6 +9,7 @@
     best.safetensors   weights of the best epoch
     detections.json    the best epoch's detections in the validation images, as COCO results
     metrics.json       its scores
+    test_detections.json  the best epoch's detections in the test images, once they were predicted
 """
 
 import json
@@ -122,7 +123,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """``torch.save`` to a new file that then takes the old one's place, so a kill at any moment leaves a whole checkpoint."""
     import torch
 
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         torch.save(checkpoint, temporary)
 
 
@@ -170,18 +171,18 @@ def save_weights(path: Path, state: dict[str, Any]) -> None:
     """Weights as safetensors, written whole or not at all."""
     from safetensors.torch import save_file
 
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """JSON without NaN (null instead is the caller's choice), written whole or not at all."""
-    write_text(path, json.dumps(value, indent=None if isinstance(value, list) else 1, allow_nan=False) + "\n")
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """JSON without NaN (null instead is the caller's choice), written whole or not at all; a list stands in one line."""
+    write_text(path, json.dumps(value, indent=None if isinstance(value, list) else indent, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """A text file, written whole or not at all."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text)
 
 
@@ -194,7 +195,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path``; moved onto it, with its bytes on disk, when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -22,7 +22,7 @@ import pytest
 import tiny_training
 import torch
 from lightning_fabric import Fabric
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_training import build_tiny, history_without_clock, tiny_settings
 from torch import nn
 
@@ -32,8 +32,18 @@ from cellseg_helpers.config import ROOT, RunConfig
 from cellseg_helpers.data import readers
 from cellseg_helpers.data.synthetic import draw_dataset, draw_tissue
 from cellseg_helpers.data.transforms import make_target
-from cellseg_helpers.engine import LOSSES, TrainingError, best_epoch, fit, make_fabric, make_schedulers, stopped_early
-from cellseg_helpers.model.build import build_model
+from cellseg_helpers.engine import (
+    LOSSES,
+    TrainingError,
+    best_epoch,
+    count_run_parameters,
+    fit,
+    make_fabric,
+    make_schedulers,
+    predict_run,
+    stopped_early,
+)
+from cellseg_helpers.model.build import build_model, count_parameters
 from cellseg_helpers.runs import RunError, load_checkpoint, load_run, read_json, write_json
 
 KILL_POINTS = int(os.environ.get("CELLSEG_KILL_POINTS", 3))
@@ -140,6 +150,74 @@ def test_the_real_model_trains(data, monkeypatch):
     assert all(not torch.equal(before[name], after[name]) for name in ("backbone.body.conv1.weight", "rpn.head.cls_logits.weight"))
     with pytest.raises(TrainingError, match="training stopped: .*loss_classifier = (nan|inf).* in a batch of images"):
         fit(tiny_settings(data, run_name="wild", learning_rate=1e30, warmup_steps=0, gradient_clip_norm=0.0, steps_per_epoch=4))
+
+
+# Predicting with a finished run
+
+
+def validation_images(run_dir: Path) -> list[np.ndarray]:
+    settings = load_run(run_dir).settings
+    dataset = readers.open_dataset(settings["data"])
+    return [dataset[dataset.image_ids.index(image["file_name"])].image for image in load_run(run_dir).truth["images"]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"precision": "bf16-mixed"}, {"weights": "partial", "tile_size_px": 48, "tile_overlap_px": 16, "mask_threshold": 0.4}],
+    ids=["no_weights", "partial_weights"],
+)
+def test_a_finished_run_predicts_what_its_validation_found(data, tmp_path, monkeypatch, changes):
+    """Partial weights leave a network of frozen and trained norms."""
+    monkeypatch.setattr(engine, "build_model", build_model)
+    if "weights" in changes:
+        body = build_model(RunConfig()).backbone.body.state_dict()
+        save_file({name: tensor for name, tensor in body.items() if not name.startswith("layer3")}, tmp_path / "partial.safetensors")
+        changes = changes | {"weights": str(tmp_path / "partial.safetensors")}
+    run_dir = fit(tiny_settings(data, epochs=1, learning_rate=1e-4, box_score_thresh=0.0, **changes))
+    (tmp_path / "partial.safetensors").unlink(missing_ok=True)
+    (run_dir / "last.pt").unlink()
+    images = validation_images(run_dir)
+    expected = load_run(run_dir).detections
+    assert len(expected) > 3
+    assert predict_run(run_dir, images) == expected
+    numbered = predict_run(run_dir, images[::-1], [12, 11])
+    assert sorted(numbered, key=lambda detection: detection["image_id"]) == [
+        detection | {"image_id": detection["image_id"] + 10} for detection in expected
+    ]
+
+
+def test_trainable_parameters_are_counted_without_weights(data, monkeypatch):
+    run_dir = fit(tiny_settings(data, epochs=1, steps_per_epoch=1))
+    (run_dir / "best.safetensors").unlink()
+    settings = read_json(run_dir / "settings.json")
+    assert count_run_parameters(run_dir) == count_parameters(build_model(RunConfig()))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *args, **kwargs: pytest.fail("downloaded"))
+    write_json(run_dir / "settings.json", settings | {"weights": "imagenet", "trainable_backbone_layers": 2})
+    body = RunConfig(weights="none", trainable_backbone_layers=2)
+    frozen = [
+        parameter.numel()
+        for name, parameter in build_model(body).backbone.body.named_parameters()
+        if name.startswith(("conv1", "layer1", "layer2")) or "bn" in name or "downsample.1" in name
+    ]
+    assert count_run_parameters(run_dir) == count_parameters(build_model(body)) - sum(frozen)
+
+
+def test_a_run_that_cannot_predict_says_why(data):
+    run_dir = fit(tiny_settings(data, epochs=1, steps_per_epoch=1))
+    with pytest.raises(RunError, match="cannot predict: the weights do not fit a model of these settings"):
+        predict_run(run_dir, [])
+    (run_dir / "best.safetensors").write_bytes(b"half a file")
+    with pytest.raises(RunError, match="cannot predict: weights file .*best.safetensors cannot be read"):
+        predict_run(run_dir, [])
+    (run_dir / "best.safetensors").unlink()
+    with pytest.raises(RunError, match="run_dir .* has no weights \\(best.safetensors\\); give a run folder that has them"):
+        predict_run(run_dir, [])
+    write_json(run_dir / "settings.json", read_json(run_dir / "settings.json") | {"backbone": "resnet19"})
+    with pytest.raises(RunError, match="has settings that cannot be used \\(unknown backbone 'resnet19'"):
+        count_run_parameters(run_dir)
+    (run_dir / "settings.json").unlink()
+    with pytest.raises(RunError, match="has no settings.json; give the folder of a run"):
+        count_run_parameters(run_dir)
 
 
 # Resume

@@ -4,13 +4,17 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
-from cellseg_helpers.analysis import plots
+from cellseg_helpers.analysis import plots, thresholds
+from cellseg_helpers.analysis.ablation import Step, ablate
+from cellseg_helpers.analysis.borders import border_contact
 from cellseg_helpers.analysis.metrics import (
     count_matches,
     match_detections,
     precision_recall_curves,
     score_coco,
 )
+from cellseg_helpers.analysis.postprocess import close_masks, mask_nms
+from cellseg_helpers.analysis.resampling import Half
 from cellseg_helpers.analysis.tables import class_summary, confident_mistakes
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.labels import CLASS_NAMES, encode_box_mask
@@ -88,6 +92,48 @@ def test_the_nearest_anchor_is_nearest_by_ratio():
     assert np.isnan(table.loc["neutrophil", "nearest_anchor_px"]) and table.loc["neutrophil", "cells"] == 0
 
 
+def analysis_figures(cell_image, truth, detections):
+    matches = match_detections(truth, detections)
+    reliability = thresholds.reliability(matches)
+    contact = border_contact(truth["annotations"], truth["images"], inset_px=8)
+    halves = [Half(truth, detections)] * 2
+    steps = [Step("closing", close_masks, [1]), Step("mask NMS", mask_nms, [0.5])]
+    found = ablate(*halves, steps, 5, 0)
+    return [
+        plots.score_histograms(matches),
+        plots.threshold_sweep(thresholds.sweep(matches, [0.2, 0.5], 100)),
+        plots.reliability_diagram(reliability, thresholds.expected_calibration_error(reliability)),
+        plots.predicted_against_true_counts({"one": thresholds.cell_counts(matches, 0.5), "other": thresholds.cell_counts(matches, 0)}),
+        plots.border_contact({"annotated": contact, "none": border_contact([], truth["images"], inset_px=8)}),
+        plots.border_strip(cell_image, truth["annotations"], detections[3:], "predicted"),
+        plots.step_effects(found.effects, found.steps, ["AP50", "F1"]),
+        plots.before_and_after(cell_image, detections, cell_image.label_maps[0].astype(np.uint16)),
+        plots.contact_sheet([cell_image.image] * 5, list("abcde"), [detections] * 5),
+    ]
+
+
+def test_a_point_stands_where_its_number_says():
+    table = pd.DataFrame(
+        {"expected": [10.0, 0.0], "at_border": [5, 0], "low": [4.0, 0.0], "high": [16.0, 0.0], "ratio": [0.5, np.nan]},
+        index=["all", "epithelial"],
+    )
+    (ax,) = plots.border_contact({"annotated": table}).axes
+    points = [line.get_xydata().tolist() for line in ax.lines if line.get_marker() == "o"]
+    assert points == [[[0.5, 0]]]
+    (bar,) = ax.patches
+    assert (bar.get_x(), bar.get_width()) == pytest.approx((0.4, 1.2))
+
+
+def test_steps_that_are_not_carried_on_are_hollow():
+    columns = ["step", "metric", "of", "difference", "low", "high"]
+    effects = pd.DataFrame([("a", "PQ", "all", 0.1, 0.05, 0.2), ("b", "PQ", "all", -0.1, -0.2, 0.0)], columns=columns)
+    steps = pd.DataFrame({"carried": [True, False]}, index=["a", "b"])
+    (ax,) = plots.step_effects(effects, steps, ["PQ"]).axes
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [dot.get_xydata().tolist() for dot in dots] == [[[0.1, 0]], [[-0.1, 1]]]
+    assert [dot.get_markerfacecolor() == "white" for dot in dots] == [False, True]
+
+
 def test_every_figure_draws_and_stays_closed(cell_image, detections):
     truth = to_coco([cell_image])
     matches, coco = match_detections(truth, detections), score_coco(truth, detections)
@@ -106,6 +152,8 @@ def test_every_figure_draws_and_stays_closed(cell_image, detections):
         plots.crops(confident_mistakes(truth, detections, matches, 5), [cell_image], truth, detections),
         plots.found_and_missed(cell_image, 1, truth, detections, matches, 0.5),
         plots.found_and_missed(cell_image, 1, truth, [], match_detections(truth, []), 0.5),
+        *analysis_figures(cell_image, truth, detections),
+        *analysis_figures(cell_image, truth, []),
     ]
     for fig in figures:
         fig.canvas.draw()

@@ -186,6 +186,8 @@ def test_small_boxes_score_more():
 @pytest.mark.parametrize(
     "factors",
     [
+        [1.15],
+        [(0.01, 1.15), 0.05],
         [(0.05, 1.1), (0.01, 1.15)],
         [(0.01, 1.1), (0.01, 1.2)],
         [(0, 1.1)],

@@ -3,9 +3,12 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from scenes import disc, result, truth_of
 
 from cellseg_helpers.analysis import tables
+from cellseg_helpers.analysis.metrics import match_detections
 from cellseg_helpers.data.labels import CLASS_NAMES
+from cellseg_helpers.runs import load_run
 
 
 class Dataset:
@@ -70,3 +73,23 @@ def test_the_map_is_read_from_the_notebooks_first_cells(tmp_path):
     (tmp_path / "07_why.ipynb").write_text(json.dumps({"cells": [first]}))
     row = tables.notebook_map(tmp_path).loc["07_why"].to_dict()
     assert row == {"question": "why?", "reads": "a", "writes": "b", "takes": "long"}
+
+
+def test_affected_detections_are_the_surest_of_the_given_rows():
+    masks = [disc(20, 20, 8), disc(60, 20, 8), disc(60, 60, 8)]
+    detections = [result(1, 2, score, mask) for score, mask in zip((0.3, 0.9, 0.6), masks, strict=True)]
+    matches = match_detections(truth_of([(1, 2, masks[0]), (1, 2, masks[2])]), detections)
+    table = tables.affected_detections(matches, [0, 2], 5)
+    assert table.index.tolist() == [2, 0]
+    assert table[["class", "score", "kind"]].to_numpy().tolist() == [["lymphocyte", 0.6, "right"], ["lymphocyte", 0.3, "right"]]
+    assert tables.affected_detections(matches, [1], 5)["kind"].tolist() == ["wrong"]
+    assert tables.affected_detections(matches, [], 5).empty
+
+
+def test_annotations_are_of_all_images_or_else_of_the_runs_own():
+    run = load_run("outputs/reference/quick_run")
+    annotated, told = tables.annotations_of_run(run)
+    assert told == "All 48 annotated images of the data 'drawn'." and len(annotated["images"]) == 48
+    gone = run._replace(settings=run.settings | {"data": "outputs/no_such_data"})
+    annotated, told = tables.annotations_of_run(gone)
+    assert annotated is run.truth and told.startswith("Only the 12 validation images: ") and "no_such_data" in told

@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.model.backbones import LoadReport, freeze_loaded, load_weights, read_weights, resnet_fpn
-from cellseg_helpers.model.build import build_model
+from cellseg_helpers.model.build import build_model, rebuild_model
 
 PREFIXES = ("", "backbone.", "backbone.body.")
 
@@ -226,6 +226,31 @@ def test_coco_weights_exist_for_two_backbones_only(torch_home):
     file_name = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1.url.rsplit("/", 1)[-1]
     with pytest.raises(ValueError, match=f"weights 'coco' need {file_name}, which is not in"):
         build_model(RunConfig(backbone="resnet50_fpn_v2", weights="coco"))
+
+
+@pytest.mark.parametrize("weights", ["none", "imagenet", "partial", "coco"])
+def test_a_trained_model_is_rebuilt_without_the_weights_it_started_from(torch_home, tmp_path, resnet18, without_layer4, weights):
+    backbone = "resnet50" if weights == "coco" else "resnet18"
+    coco = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict() if weights == "coco" else {}
+    torch.save(coco, torch_home / MaskRCNN_ResNet50_FPN_Weights.COCO_V1.url.rsplit("/", 1)[-1])
+    torch.save(resnet18, torch_home / "resnet18-f37072fd.pth")
+    torch.save(without_layer4, tmp_path / "partial.pth")
+    where = str(tmp_path / "partial.pth") if weights == "partial" else weights
+    config = RunConfig(backbone=backbone, weights=where, trainable_backbone_layers=2)
+    model = build_model(config)
+    for file in (*torch_home.iterdir(), tmp_path / "partial.pth"):
+        file.unlink()
+    again = rebuild_model(config, model.state_dict())
+    assert [(name, type(module), getattr(module, "eps", None)) for name, module in again.named_modules()] == [
+        (name, type(module), getattr(module, "eps", None)) for name, module in model.named_modules()
+    ]
+    assert trainable(again) == trainable(model)
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_rebuilt_model_refuses_weights_of_another(resnet18):
+    with pytest.raises(ValueError, match="the weights do not fit a model of these settings \\(Error"):
+        rebuild_model(RunConfig(), resnet18)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Figures of images, instances, detections and scores. Each function returns a closed ``Figure``: a notebook shows it once."""
 
 import colorsys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -298,7 +299,7 @@ def border_contact(contacts: dict[str, pd.DataFrame]) -> Figure:
     Args:
         contacts: title -> table of ``borders.border_contact``.
     """
-    fig, axes = _figure(1, len(contacts), 2.6 * len(contacts) + 1, 2.6, sharey=True, squeeze=False)
+    fig, axes = _figure(1, len(contacts), 2.3 * len(contacts) + 1, 2.6, sharey=True, squeeze=False)
     for ax, (title, table) in zip(axes[0], contacts.items(), strict=True):
         shown = table[table["expected"] > 0]
         places = [list(table.index).index(name) for name in shown.index]
@@ -311,8 +312,8 @@ def border_contact(contacts: dict[str, pd.DataFrame]) -> Figure:
                         ha="right", va="center", fontsize="x-small")  # fmt: skip
         ax.set_yticks(range(len(table)), table.index)
         ax.set_xlim(-0.1, max(2.4, 1.5 * shown["ratio"].max(), 1.4 * high.max()) if len(shown) else 2.4)
-        ax.set_title(title, fontsize="small")
-        ax.set_xlabel("cells at the border / by chance")
+        ax.set_title(textwrap.fill(title, 26), fontsize="small")
+        ax.set_xlabel("at the border / by chance", fontsize="small")
     axes[0, 0].invert_yaxis()
     return fig
 
@@ -413,6 +414,28 @@ def found_and_missed(
     ratios = {"precision": count.precision, "recall": count.recall, "F1": count.f1}
     told = ", ".join(f"{name} {'–' if np.isnan(value) else f'{value:.2f}'}" for name, value in ratios.items())
     fig.suptitle(f"image {cell_image.image_id[:8]} at score ≥ {score_threshold:.2f}; all images: {told}", fontsize="small")
+    return fig
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray], names: Sequence[str], detections: Sequence[list[dict[str, Any]]], columns: int = 4
+) -> Figure:
+    """Small images with their detections, outlined by class.
+
+    Args:
+        images: uint8 [3, H, W] each, of any sizes.
+        names: of the images.
+        detections: COCO results of each, those to be shown.
+        columns: images side by side.
+    """
+    rows = -(-len(images) // columns)
+    fig, axes = _figure(rows, columns, 2.1 * columns, 2.3 * rows + 0.3, squeeze=False)
+    for ax in axes.flat[len(images) :]:
+        ax.set_axis_off()
+    for ax, image, name, found in zip(axes.flat, images, names, detections, strict=False):
+        _show(ax, image, f"{name[:8]}: {len(found)} cells")
+        _outline_by_class(ax, found, linewidth=0.8)
+    _class_legend(fig)
     return fig
 
 

@@ -37,10 +37,11 @@ def adjust_scores_by_size(detections: list[dict[str, Any]], factors: Sequence[tu
     Raises:
         ValueError: the shares do not rise within (0, 1], or a factor is not above 0.
     """
-    pairs = np.array(factors, float).reshape(-1, 2)
+    in_pairs = all(np.shape(pair) == (2,) for pair in factors)
+    pairs = np.array(factors if in_pairs else [], float).reshape(-1, 2)
     shares, multipliers = pairs.T
     valid = (np.diff(shares, prepend=0) > 0) & (shares <= 1) & (multipliers > 0) & (multipliers < math.inf)
-    if len(pairs) != len(factors) or not valid.all():
+    if not in_pairs or not valid.all():
         allowed = "it must be pairs whose shares rise from above 0 to at most 1 and whose factors are above 0"
         raise ValueError(f"factors is {factors}; {allowed}, as in [(0.01, 1.15), (0.05, 1.10)]")
     adjusted = []

@@ -149,24 +149,38 @@ def decode_in_boxes(rles: Sequence[dict[str, Any]]) -> list[tuple[np.ndarray, in
     """``decode_in_box`` of N RLEs, at once and so much faster than one by one; the masks are views of one buffer."""
     height = np.array([rle["size"][0] for rle in rles], np.int64)
     starts, ends, runs = _read_counts([rle["counts"] for rle in rles])
-    image_height = np.repeat(height, runs)
-    (x_first, y_first), (x_last, y_last) = np.divmod(starts, image_height), np.divmod(ends - 1, image_height)
-    spans_columns = x_first != x_last
-    y_lowest, y_highest = np.where(spans_columns, 0, y_first), np.where(spans_columns, image_height - 1, y_last)
-    full = runs > 0
-    first = (np.cumsum(runs) - runs)[full]
-    x0, y0, box_width, box_height = np.zeros((4, len(rles)), np.int64)
-    x0[full], y0[full] = x_first[first], np.minimum.reduceat(y_lowest, first)
-    box_width[full] = x_last[first + runs[full] - 1] + 1 - x0[full]
-    box_height[full] = np.maximum.reduceat(y_highest, first) + 1 - y0[full]
+    x0, y0, box_width, box_height = _tight_boxes(starts, ends, runs, height).T
     bounds = np.append(0, np.cumsum(box_width * box_height))
-    origin, pitch = np.repeat([bounds[:-1] - x0 * box_height - y0, box_height], runs, axis=1)
+    origin, pitch, image_height = np.repeat([bounds[:-1] - x0 * box_height - y0, box_height, height], runs, axis=1)
+    (x_first, y_first), (x_last, y_last) = np.divmod(starts, image_height), np.divmod(ends - 1, image_height)
     steps = np.zeros(bounds[-1] + 1, np.int8)
     steps[x_first * pitch + y_first + origin] += 1
     steps[x_last * pitch + y_last + origin + 1] -= 1
     pixels = np.cumsum(steps, dtype=np.int8).view(bool)
     boxes = np.column_stack([bounds[:-1], bounds[1:], box_width, box_height, x0, y0]).tolist()
     return [(pixels[start:end].reshape(columns, rows).T, x, y) for start, end, columns, rows, x, y in boxes]
+
+
+def mask_boxes(rles: Sequence[dict[str, Any]]) -> np.ndarray:
+    """The tight boxes of N RLEs: int64 [N, 4], x, y, width, height, px; all 0 for an empty mask."""
+    starts, ends, runs = _read_counts([rle["counts"] for rle in rles])
+    return _tight_boxes(starts, ends, runs, np.array([rle["size"][0] for rle in rles], np.int64))
+
+
+def _tight_boxes(starts: np.ndarray, ends: np.ndarray, runs: np.ndarray, height: np.ndarray) -> np.ndarray:
+    """``mask_boxes`` from the runs, as ``_read_counts`` gives them, and the images' heights (int64 [N])."""
+    image_height = np.repeat(height, runs)
+    (x_first, y_first), (x_last, y_last) = np.divmod(starts, image_height), np.divmod(ends - 1, image_height)
+    spans_columns = x_first != x_last
+    boxes = np.zeros((len(runs), 4), np.int64)
+    full = runs > 0
+    first = (np.cumsum(runs) - runs)[full]
+    if len(first):
+        left, top = x_first[first], np.minimum.reduceat(np.where(spans_columns, 0, y_first), first)
+        right = x_last[first + runs[full] - 1] + 1
+        bottom = np.maximum.reduceat(np.where(spans_columns, image_height - 1, y_last), first) + 1
+        boxes[full] = np.column_stack([left, top, right - left, bottom - top])
+    return boxes
 
 
 # COCO's compressed counts: the lengths of a mask's runs, background and mask in turn, column after column. From the fourth on,
@@ -206,6 +220,18 @@ def _read_counts(texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray, 
     Returns:
         starts and ends, int64 [R]: first pixel of a run, one past its last, mask after mask; int64 [N]: each mask's runs.
     """
+    lengths, rows = run_lengths(texts)
+    ends = _cumsum_within(lengths.sum(axis=1), rows)
+    starts, full = ends - lengths[:, 1], lengths[:, 1] > 0
+    return starts[full], ends[full], np.bincount(np.repeat(np.arange(len(rows)), rows)[full], minlength=len(rows))
+
+
+def run_lengths(texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """The lengths of N masks' runs from their compressed counts, which are taken to be well-formed.
+
+    Returns:
+        int64 [R, 2]: background, then mask, px, row after row and mask after mask; int64 [N]: each mask's rows.
+    """
     encoded = [text.encode("ascii") if isinstance(text, str) else text for text in texts]
     groups = np.frombuffer(b"".join(encoded), np.uint8).astype(np.int64) - 48
     last = np.flatnonzero(groups < 32)
@@ -216,18 +242,15 @@ def _read_counts(texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray, 
 
     number_counts = np.diff(np.searchsorted(last, np.cumsum([0, *map(len, encoded)])))
     odd = number_counts % 2 == 1  # background ends the image: a run of no pixel behind it makes rows of background, mask
-    runs = (number_counts + odd) // 2
+    rows = (number_counts + odd) // 2
     lengths = np.insert(numbers, np.cumsum(number_counts)[odd], 0).reshape(-1, 2)
-    first_run, last_run = (np.cumsum(runs) - runs)[runs > 0], np.cumsum(runs)[odd] - 1
-    background = lengths[first_run, 0]
-    lengths[first_run, 0] = 0
-    lengths = _cumsum_within(lengths, runs)
-    lengths[first_run, 0] = background
-    lengths[last_run, 1] = 0
-
-    ends = _cumsum_within(lengths.sum(axis=1), runs)
-    starts, full = ends - lengths[:, 1], lengths[:, 1] > 0
-    return starts[full], ends[full], np.bincount(np.repeat(np.arange(len(runs)), runs)[full], minlength=len(runs))
+    first_row, last_row = (np.cumsum(rows) - rows)[rows > 0], np.cumsum(rows)[odd] - 1
+    background = lengths[first_row, 0]
+    lengths[first_row, 0] = 0
+    lengths = _cumsum_within(lengths, rows)
+    lengths[first_row, 0] = background
+    lengths[last_row, 1] = 0
+    return lengths, rows
 
 
 def _cumsum_within(values: np.ndarray, counts: np.ndarray) -> np.ndarray:

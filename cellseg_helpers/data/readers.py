@@ -149,11 +149,11 @@ def open_dataset(
         DataError: faults, all named in the message; or no image left.
     """
     _check_settings(instance_reading, min_instance_area_px)
-    folder, name = _locate(data)
+    folder, name = locate_data(data)
     dataset = _open_cached(folder, name, (instance_reading, min_instance_area_px), cache_dir or CACHE)
     for_all = [fault for fault in dataset.skipped if not fault.image_id]
     if dataset.skipped and (for_all or not skip_faulty_images or not len(dataset)):
-        raise DataError(_refusal(folder, dataset.skipped, can_skip=bool(len(dataset)) and not for_all))
+        raise DataError(refusal(folder, dataset.skipped, can_skip=bool(len(dataset)) and not for_all))
     return dataset
 
 
@@ -165,7 +165,7 @@ def check_folder(data: str | Path, instance_reading: str = "pixel_values") -> li
         instance_reading: as for ``open_dataset``.
     """
     _check_settings(instance_reading, 0)
-    folder, name = _locate(data)
+    folder, name = locate_data(data)
     layout = _read_layout(folder)
     return layout.faults + [fault for _, faults in _decode(folder, name, layout, (instance_reading, 0)) for fault in faults]
 
@@ -177,7 +177,12 @@ def _check_settings(instance_reading: str, min_instance_area_px: int) -> None:
         raise ValueError(f"min_instance_area_px is {min_instance_area_px!r}; give a whole number of pixels, 0 or more")
 
 
-def _locate(data: str | Path) -> tuple[Path, str]:
+def locate_data(data: str | Path) -> tuple[Path, str]:
+    """The folder of ``data`` and the data's name; ``drawn`` is drawn on first use.
+
+    Raises:
+        DataError: it cannot be drawn.
+    """
     if data != "drawn":
         folder = resolve_path(data)
         return folder, folder.resolve().name
@@ -192,11 +197,21 @@ def _locate(data: str | Path) -> tuple[Path, str]:
     return folder, "drawn"
 
 
-def _refusal(folder: Path, faults: list[Fault], can_skip: bool) -> str:
+def refusal(
+    folder: Path, faults: list[Fault], can_skip: bool = False, lists_all: str = "cellseg_helpers.data.readers.check_folder"
+) -> str:
+    """Why a folder is refused: its faults, the first ``FAULTS_SHOWN`` in full, and what to do.
+
+    Args:
+        folder: of the data.
+        faults: one or more.
+        can_skip: the caller could go on without the faulty images.
+        lists_all: the function that lists the faults not shown; "" where there is none.
+    """
     lines = [f"the data in {folder} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:"]
     lines += [f"  {fault}" for fault in faults[:FAULTS_SHOWN]]
     if len(faults) > FAULTS_SHOWN:
-        lines.append(f"  and {len(faults) - FAULTS_SHOWN} more: cellseg_helpers.data.readers.check_folder lists all")
+        lines.append(f"  and {len(faults) - FAULTS_SHOWN} more" + (f": {lists_all} lists all" if lists_all else ""))
     go_on = ", or set skip_faulty_images to go on without these images" if can_skip else " and run again"
     return "\n".join([*lines, f"Repair {'them' if len(faults) > 1 else 'it'}{go_on}."])
 
@@ -217,7 +232,7 @@ def _read_layout(folder: Path) -> _Layout:
         right = f"above, {folder.parent}" if folder.name == "train" else "that holds train/<image id>/image.tif"
         return _Layout({}, [Fault("", str(folder), f"it has no train/ folder; give the folder {right}")])
     try:
-        entries = _visible(train)
+        entries = list_visible(train)
     except OSError as error:
         return _Layout({}, [Fault("", "train", f"it cannot be listed ({_cause(error)}); allow reading it")])
     image_ids = [name for name in entries if (train / name).is_dir()]
@@ -234,7 +249,8 @@ def _read_layout(folder: Path) -> _Layout:
     return _Layout(patients, faults + patient_faults)
 
 
-def _visible(folder: Path) -> list[str]:
+def list_visible(folder: Path) -> list[str]:
+    """Names in a folder but for hidden ones, sorted."""
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
@@ -309,7 +325,7 @@ def _read_image(place: Path, image_id: str, patient: str | None, instance_readin
 def _find_files(place: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """File names by what they hold (``image``, ``class1`` ...), and (file name, problem) of what is amiss."""
     try:
-        names = _visible(place)
+        names = list_visible(place)
     except OSError as error:
         return {}, [("", f"it cannot be listed ({_cause(error)}); allow reading it")]
     if not names:
@@ -330,6 +346,15 @@ def _find_files(place: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
     if not files.keys() - {"image"}:
         problems.append(("", "it has no class file; add at least one of class1.tif to class4.tif (all 0 where there is no cell)"))
     return files, problems
+
+
+def read_image(path: Path) -> np.ndarray:
+    """A TIFF's image as uint8 [3, H, W]; see ``_to_rgb`` for what is read and how.
+
+    Raises:
+        DataError: not a TIFF, truncated, or not an image.
+    """
+    return _to_rgb(_read_tiff(path))
 
 
 class _Tiff(NamedTuple):
@@ -481,7 +506,7 @@ def _cache_key(folder: Path, settings: tuple[str, int]) -> str:
 
 def _inside(folder: Path) -> list[Path]:
     try:
-        return [folder / name for name in _visible(folder)]
+        return [folder / name for name in list_visible(folder)]
     except OSError:
         return []
 
@@ -500,7 +525,7 @@ def _build_cache(folder: Path, name: str, settings: tuple[str, int], cache: Path
     """Decode into a temporary folder and move it into place; a process that was faster wins."""
     layout = _read_layout(folder)
     if not layout.patients:
-        raise DataError(_refusal(folder, layout.faults, can_skip=False))
+        raise DataError(refusal(folder, layout.faults, can_skip=False))
     temporary = cache.parent / f".building-{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)

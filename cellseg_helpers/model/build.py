@@ -1,5 +1,8 @@
 """``build_model``: the Mask R-CNN that a run's settings describe."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 from torchvision.models.detection import MaskRCNN, MaskRCNN_ResNet50_FPN_V2_Weights, MaskRCNN_ResNet50_FPN_Weights
@@ -99,11 +102,41 @@ def build_model(config: RunConfig, num_classes: int = len(CLASS_NAMES)) -> Label
     if count_parameters(model) >= PARAMETER_LIMIT:
         raise ValueError(f"the model has {count_parameters(model):,} trainable parameters, but the task allows under {PARAMETER_LIMIT:,}")
     model.load_report = _load(model, config)
-    loaded = {name.removeprefix("backbone.") for name in model.load_report.loaded}
-    freeze_loaded(model.backbone, loaded, config.trainable_backbone_layers, norms=not v2)
+    _freeze(model, config, set(model.load_report.loaded))
+    return model
+
+
+def rebuild_model(config: RunConfig, state: Mapping[str, Tensor] | None = None) -> LabelMapMaskRCNN:
+    """The model of a run as its training left it, without the weights that it started from: nothing is downloaded.
+
+    Args:
+        config: of the run.
+        state: the trained weights; without them the model is the same but for its values, which are random.
+
+    Raises:
+        ValueError: weights of another model.
+    """
+    model = build_model(replace(config, weights="none"))
+    if config.weights != "none":
+        ending = "num_batches_tracked"  # of a batch norm that was trained; a frozen one has none
+        trained = {name.removesuffix(ending) + "running_mean" for name in state or () if name.endswith(ending)}
+        _freeze(model, config, model.backbone.state_dict(prefix="backbone.").keys() - trained)
+    if state is not None:
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            cause = " ".join(str(error).split())[:160]
+            raise ValueError(f"the weights do not fit a model of these settings ({cause})") from None
+    return model
+
+
+def _freeze(model: LabelMapMaskRCNN, config: RunConfig, loaded: set[str]) -> None:
+    """Freeze what was loaded, as the settings say; ``loaded`` are names of tensors in the model."""
+    v2 = config.backbone == "resnet50_fpn_v2"
+    in_backbone = {name.removeprefix("backbone.") for name in loaded}
+    freeze_loaded(model.backbone, in_backbone, config.trainable_backbone_layers, norms=not v2)
     if config.weights == "coco" and not v2:
         overwrite_eps(model, 0.0)  # as these weights were trained, and as torchvision builds the model around them
-    return model
 
 
 def count_parameters(model: nn.Module) -> int:
