@@ -223,13 +223,13 @@ class RunConfig:
         return {name: (other.get(name), mine.get(name)) for name in names if other.get(name) != mine.get(name)}
 
 
-def check_parameters(namespace: dict[str, Any], **types_by_name: type | tuple[type, float, float]) -> dict[str, Any]:
+def check_parameters(namespace: dict[str, Any], **types_by_name: type | tuple) -> dict[str, Any]:
     """Check a notebook's own parameters; call it with ``globals()`` right after the parameters cell.
 
     Args:
         namespace: the notebook's globals; every plain value in it counts as a parameter.
         types_by_name: the parameters that the notebook has, with their types; (type, least, greatest) also bounds the value, or
-            each number of a list. Names that ``RunConfig`` has too are held to its range.
+            each number of a list, (list, least, greatest, length) its length, too. Names that ``RunConfig`` has too are held to its range.
 
     Returns:
         name -> value, in the order of ``types_by_name``.
@@ -296,11 +296,12 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     raise ValueError(f"{name} is {value!r}, but must be of type {kind.__name__}{hint}")
 
 
-def _check_bounds(name: str, value: Any, least: float, greatest: float) -> None:
+def _check_bounds(name: str, value: Any, least: float, greatest: float, length: int = 0) -> None:
     numbers = value if isinstance(value, list) else [value]
     is_number = [isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers]
-    if not numbers or not all(is_number) or not all(least <= number <= greatest for number in numbers):
-        each = "hold one or more numbers, each" if isinstance(value, list) else "lie"
+    right_length = len(numbers) == length if length else bool(numbers)
+    if not right_length or not all(is_number) or not all(least <= number <= greatest for number in numbers):
+        each = f"hold {length or 'one or more'} numbers, each" if isinstance(value, list) else "lie"
         raise ValueError(f"{name} is {value!r}, but must {each} between {least:g} and {greatest:g}")
 
 

@@ -191,7 +191,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise RunError(f"{path} is not valid JSON ({error}); delete its folder and run again") from None
+        raise RunError(f"{path} is not valid JSON ({error}); copy it again, or delete it and run again what made it") from None
 
 
 @contextmanager

@@ -68,16 +68,34 @@ def test_the_total_is_the_recipe_applied(halves):
     choosing, judging = halves
     steps = steps_of_report_e([(0.01, 1.15), (0.05, 1.1)], [0.1, 0.3, 0.5], [1, 2], [1.0], [0.5], [0.25])
     assert [step.name for step in steps] == [
-        "size-aware scores", "class thresholds", "closing", "opening", "hole filling", "largest component", "smoothing", "mask NMS",
+        "one threshold", "class thresholds", "size-aware scores", "closing", "opening", "hole filling", "largest component", "smoothing", "mask NMS",
         "each pixel to one cell",
     ]  # fmt: skip
     found = ablate(choosing, judging, steps, 50, 0)
-    assert {"class thresholds", "mask NMS", "each pixel to one cell"} <= {step.name for step, _ in found.recipe}
-    assert found.steps.loc["class thresholds", "option"] == {1: 0.3, 2: 0.1, 3: 0.3, 4: 0.3}
+    assert [step.name for step, _ in found.recipe] == ["one threshold", "mask NMS", "each pixel to one cell"]
+    assert found.steps.loc["one threshold", "option"] == 0.3
+    assert found.steps.loc["class thresholds", "option"] == {1: 0.3, 2: 0.1, 3: 0.3, 4: 0.3}  # no better than one
     final = judging._replace(detections=apply_recipe(judging.detections, found.recipe))
     total = found.total.set_index(["metric", "of"]).loc["PQ", "all"]
     assert total["before"] == panoptic_quality(judging) and total["after"] == panoptic_quality(final)
     assert total["after"] == 1.0 and total["verdict"] == "better"
+
+
+def test_size_aware_scores_help_where_small_cells_score_too_low():
+    """Small cells score 0.3 and large false finds 0.32: no threshold parts them before small boxes are lifted above."""
+    small, large = [disc(x, 20, 3) for x in (15, 45, 75)], disc(60, 60, 20)
+    cells = [(image_id, 1, mask) for image_id in range(1, 13) for mask in small]
+    detections = [result(image_id, 1, 0.30, mask) for image_id, _, mask in cells]
+    detections += [result(image_id, 1, 0.32, large) for image_id in range(1, 13)]
+    choosing, judging, _ = halve(truth_of(cells, 12), detections, 0)
+    steps = steps_of_report_e([(0.02, 1.5)], [0.1, 0.31, 0.4], [1], [1.0], [0.5], [0.25])[:3]
+    found = ablate(choosing, judging, steps, 50, 0)
+    assert found.steps["carried"].tolist() == [False, False, True]
+    assert [step.name for step, _ in found.recipe] == ["size-aware scores"]
+    assert found.steps.loc["size-aware scores", "PQ_after"] == 1.0
+    effect = found.effects.query("step == 'size-aware scores' and of == 'all' and metric == 'precision'").iloc[0]
+    assert (effect["before"], effect["after"], effect["verdict"]) == (0.75, 1.0, "better")
+    assert panoptic_quality(judging._replace(detections=apply_recipe(judging.detections, found.recipe))) == 1.0
 
 
 def test_inputs_are_left_alone(halves):

@@ -293,3 +293,14 @@ def test_the_filter_takes_no_detections_and_empty_masks():
     assert near_border([], [IMAGE]).tolist() == [] and drop_border_detections([], []) == []
     empty = {"image_id": 4, "bbox": [5.0, 5, 9, 9], "segmentation": encode_box_mask(np.zeros((0, 0), bool), 0, 0, 80, 100)}
     assert not near_border([empty], [IMAGE], 2, "mask").any()
+
+
+def test_an_excess_is_told_where_none_would_be_as_by_chance():
+    """Eight cells at the border and one inside: far more than chance, of which the interval reaches down to 0."""
+    images = [{"id": 1, "file_name": "a", "height": 200, "width": 200}]
+    places = [(0, y) for y in range(20, 180, 20)] + [(100, 100)]
+    mask = np.ones((8, 8), bool)
+    cells = [{"image_id": 1, "category_id": 1, "segmentation": encode_box_mask(mask, x, y, 200, 200)} for x, y in places]
+    table = border_contact(cells, images)
+    assert table.loc["epithelial", "low"] == 0 and table.loc["epithelial", "at_border"] == 8
+    assert table.loc["epithelial", "verdict"] == "more than by chance"

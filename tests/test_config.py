@@ -259,6 +259,7 @@ def test_the_guard_can_run_again_in_a_live_kernel_and_still_finds_typos():
         ([], (list, 0, 1), "shown is [], but must hold one or more numbers"),
         (["0.2"], (list, 0, 1), "shown is ['0.2'], but must hold one or more numbers"),
         ("3", (int, 1, 12), "shown is '3', but must be of type int"),
+        ([0.2, 0.3], (list, 0, 1, 4), "shown is [0.2, 0.3], but must hold 4 numbers, each between 0 and 1"),
     ],
 )
 def test_a_notebooks_own_parameter_out_of_bounds_is_told(value, bounds, message):

@@ -107,7 +107,7 @@ def analysis_figures(cell_image, truth, detections):
         plots.border_contact({"annotated": contact, "none": border_contact([], truth["images"], inset_px=8)}),
         plots.border_strip(cell_image, truth["annotations"], detections[3:], "predicted"),
         plots.step_effects(found.effects, found.steps, ["AP50", "F1"]),
-        plots.before_and_after(cell_image, detections, cell_image.label_maps[0].astype(np.uint16)),
+        plots.before_and_after(cell_image, detections, np.minimum(cell_image.label_maps[0], 2).astype(np.uint16), ["epithelial"] * 2),
         plots.contact_sheet([cell_image.image] * 5, list("abcde"), [detections] * 5),
     ]
 
@@ -122,6 +122,23 @@ def test_a_point_stands_where_its_number_says():
     assert points == [[[0.5, 0]]]
     (bar,) = ax.patches
     assert (bar.get_x(), bar.get_width()) == pytest.approx((0.4, 1.2))
+
+
+def test_a_label_image_has_its_classes_colours_and_dark_borders():
+    labels = np.zeros((12, 12), np.uint16)
+    labels[2:7, 2:7], labels[2:7, 7:11] = 1, 2
+    cell_image = CellImage("a", None, np.zeros((3, 12, 12), np.uint8), labels[None].astype(np.int32))
+    picture = np.asarray(plots.before_and_after(cell_image, [], labels, ["neutrophil", "macrophage"]).axes[2].images[0].get_array())
+    assert picture[4, 4].tolist() == list(to_rgb(plots.CLASS_COLORS["neutrophil"]))
+    assert picture[4, 9].tolist() == list(to_rgb(plots.CLASS_COLORS["macrophage"]))
+    assert not picture[4, 6].any() and not picture[4, 7].any() and not picture[0, 0].any()
+
+
+def test_of_a_large_image_a_window_inside_it_is_shown(detections):
+    large = CellImage("a", None, np.zeros((3, 700, 900), np.uint8), np.zeros((4, 700, 900), np.int32))
+    corner = {**detections[0], "bbox": [880, 690, 20, 10], "score": 1.0}
+    ax = plots.border_strip(large, [], [corner, detections[1]], "predicted").axes[1]
+    assert ax.get_xlim() == (900 - 320 - 0.5, 899.5) and ax.get_ylim() == (699.5, 700 - 320 - 0.5)
 
 
 def test_steps_that_are_not_carried_on_are_hollow():

@@ -51,7 +51,8 @@ def border_contact(
     Returns:
         Rows ``all`` and each class. cells: those that count. at_border: those of them at the border. expected, low, high: how
         many of them by chance, and the 95 % interval. ratio: at_border / expected, NaN where none is expected. dispersion.
-        verdict: ``fewer than by chance``, ``as by chance``, ``more than by chance``; ``cannot tell`` where even none could be.
+        verdict: ``fewer than by chance``, ``as by chance``, ``more than by chance``; ``cannot tell`` where none would be as by
+        chance (and not more are there than the interval holds), or none is expected.
 
     Raises:
         ValueError: a cell of an unknown image or class, or a setting out of range.
@@ -64,7 +65,7 @@ def border_contact(
     dispersion = _dispersion(control)
     reach = Z_95 * np.sqrt(dispersion * variance)
     low, high = np.maximum(expected - reach, 0), expected + reach
-    verdicts = ["cannot tell", "fewer than by chance", "more than by chance"]
+    verdicts = ["more than by chance", "cannot tell", "fewer than by chance"]
     return pd.DataFrame(
         {
             "cells": counted.astype(int),
@@ -74,7 +75,7 @@ def border_contact(
             "high": high,
             "ratio": np.divide(at_border, expected, out=np.full_like(expected, np.nan), where=expected > 0),
             "dispersion": dispersion,
-            "verdict": np.select([low == 0, at_border < low, at_border > high], verdicts, "as by chance"),
+            "verdict": np.select([(expected > 0) & (at_border > high), low == 0, at_border < low], verdicts, "as by chance"),
         },
         index=pd.Index(["all", *CLASS_NAMES], name="class"),
     )

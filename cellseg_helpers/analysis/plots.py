@@ -10,11 +10,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 from skimage.measure import find_contours
+from skimage.segmentation import find_boundaries
 
 from cellseg_helpers.analysis.metrics import Counts, Matches, count_matches
 from cellseg_helpers.data.labels import CLASS_NAMES, decode_in_box, find_instances
@@ -23,8 +25,10 @@ from cellseg_helpers.data.readers import CellImage
 # Okabe and Ito's colour-blind safe palette, those of its colours that show on stained tissue and on white.
 CLASS_COLORS = {"epithelial": "#E69F00", "lymphocyte": "#56B4E9", "neutrophil": "#009E73", "macrophage": "#D55E00"}
 DPI = 80
+VIEW_PX = 320  # side of what is shown of a large image
 WINDOW_PX = 64  # side of the crop around a mistake, at least
-MARKS = "os^D"
+MARKS = "os^DvP*X"
+FEWEST_IN_BIN = 10  # detections that make a point of the reliability diagram
 LOSS_LABELS = {
     "loss_objectness": "RPN objectness",
     "loss_rpn_box_reg": "RPN boxes",
@@ -215,7 +219,7 @@ def threshold_sweep(table: pd.DataFrame) -> Figure:
 
 
 def reliability_diagram(table: pd.DataFrame, errors: pd.Series) -> Figure:
-    """Matched share over score, by class, and how many detections each point stands for.
+    """Matched share over score, by class, and how many detections each point stands for; bins of under ten are left out.
 
     Args:
         table: of ``thresholds.reliability``.
@@ -224,7 +228,7 @@ def reliability_diagram(table: pd.DataFrame, errors: pd.Series) -> Figure:
     fig, (ax, below) = _figure(2, 1, 5.6, 4.6, sharex=True, height_ratios=(3, 1))
     ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", label="scores were probabilities")
     for name, colour in {"all": "0.1", **CLASS_COLORS}.items():
-        rows = table[table["class"] == name]
+        rows = table[(table["class"] == name) & (table["detections"] >= FEWEST_IN_BIN)]
         style = "--" if name == "all" else "-"
         for axis, column in ((ax, "matched_share"), (below, "detections")):
             axis.plot(rows["mean_score"], rows[column], style, color=colour, marker="o", markersize=3)
@@ -315,11 +319,14 @@ def border_contact(contacts: dict[str, pd.DataFrame]) -> Figure:
         ax.set_title(textwrap.fill(title, 26), fontsize="small")
         ax.set_xlabel("at the border / by chance", fontsize="small")
     axes[0, 0].invert_yaxis()
+    fig.legend(handles=[Patch(color="0.85", label="95 % of chance")], loc="outside lower center", frameon=False, fontsize="small")
     return fig
 
 
 def border_strip(cell_image: CellImage, truth: list[dict[str, Any]], at_border: list[dict[str, Any]], title: str) -> Figure:
     """Annotated cells over an image (report B, figure 2), beside the detections that come near its border.
+
+    Of a large image a window of ``VIEW_PX`` around the highest-scored of these detections is shown.
 
     Args:
         cell_image: the image.
@@ -332,12 +339,19 @@ def border_strip(cell_image: CellImage, truth: list[dict[str, Any]], at_border: 
     _outline_by_class(left, truth)
     _show(right, cell_image.image, f"{len(at_border)} {title}")
     _outline_by_class(right, at_border)
+    height, width = cell_image.image.shape[1:]
+    surest = max(at_border, key=lambda detection: detection["score"], default={"bbox": (0, 0, 0, 0)})
+    x, y, w, h = surest["bbox"]
+    for ax in (left, right):
+        _view(ax, x + w / 2, y + h / 2, width, height)
     _class_legend(fig)
     return fig
 
 
 def step_effects(effects: pd.DataFrame, steps: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     """What each step of post-processing changed on the judging half: difference and 95 % interval, one panel a metric.
+
+    The scale is linear between -0.01 and 0.01 and logarithmic beyond, so that small and large changes show side by side.
 
     Args:
         effects: ``effects`` of ``ablation.ablate``; the rows of all classes together are shown.
@@ -352,27 +366,36 @@ def step_effects(effects: pd.DataFrame, steps: pd.DataFrame, metrics: Sequence[s
         for place, (difference, carried) in enumerate(zip(rows["difference"], steps["carried"], strict=True)):
             ax.plot(difference, place, "o", markeredgecolor="#0072B2", color="#0072B2" if carried else "white", markersize=5)
         ax.set_yticks(range(len(rows)), rows.index)
-        ax.xaxis.set_major_locator(MaxNLocator(3))
+        ax.set_xscale("symlog", linthresh=0.01)
+        ax.set_xticks([-0.1, -0.01, 0, 0.01, 0.1], ["−.1", "−.01", "0", ".01", ".1"])
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.set_title(metric, fontsize="medium")
         ax.set_xlabel("change")
     axes[0, 0].invert_yaxis()
     return fig
 
 
-def before_and_after(cell_image: CellImage, before: list[dict[str, Any]], labels: np.ndarray) -> Figure:
-    """An image, its detections as predicted (they may overlap), and the label image in the end.
+def before_and_after(cell_image: CellImage, before: list[dict[str, Any]], labels: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """An image, its detections as predicted (they may overlap), and the label image in the end, coloured by class.
+
+    Of a large image the middle ``VIEW_PX`` are shown.
 
     Args:
         cell_image: the image.
         before: COCO results, outlined by class.
-        labels: uint [H, W], one colour an id; 0 = background.
+        labels: uint [H, W], ids 1..N; 0 = background.
+        class_names: of the N cells.
     """
     fig, (left, middle, right) = _figure(1, 3, 8.4, 3.3)
     _show(left, cell_image.image, cell_image.image_id[:8])
-    _show(middle, cell_image.image, f"{len(before)} detections")
+    _show(middle, cell_image.image, f"{len(before)} detections in the image")
     _outline_by_class(middle, before, linewidth=0.8)
-    right.imshow(colour_instances(labels[None].astype(np.int32)))
-    _bare(right, f"{len(np.unique(labels)) - 1} cells, each pixel to one")
+    colours = np.array([(0, 0, 0), *(to_rgb(CLASS_COLORS[name]) for name in class_names)])
+    right.imshow(colours[np.where(find_boundaries(labels, mode="inner"), 0, labels)], interpolation="nearest")
+    _bare(right, f"{len(class_names)} cells, each pixel to one")
+    height, width = labels.shape
+    for ax in (left, middle, right):
+        _view(ax, width / 2, height / 2, width, height)
     _class_legend(fig)
     return fig
 
@@ -466,6 +489,15 @@ def _figure(rows: int, columns: int, width: float, height: float, **options: Any
 def _show(ax: Axes, image: np.ndarray, title: str) -> None:
     ax.imshow(image.transpose(1, 2, 0), interpolation="nearest")
     _bare(ax, title)
+
+
+def _view(ax: Axes, x: float, y: float, width: int, height: int) -> None:
+    """Show at most ``VIEW_PX`` around (x, y) of an image of this size, without leaving it."""
+    spans = []
+    for middle, size in ((x, width), (y, height)):
+        start = min(max(middle - VIEW_PX / 2, 0), max(size - VIEW_PX, 0))
+        spans.append((start - 0.5, min(start + VIEW_PX, size) - 0.5))
+    ax.set(xlim=spans[0], ylim=spans[1][::-1])
 
 
 def _bare(ax: Axes, title: str) -> None:

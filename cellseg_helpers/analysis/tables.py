@@ -30,13 +30,13 @@ REPORT_C = {
 }
 
 
-def save_table(table: pd.DataFrame, name: str, **context: str) -> Path:
+def save_table(table: pd.DataFrame, name: str, **context: str | int) -> Path:
     """Write ``outputs/tables/<name>.csv``, whole or not at all.
 
     Args:
         table: its named index is written too.
         name: of the file, without ending.
-        context: columns that every row carries: ``scale``, ``data`` and ``split``, as far as they apply.
+        context: columns that every row carries: ``scale``, ``data``, ``split`` and ``maxDets``, as far as they apply.
 
     Returns:
         The path under the repository's root.
