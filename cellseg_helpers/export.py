@@ -71,7 +71,8 @@ def geojson(detections: Rows) -> dict[str, Any]:
 
     A cell's outline runs along its pixels' edges, so that it has the mask's pixels and area, and neighbours abut: a Polygon, or a
     MultiPolygon of the pieces that share no pixel's side, with holes (RFC 7946: closed rings, outer ones counter-clockwise).
-    ``name`` is the cell's id, ``measurements`` are its score and area_px. Masks without a pixel are left out.
+    ``name`` is the cell's id, ``measurements`` are its score and area_px; the keys are those that ``QuPathTypeAdapters`` of QuPath's
+    source reads. Masks without a pixel are left out.
     """
     masks = decode_in_boxes([detection["segmentation"] for detection in detections])
     features = []

@@ -1,3 +1,5 @@
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -174,6 +176,7 @@ def test_every_figure_draws_and_stays_closed(cell_image, detections):
     ]
     for fig in figures:
         fig.canvas.draw()
+        fig.savefig(io.BytesIO(), bbox_inches="tight")  # as a notebook shows it
     assert not plt.get_fignums()
 
 

@@ -234,7 +234,9 @@ def reliability_diagram(table: pd.DataFrame, errors: pd.Series) -> Figure:
             axis.plot(rows["mean_score"], rows[column], style, color=colour, marker="o", markersize=3)
         ax.plot([], [], style, color=colour, label=f"{name}: {errors.get(name, np.nan):.2f}")
     ax.set(ylabel="share that matches a cell", xlim=(0, 1), ylim=(0, 1.02))
-    below.set(xlabel="score (mean of a bin)", ylabel="detections", yscale="log")
+    below.set(xlabel="score (mean of a bin)", ylabel="detections")
+    if (table["detections"] >= FEWEST_IN_BIN).any():
+        below.set_yscale("log")
     ax.legend(frameon=False, title="expected calibration error", loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     return fig
 
