@@ -105,7 +105,7 @@ def test_no_effect_is_not_found():
 
 @pytest.mark.parametrize("images", [6, 12])
 def test_noise_is_seldom_taken_for_an_effect(images):
-    """Two detectors of the same rates: 5 % false verdicts are promised, the plain percentile interval gives 12 to 18 %."""
+    """Two detectors of the same rates, of which 5 % should be told apart; so few images give a little more."""
     truth, weights = scene(images)[0], resampling.draw_images(images, 1000, 0)
     scores = [resampling.count_scores(match_detections(truth, scene(images, seed)[1]), weights) for seed in range(1, 161)]
     told = [resampling.compare(*scores[n : n + 2]).query("metric == 'F1' and of == 'all'")["verdict"].item() for n in range(0, 160, 2)]
