@@ -18,8 +18,13 @@ CHOICES = {
     "scale": ("quick", "sample", "full"),
     "instance_reading": ("pixel_values", "connected_components"),
     "split": ("auto", "patient", "random"),
-    "augmentation": ("none", "flips", "flips_turns_stain"),
+    "truth_reading": ("pixel_values", "connected_components"),
+    "augmentation": ("none", "flips", "flips_turns_stain", "flip_colour_rotation", "joint_full", "basic", "full"),
+    "normalization": ("imagenet", "data", "imagenet_twice", "imagenet_of_0_255"),
     "backbone": BACKBONES,
+    "neck": ("fpn", "none"),
+    "attention": ("none", "cbam"),
+    "heads": ("auto", "v1", "v2"),
     "optimizer": ("adam", "adamw", "sgd"),
     "scheduler": ("none", "cosine", "plateau"),
     "monitor": ("validation_ap50", "validation_loss", "loss"),
@@ -27,8 +32,8 @@ CHOICES = {
     "precision": ("auto", "32", "bf16-mixed", "16-mixed"),
 }
 POSITIVE = (
-    "batch_size", "epochs", "learning_rate", "detections_per_image", "devices", "plateau_patience", "rpn_batch_size_per_image",
-    "box_batch_size_per_image", "rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_train",
+    "batch_size", "epochs", "validation_every_epochs", "learning_rate", "detections_per_image", "devices", "plateau_patience",
+    "rpn_batch_size_per_image", "box_batch_size_per_image", "rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_train",
     "rpn_post_nms_top_n_test", "mask_threshold", "iou_threshold",
 )  # fmt: skip
 FRACTIONS = (
@@ -56,6 +61,7 @@ class RunConfig:
 
     data: str = "drawn"
     instance_reading: str = "pixel_values"
+    truth_reading: str = "pixel_values"
     min_instance_area_px: int = 0
     skip_faulty_images: bool = False
     split: str = "auto"
@@ -66,10 +72,15 @@ class RunConfig:
     class_balance: float = 0.7
     drop_cut_cells: bool = True
     augmentation: str = "flips"
+    boxes_miss_last_pixel: bool = False
 
     backbone: str = "resnet18"
+    neck: str = "fpn"
+    attention: str = "none"
+    heads: str = "auto"
     weights: str = "none"
     trainable_backbone_layers: int = 3
+    normalization: str = "imagenet"
     min_size: int = 0
     max_size: int = 0
     anchor_sizes: tuple[float, ...] = (8, 16, 32, 64, 128)
@@ -92,6 +103,9 @@ class RunConfig:
 
     epochs: int = 3
     steps_per_epoch: int = 66
+    validation_every_epochs: int = 1
+    validation_updates_norms: bool = False
+    keep_every_epoch: bool = False
     batch_size: int = 2
     optimizer: str = "adamw"
     learning_rate: float = 5e-4
@@ -150,8 +164,10 @@ class RunConfig:
         for name in ("anchor_sizes", "anchor_ratios"):
             if not getattr(self, name) or min(getattr(self, name)) <= 0:
                 raise ValueError(f"{name} is {list(getattr(self, name))}, but needs at least one number, all above 0")
-        if len(self.anchor_sizes) != 5:
+        if self.neck == "fpn" and len(self.anchor_sizes) != 5:
             raise ValueError(f"anchor_sizes has {len(self.anchor_sizes)} values, but the feature pyramid has 5 levels, one size each")
+        if self.neck == "none" and self.backbone == "resnet50_fpn_v2":
+            raise ValueError("neck 'none' has no feature pyramid, but backbone 'resnet50_fpn_v2' is one; use backbone 'resnet50' with it")
         if bool(self.min_size) != bool(self.max_size) or self.max_size < self.min_size:
             raise ValueError(
                 f"min_size is {self.min_size} and max_size {self.max_size}; give both, min_size <= max_size, "

@@ -53,7 +53,7 @@ class TrainingError(RuntimeError):
 
 
 def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = None) -> Path:
-    """Train, validate every epoch, keep the best epoch, and resume by itself.
+    """Train, validate every ``validation_every_epochs``, keep the best epoch, and resume by itself.
 
     On the CPU the same settings give the same numbers, bit for bit, whatever the number of workers, and also when the run was
     killed and called again in between: every random choice is drawn from the seed, the epoch and the sample's place in it.
@@ -72,17 +72,22 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
     config = replace(config.named(), precision=resolve_precision(config))
     fabric = make_fabric(config)
     torch.manual_seed(config.seed)
-    dataset = open_dataset(config.data, config.instance_reading, config.min_instance_area_px, config.skip_faulty_images)
-    train, validation, split = split_dataset(dataset, config)
-    truth = to_coco(dataset[i] for i in validation)
+    dataset, scored = open_data(config)
+    train, validation, split = split_dataset(scored, config)
+    truth = to_coco(scored[i] for i in validation)
     with fabric.rank_zero_first():
         run_dir = start_run(config, dataset.fingerprint, split, truth)
+    if (run_dir / "finished.json").exists() and not (run_dir / "last.pt").exists():
+        return run_dir  # whoever removed the checkpoint of a finished run wanted its room
 
     model = build_model(config)
+    if config.normalization == "data":
+        model.transform.learn_statistics(*image_statistics(dataset, train))
     optimizer = make_optimizer(model, config)
     samples = TrainingSet(
-        dataset, train, config.crop_size_px, config.class_balance, config.augmentation, config.seed, config.drop_cut_cells
-    )
+        dataset, train, config.crop_size_px, config.class_balance, config.augmentation, config.seed, config.drop_cut_cells,
+        config.boxes_miss_last_pixel,
+    )  # fmt: skip
     per_step = config.batch_size * fabric.world_size
     steps = config.steps_per_epoch or -(-len(train) // per_step)
     sampler = EpochSampler(train, steps * per_step, config.seed, fabric.global_rank, fabric.world_size, config.batch_size)
@@ -119,17 +124,23 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
                 "cpu_minutes": before["cpu_minutes"] + (time.process_time() - cpu_started) / 60,
             }
             share_buffers(fabric, model)
-            row["validation_loss"] = validation_loss(fabric, model, dataset, validation, config)
-            detections = predict_images(fabric, model, dataset, validation, config)
-        scores = evaluate(truth, detections, score_threshold=config.score_threshold, iou_threshold=config.iou_threshold)
-        row["validation_ap50"] = scores["coco_dense"]["summary"]["AP50"]
+            validated = (epoch + 1) % config.validation_every_epochs == 0 or epoch + 1 == config.epochs
+            if validated:
+                row["validation_loss"] = validation_loss(fabric, model, dataset, validation, config)
+                detections = predict_images(fabric, model, dataset, validation, config)
+        if validated:
+            scores = evaluate(truth, detections, score_threshold=config.score_threshold, iou_threshold=config.iou_threshold)
+        row.setdefault("validation_loss", math.nan)
+        row["validation_ap50"] = scores["coco_dense"]["summary"]["AP50"] if validated else math.nan
         row["peak_memory_bytes"] = peak_memory_bytes(fabric.device)
         history.append(row)
-        if config.scheduler == "plateau":
+        if config.scheduler == "plateau" and not math.isnan(row[config.monitor]):
             plateau.step(row[config.monitor])
 
         if fabric.is_global_zero:
-            if best_epoch(history, config) == len(history) - 1:
+            if config.keep_every_epoch:
+                save_weights(run_dir / f"epoch_{epoch + 1}.safetensors", model.state_dict())
+            if validated and best_epoch(history, config) == len(history) - 1:
                 save_weights(run_dir / "best.safetensors", model.state_dict())
                 write_json(run_dir / "detections.json", detections)
                 save_metrics(scores, run_dir / "metrics.json")
@@ -150,6 +161,10 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
         if on_epoch and fabric.is_global_zero:
             on_epoch(pd.DataFrame(history))
     progress.close()
+    if fabric.is_global_zero:
+        sizes = [tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()]
+        ended = {"epochs": len(history), "stopped_early": len(history) < config.epochs}
+        write_json(run_dir / "finished.json", ended | {"parameters": count_parameters(model), "model_megabytes": sum(sizes) / 1e6})
     return run_dir
 
 
@@ -192,6 +207,27 @@ class AutocastPrecision(MixedPrecision):
 
     def convert_input(self, data: Any) -> Any:
         return data
+
+
+def open_data(config: RunConfig) -> tuple[CellDataset, CellDataset]:
+    """The images as the training reads them, and as the validation's truth reads them: every cell of ``truth_reading``, small ones too.
+
+    Raises:
+        DataError: see ``readers.open_dataset``.
+    """
+    dataset = open_dataset(config.data, config.instance_reading, config.min_instance_area_px, config.skip_faulty_images)
+    scored = open_dataset(config.data, config.truth_reading, 0, config.skip_faulty_images)
+    return dataset, scored
+
+
+def image_statistics(dataset: CellDataset, indices: list[int]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of R, G and B, in [0, 1], over all pixels of some images."""
+    sums, squares, pixels = np.zeros(3), np.zeros(3), 0
+    for index in indices:
+        image = dataset[index].image.reshape(3, -1) / 255
+        sums, squares, pixels = sums + image.sum(1), squares + (image**2).sum(1), pixels + image.shape[1]
+    mean = sums / pixels
+    return mean.tolist(), np.sqrt(squares / pixels - mean**2).tolist()
 
 
 def split_dataset(dataset: CellDataset, config: RunConfig) -> tuple[list[int], list[int], dict[str, Any]]:
@@ -268,15 +304,20 @@ def train_epoch(fabric: Fabric, model, optimizer, schedule, loader: DataLoader, 
 
 @torch.no_grad()
 def validation_loss(fabric: Fabric, model, dataset: CellDataset, indices: list[int], config: RunConfig) -> float:
-    """The mean total loss over one fixed crop of each validation image, with the norms' statistics left alone.
+    """The mean total loss over one fixed crop of each validation image.
+
+    The norms' statistics are left alone, unless ``validation_updates_norms`` (a loss computed in training mode, as in report E's
+    released code: the statistics then learn from the validation images, and the model with them).
 
     Raises:
         TrainingError: as ``train_epoch``, so that weights which the epoch's last step spoilt reach no checkpoint.
     """
-    samples = TrainingSet(dataset, indices, config.crop_size_px, 0.0, "none", 0, config.drop_cut_cells)
+    samples = TrainingSet(
+        dataset, indices, config.crop_size_px, 0.0, "none", 0, config.drop_cut_cells, config.boxes_miss_last_pixel
+    )
     keys = [SampleKey(0, position, index) for position, index in enumerate(indices)]
     model.train()
-    for module in model.modules():
+    for module in model.modules() if not config.validation_updates_norms else ():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
     totals = []
@@ -383,9 +424,9 @@ def to_device(images: list[Tensor], targets: list[dict], device: torch.device) -
 
 
 def best_epoch(history: list[dict[str, Any]], config: RunConfig) -> int:
-    """Index of the first epoch with the best monitored value; one without a value counts as worst."""
+    """Index of the first validated epoch with the best monitored value; one without a value, or not validated, counts as worst."""
     sign = 1 if config.monitor == "validation_ap50" else -1
-    values = [row[config.monitor] for row in history]
+    values = [row[config.monitor] if _validated(row) else math.nan for row in history]
     values = [-math.inf if value is None or math.isnan(value) else sign * value for value in values]
     return values.index(max(values))
 
@@ -393,7 +434,12 @@ def best_epoch(history: list[dict[str, Any]], config: RunConfig) -> int:
 def stopped_early(history: list[dict[str, Any]], config: RunConfig) -> bool:
     """Whether the monitored value has not improved for ``early_stopping_patience`` epochs (0: never stop)."""
     patience = config.early_stopping_patience
-    return bool(patience and history) and len(history) - 1 - best_epoch(history, config) >= patience
+    return bool(patience and history) and _validated(history[-1]) and len(history) - 1 - best_epoch(history, config) >= patience
+
+
+def _validated(row: dict[str, Any]) -> bool:
+    value = row.get("validation_loss", 0.0)
+    return value is not None and not math.isnan(value)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

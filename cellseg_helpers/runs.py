@@ -9,6 +9,9 @@
     best.safetensors   weights of the best epoch
     detections.json    the best epoch's detections in the validation images, as COCO results
     metrics.json       its scores
+    epoch_<n>.safetensors  weights of every epoch, where keep_every_epoch is set
+    finished.json      written last: epochs, whether it stopped early, trainable parameters, size of the weights in MB
+    scores.json        the detections' AP50 and its bootstrap values, once 03_evaluate has run
     test_detections.json  the best epoch's detections in the test images, once they were predicted
 """
 
@@ -151,11 +154,14 @@ def opening_checkpoint(run_dir: Path, config: RunConfig) -> Iterator[dict[str, A
             is gone that was written before it.
     """
     path = run_dir / "last.pt"
-    gone = [name for name in ("best.safetensors", "detections.json", "metrics.json", "history.csv") if not (run_dir / name).exists()]
-    if gone:
-        raise RunError(f"{run_dir} has lost {', '.join(gone)}; delete that folder to train anew")
     checkpoint = load_checkpoint(path)
     try:
+        written = ["history.csv"]
+        if any(row["validation_loss"] == row["validation_loss"] for row in checkpoint["history"]):  # not NaN: it was validated
+            written = ["best.safetensors", "detections.json", "metrics.json", *written]
+        gone = [name for name in written if not (run_dir / name).exists()]
+        if gone:
+            raise RunError(f"{run_dir} has lost {', '.join(gone)}; delete that folder to train anew")
         differences = config.differences(checkpoint["settings"])
         if differences:
             raise RunError(f"checkpoint {path} is of a run with other settings ({_listed(differences)}); delete it to train anew")

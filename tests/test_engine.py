@@ -94,7 +94,7 @@ def test_a_run_leaves_a_whole_run_folder(data):
     assert seen == [1, 2, 3]
     assert {file.name for file in run_dir.iterdir()} == {
         "settings.json", "provenance.json", "split.json", "truth.json", "history.csv",
-        "last.pt", "best.safetensors", "detections.json", "metrics.json",
+        "last.pt", "best.safetensors", "detections.json", "metrics.json", "finished.json",
     }  # fmt: skip
     run = load_run(run_dir)
     history = run.history
@@ -613,6 +613,80 @@ def test_early_stopping_ends_the_run_and_keeps_it_ended(data, monkeypatch):
     run_dir = fit(config)
     assert load_run(run_dir).history["validation_loss"].tolist() == [3.0, 1.0, 2.0, 1.5]
     fit(config, on_epoch=lambda history: pytest.fail("trained on"))
+
+
+def test_validation_every_second_epoch_and_after_the_last(data):
+    run_dir = fit(tiny_settings(data, epochs=5, validation_every_epochs=2))
+    history = load_run(run_dir).history
+    assert history["validation_loss"].notna().tolist() == [False, True, False, True, True]
+    assert history["validation_ap50"].notna().tolist() == [False, True, False, True, True]
+
+
+def test_a_run_killed_before_its_first_validation_goes_on(data):
+    changes = {"validation_every_epochs": 3, "keep_every_epoch": True}
+    whole = fit(tiny_settings(data, run_name="whole", **changes))
+    with pytest.raises(Interrupt):
+        fit(tiny_settings(data, **changes), on_epoch=interrupt_after(1))
+    run_dir = fit(tiny_settings(data, **changes))
+    assert_same_run(run_dir, whole)
+    kept = [load_file(run_dir / f"epoch_{epoch}.safetensors") for epoch in (1, 2, 3)]
+    torch.testing.assert_close(kept[-1], dict(load_checkpoint(run_dir / "last.pt")["model"]), rtol=0, atol=0)
+    assert any(not torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+
+
+@pytest.mark.parametrize("updates", [False, True])
+def test_norms_learn_from_validation_images_only_where_told(data, monkeypatch, updates):
+    monkeypatch.setattr(engine, "build_model", tiny_training.build_tiny_with_norm)
+    seen = []
+    validation_loss = engine.validation_loss
+
+    def watched(fabric, model, *rest):
+        before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+        loss = validation_loss(fabric, model, *rest)
+        seen.append(any(not torch.equal(before[name], buffer) for name, buffer in model.named_buffers() if name in before))
+        return loss
+
+    monkeypatch.setattr(engine, "validation_loss", watched)
+    fit(tiny_settings(data, epochs=2, validation_updates_norms=updates))
+    assert seen == [updates, updates]
+
+
+def test_truth_is_read_as_told_whatever_the_training_reads(data):
+    pieces = fit(tiny_settings(data, epochs=1, instance_reading="connected_components", min_instance_area_px=150))
+    cells = fit(tiny_settings(data, epochs=1, run_name="cells"))
+    for name in ("truth.json", "split.json"):
+        assert (pieces / name).read_bytes() == (cells / name).read_bytes()
+    assert history_without_clock(pieces)["loss"].tolist() != history_without_clock(cells)["loss"].tolist()
+
+
+def test_training_with_boxes_that_miss_the_last_pixel(data):
+    label_maps = torch.zeros(4, 8, 8, dtype=torch.int32)
+    label_maps[0, 1:4, 2:7], label_maps[1, 5, :3] = 1, 2
+    target = make_target(label_maps, boxes_miss_last_pixel=True)
+    assert target["boxes"].tolist() == [[2, 1, 6, 3]] and target["labels"].tolist() == [1]
+    assert make_target(label_maps)["boxes"].tolist() == [[2, 1, 7, 4], [0, 5, 3, 6]]
+    short = fit(tiny_settings(data, epochs=1, boxes_miss_last_pixel=True))
+    assert history_without_clock(short)["loss"].tolist() != history_without_clock(fit(tiny_settings(data, epochs=1, run_name="whole")))["loss"].tolist()
+
+
+def test_statistics_of_the_training_images_normalise(data):
+    config = tiny_settings(data, epochs=1, normalization="data")
+    run_dir = fit(config)
+    dataset, scored = engine.open_data(config)
+    mean, std = engine.image_statistics(dataset, engine.split_dataset(scored, config)[0])
+    weights = load_file(run_dir / "best.safetensors")
+    torch.testing.assert_close(weights["transform.image_mean"], torch.tensor(mean))
+    torch.testing.assert_close(weights["transform.image_std"], torch.tensor(std))
+
+
+def test_a_finished_run_without_its_checkpoint_stays_as_it_is(data):
+    run_dir = fit(tiny_settings(data))
+    (run_dir / "last.pt").unlink()
+    before = {file.name: file.read_bytes() for file in run_dir.iterdir()}
+    fit(tiny_settings(data), on_epoch=lambda history: pytest.fail("trained again"))
+    assert {file.name: file.read_bytes() for file in run_dir.iterdir()} == before
+    finished = read_json(run_dir / "finished.json")
+    assert finished["epochs"] == 3 and not finished["stopped_early"] and finished["parameters"] > 0
 
 
 # Two processes

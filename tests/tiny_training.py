@@ -52,6 +52,7 @@ def build_tiny(config: RunConfig, norm: type[nn.Module] = nn.Identity) -> LabelM
         min_size=config.min_size,
         max_size=config.max_size,
         mask_batch_size_per_image=config.mask_batch_size_per_image,
+        normalization=config.normalization,
         box_head=TwoMLPHead(CHANNELS * 7**2, 16),
         box_predictor=FastRCNNPredictor(16, 5),
         mask_head=MaskRCNNHeads(CHANNELS, [CHANNELS], 1),

@@ -151,9 +151,7 @@ def annotations_of_run(run: Run) -> tuple[dict[str, Any], str]:
 
 def _dataset_of(run: Run) -> CellDataset:
     settings = run.settings
-    return open_dataset(
-        settings["data"], settings["instance_reading"], settings["min_instance_area_px"], settings["skip_faulty_images"]
-    )
+    return open_dataset(settings["data"], settings.get("truth_reading", "pixel_values"), 0, settings["skip_faulty_images"])
 
 
 def affected_detections(matches: Matches, rows: Sequence[int], count: int) -> pd.DataFrame:

@@ -1,13 +1,17 @@
-"""Residual networks with a feature pyramid, and the loading of whole or partial weights into a model."""
+"""Residual networks with and without a feature pyramid, attention in them, and the loading of whole or partial weights."""
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d
+
+NO_WEIGHTS = ("num_batches_tracked", "transform.image_mean", "transform.image_std")  # ends of names of tensors that no file gives
 
 
 class LoadReport(NamedTuple):
@@ -32,6 +36,58 @@ def resnet_fpn(name: str, fpn_norm: type[nn.Module] | None = None) -> BackboneWi
     return _resnet_fpn_extractor(torchvision.models.get_model(name, weights=None), trainable_layers=5, norm_layer=fpn_norm)
 
 
+class SingleMapBackbone(nn.Module):
+    """A ResNet without a feature pyramid: one map of 256 channels at stride 16.
+
+    The map is C4, the output of ``layer3``, as in the Mask R-CNN without a pyramid of He et al. ("Mask R-CNN", 2017), here followed
+    by a 1x1 convolution to the pyramid's 256 channels, so that RPN and heads are the same with and without a pyramid. (Theirs uses
+    ``layer4`` as the box head; C5, at stride 32, is coarser than most cells.)
+    """
+
+    out_channels = 256
+
+    def __init__(self, name: str):
+        super().__init__()
+        net = torchvision.models.get_model(name, weights=None)
+        self.body = IntermediateLayerGetter(net, {"layer3": "0"})
+        self.lateral = nn.Conv2d(net.inplanes // 2, self.out_channels, 1)
+        nn.init.kaiming_uniform_(self.lateral.weight, a=1)  # as torchvision's pyramid
+        nn.init.zeros_(self.lateral.bias)
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        return OrderedDict({"0": self.lateral(self.body(x)["0"])})
+
+
+class CBAM(nn.Module):
+    """Convolutional block attention, channel then spatial (Woo et al., "CBAM", 2018, equations 1 to 3).
+
+    ``F' = Mc(F) * F`` with ``Mc(F) = sigmoid(W1 relu(W0 mean(F)) + W1 relu(W0 max(F)))`` over all pixels, and
+    ``F'' = Ms(F') * F'`` with ``Ms(F') = sigmoid(conv7x7([mean(F'), max(F')]))`` over all channels. W0 narrows the channels 16-fold; no
+    layer has a bias. Takes and gives float [N, C, H, W].
+    """
+
+    def __init__(self, channels: int, reduction: int = 16, kernel_size: int = 7):
+        super().__init__()
+        self.channel = nn.Sequential(
+            nn.Conv2d(channels, channels // reduction, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(channels // reduction, channels, 1, bias=False),
+        )
+        self.spatial = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * (self.channel(x.mean((2, 3), keepdim=True)) + self.channel(x.amax((2, 3), keepdim=True))).sigmoid()
+        return x * self.spatial(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)).sigmoid()
+
+
+def add_cbam(backbone: nn.Module) -> None:
+    """Put a ``CBAM`` at the end of each stage (``layer1`` ..) of a backbone's ``body``, in place; names of weights stay as they are."""
+    for name, stage in backbone.body.named_children():
+        if name.startswith("layer"):
+            block = stage[-1]
+            stage.add_module("cbam", CBAM((block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels))
+
+
 def load_weights(model: nn.Module, state: dict[str, Tensor], prefixes: tuple[str, ...], source: str) -> LoadReport:
     """Copy every tensor of ``state`` that has a place of the same shape in ``model``.
 
@@ -45,8 +101,8 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], prefixes: tuple[str
     Raises:
         ValueError: no tensor fits.
     """
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(NO_WEIGHTS)}
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(NO_WEIGHTS)}
 
     def fitting(prefix: str) -> dict[str, str]:
         return {prefix + n: n for n, t in state.items() if prefix + n in own and own[prefix + n].shape == t.shape}
@@ -62,7 +118,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], prefixes: tuple[str
     return LoadReport(source, list(placed), [n for n in own if n not in placed], [n for n in state if n not in used])
 
 
-def freeze_loaded(backbone: BackboneWithFPN, loaded: set[str], trainable_layers: int, norms: bool) -> None:
+def freeze_loaded(backbone: nn.Module, loaded: set[str], trainable_layers: int, norms: bool) -> None:
     """Freeze what was loaded: the weights of all but the body's last ``trainable_layers`` layers and, with ``norms``, its norms.
 
     A frozen norm at random weights diverges, and a frozen random convolution is noise, so what was not loaded stays trainable.

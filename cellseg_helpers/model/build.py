@@ -15,7 +15,10 @@ from torchvision.models.detection.rpn import RPNHead
 from cellseg_helpers.config import RunConfig, resolve_path
 from cellseg_helpers.data.labels import CLASS_NAMES
 from cellseg_helpers.model.backbones import (
+    NO_WEIGHTS,
     LoadReport,
+    SingleMapBackbone,
+    add_cbam,
     freeze_loaded,
     load_weights,
     published_weights,
@@ -42,10 +45,19 @@ class LabelMapMaskRCNN(MaskRCNN):
     load_report: LoadReport
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, min_size: int, max_size: int, mask_batch_size_per_image: int = 0, **kwargs
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        min_size: int,
+        max_size: int,
+        mask_batch_size_per_image: int = 0,
+        normalization: str = "imagenet",
+        **kwargs,
     ):
         super().__init__(backbone, num_classes, **kwargs)
-        self.transform = LabelMapTransform(min_size, max_size, list(IMAGENET_MEAN), list(IMAGENET_STD))
+        self.transform = LabelMapTransform(min_size, max_size, *map(list, channel_statistics(normalization)))
+        if normalization == "data":
+            self.transform.learn_statistics(self.transform.image_mean, self.transform.image_std)
         self.rpn.__class__ = LabelMapRPN
         self.roi_heads.__class__ = LabelMapRoIHeads
         self.roi_heads.mask_batch_size_per_image = mask_batch_size_per_image
@@ -63,6 +75,21 @@ class LabelMapMaskRCNN(MaskRCNN):
         return super().forward(images, targets)
 
 
+def channel_statistics(normalization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation, of R, G, B in [0, 1], by which the model normalises its images, as ``(x - mean) / std``.
+
+    ``imagenet``: torchvision's. ``imagenet_twice``: the result normalised again, as in report E's released code, is
+    ``(x - (m + m s)) / s^2``. ``imagenet_of_0_255``: images of values 0 to 255 normalised as if they were 0 to 1, as in report
+    B's, is ``(x - m / 255) / (s / 255)``. ``data``: ImageNet's, until ``LabelMapTransform.learn_statistics`` puts the data's own there.
+    """
+    m, s = IMAGENET_MEAN, IMAGENET_STD
+    if normalization == "imagenet_twice":
+        return tuple(a + a * b for a, b in zip(m, s, strict=True)), tuple(b * b for b in s)
+    if normalization == "imagenet_of_0_255":
+        return tuple(a / 255 for a in m), tuple(b / 255 for b in s)
+    return m, s
+
+
 def build_model(config: RunConfig, num_classes: int = len(CLASS_NAMES)) -> LabelMapMaskRCNN:
     """The Mask R-CNN of a run; ``model.load_report`` says what its weights gave it and what starts at random.
 
@@ -73,9 +100,15 @@ def build_model(config: RunConfig, num_classes: int = len(CLASS_NAMES)) -> Label
     Raises:
         ValueError: weights that are not to be had or do not fit, or more parameters than the task allows.
     """
-    v2 = config.backbone == "resnet50_fpn_v2"
-    backbone = resnet_fpn("resnet50", nn.BatchNorm2d) if v2 else resnet_fpn(config.backbone)
-    anchors = AnchorGenerator(tuple((size,) for size in config.anchor_sizes), (config.anchor_ratios,) * len(config.anchor_sizes))
+    if config.neck == "none":
+        backbone = SingleMapBackbone(config.backbone)
+        anchors = AnchorGenerator((config.anchor_sizes,), (config.anchor_ratios,))
+    else:
+        v2 = config.backbone == "resnet50_fpn_v2"
+        backbone = resnet_fpn("resnet50", nn.BatchNorm2d) if v2 else resnet_fpn(config.backbone)
+        anchors = AnchorGenerator(tuple((size,) for size in config.anchor_sizes), (config.anchor_ratios,) * len(config.anchor_sizes))
+    if config.attention == "cbam":
+        add_cbam(backbone)
     model = LabelMapMaskRCNN(
         backbone,
         num_classes + 1,
@@ -97,7 +130,8 @@ def build_model(config: RunConfig, num_classes: int = len(CLASS_NAMES)) -> Label
         box_bg_iou_thresh=config.box_bg_iou_thresh,
         box_batch_size_per_image=config.box_batch_size_per_image,
         mask_batch_size_per_image=config.mask_batch_size_per_image,
-        **(_v2_heads(backbone.out_channels, anchors) if v2 else {}),
+        normalization=config.normalization,
+        **(_v2_heads(backbone.out_channels, anchors) if has_v2_heads(config) else {}),
     )
     if count_parameters(model) >= PARAMETER_LIMIT:
         raise ValueError(f"the model has {count_parameters(model):,} trainable parameters, but the task allows under {PARAMETER_LIMIT:,}")
@@ -120,7 +154,8 @@ def rebuild_model(config: RunConfig, state: Mapping[str, Tensor] | None = None) 
     if config.weights != "none":
         ending = "num_batches_tracked"  # of a batch norm that was trained; a frozen one has none
         trained = {name.removesuffix(ending) + "running_mean" for name in state or () if name.endswith(ending)}
-        _freeze(model, config, model.backbone.state_dict(prefix="backbone.").keys() - trained)
+        of_backbone = {name for name in model.backbone.state_dict(prefix="backbone.") if ".cbam." not in name}
+        _freeze(model, config, of_backbone - trained)
     if state is not None:
         try:
             model.load_state_dict(state)
@@ -139,6 +174,11 @@ def _freeze(model: LabelMapMaskRCNN, config: RunConfig, loaded: set[str]) -> Non
         overwrite_eps(model, 0.0)  # as these weights were trained, and as torchvision builds the model around them
 
 
+def has_v2_heads(config: RunConfig) -> bool:
+    """Whether RPN, box and mask head are those of torchvision's v2 model."""
+    return config.heads == "v2" or (config.heads == "auto" and config.backbone == "resnet50_fpn_v2")
+
+
 def count_parameters(model: nn.Module) -> int:
     """Trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -148,7 +188,7 @@ def _load(model: nn.Module, config: RunConfig) -> LoadReport:
     kind = config.weights
     body = "resnet50" if config.backbone == "resnet50_fpn_v2" else config.backbone
     if kind == "none":
-        return LoadReport("none", [], [n for n in model.state_dict() if not n.endswith("num_batches_tracked")], [])
+        return LoadReport("none", [], [n for n in model.state_dict() if not n.endswith(NO_WEIGHTS)], [])
     if kind == "imagenet":
         state = published_weights(get_model_weights(body).IMAGENET1K_V1, kind)
     elif kind == "coco":
@@ -159,8 +199,10 @@ def _load(model: nn.Module, config: RunConfig) -> LoadReport:
         if config.backbone not in whole:
             raise ValueError(f"torchvision has no COCO weights for backbone {config.backbone!r}, only for {', '.join(whole)}")
         state = published_weights(whole[config.backbone], kind)
-        predictors = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(predictors)}
+        fresh = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+        if has_v2_heads(config) != (config.backbone == "resnet50_fpn_v2"):
+            fresh = ("rpn.", "roi_heads.")  # other heads than these weights are of: all new, not those parts alone that happen to fit
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(fresh)}
     else:
         state = read_weights(resolve_path(kind))
     return load_weights(model, state, ("", "backbone.", "backbone.body."), kind)

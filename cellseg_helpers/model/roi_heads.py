@@ -4,6 +4,7 @@ torchvision's own take a dense mask for each instance (N x H x W) in training an
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -199,6 +200,13 @@ class LabelMapRoIHeads(RoIHeads):
 
 class LabelMapTransform(GeneralizedRCNNTransform):
     """torchvision's normalisation, resizing and batching, with label maps in place of masks; ``min_size`` 0 keeps the size."""
+
+    def learn_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise by these (of R, G, B in [0, 1]) from now on; they belong to the model's weights and are saved with them."""
+        for name, values in (("image_mean", mean), ("image_std", std)):
+            if hasattr(self, name):
+                delattr(self, name)
+            self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32))
 
     def resize(self, image, target=None):
         if not self.max_size:

@@ -1,0 +1,87 @@
+"""The runs of the study: which parameter files make each, what it is called, where its folder is. Starts in no time: no torch.
+
+A run's key names its parameter files: ``a/resnet101`` is ``params/reports/a/resnet101.yaml``; ``c/final+coco_weights`` is
+``params/reports/c/final.yaml``, then ``params/findings/c/final+coco_weights.yaml``, which changes one thing.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from cellseg_helpers.config import ROOT, RunConfig, resolve_path
+
+RUNS = "outputs/runs"
+REPORTS = Path("params/reports")
+FINDINGS = Path("params/findings")
+SCALES = {
+    "full": [],
+    "sample": [Path("params/sample.yaml")],
+    "quick": [Path("params/quick.yaml"), Path("params/quick_study.yaml")],
+}
+FINALS = ("a/resnet101", "b/v2_backbone", "c/final", "d/fpn_cbam", "e/full")  # each report's own system
+
+
+def run_keys() -> list[str]:
+    """Every run of the study: those of the reports, then those of the findings."""
+    return [
+        path.relative_to(ROOT / folder).with_suffix("").as_posix()
+        for folder in (REPORTS, FINDINGS)
+        for path in sorted((ROOT / folder).glob("*/*.yaml"))
+    ]
+
+
+def parameter_files(key: str, scale: str) -> list[Path]:
+    """The parameter files of a run in their order, relative to the repository's root; the last ones scale it down, unless it is ``full``.
+
+    Raises:
+        ValueError: no such run or scale.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}; one of {', '.join(CHOICES['scale'])}")
+    if key not in run_keys():
+        raise ValueError(f"unknown run {key!r}; one of {', '.join(run_keys())}")
+    files = [REPORTS / f"{key.split('+')[0]}.yaml"]
+    if "+" in key:
+        files.append(FINDINGS / f"{key}.yaml")
+    return files + SCALES[scale]
+
+
+def study_name(scale: str, data: str) -> str:
+    """``<scale>-<name of the data>``."""
+    return f"{scale}-{'drawn' if data == 'drawn' else resolve_path(data).resolve().name}"
+
+
+def run_name(study: str, key: str, seed: int) -> str:
+    """Name of a run's folder under ``outputs/runs``."""
+    return f"{study}-{key.replace('/', '-')}-seed{seed}"
+
+
+def settings(key: str, scale: str, data: str, seed: int) -> RunConfig:
+    """The settings of a run of the study.
+
+    Raises:
+        ValueError: no such run or scale, or a parameter file that cannot be used.
+    """
+    config = RunConfig.from_yaml(*parameter_files(key, scale))
+    return replace(config, data=data, seed=seed, run_name=run_name(study_name(scale, data), key, seed))
+
+
+def set_aside_other_run(config: RunConfig) -> Path | None:
+    """Rename the folder of a run that has this one's name and other settings, so that this one can start.
+
+    Returns:
+        The old run's new place, ``<name>.old-<n>``, or None where nothing was in the way.
+    """
+    import json
+
+    folder = resolve_path(RUNS) / config.run_name
+    try:
+        before = json.loads((folder / "settings.json").read_text())
+    except (OSError, ValueError):
+        return None  # nothing there, or nothing that start_run would go on with
+    differences = config.differences(before)
+    if config.precision == "auto":
+        differences.pop("precision", None)  # saved as what it was on this machine
+    if not differences:
+        return None
+    number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
+    return folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
