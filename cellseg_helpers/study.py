@@ -46,8 +46,9 @@ def parameter_files(key: str, scale: str) -> list[Path]:
 
 
 def study_name(scale: str, data: str) -> str:
-    """``<scale>-<name of the data>``."""
-    return f"{scale}-{'drawn' if data == 'drawn' else resolve_path(data).resolve().name}"
+    """``<scale>-<name of the data>``: of its folder, also where the data are a COCO file in it."""
+    place = resolve_path(data).resolve()
+    return f"{scale}-{'drawn' if data == 'drawn' else place.parent.name if place.suffix == '.json' else place.name}"
 
 
 def run_name(study: str, key: str, seed: int) -> str:

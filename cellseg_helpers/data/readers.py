@@ -1,8 +1,10 @@
-"""A folder in the HW3 layout as checked, decoded, memory-mapped images. numpy and tifffile, no torch.
+"""A folder in the HW3 layout, or a COCO data set, as checked, decoded, memory-mapped images. numpy and tifffile, no torch.
 
 The layout: ``train/<image id>/image.tif`` with ``class1.tif`` to ``class4.tif`` beside it (an absent class has no file), and
 optionally ``patients.csv`` (columns ``image_id``, ``patient``) beside ``train/``. File names are taken in any case, with ``.tif``
 or ``.tiff``; other files and hidden ones are left alone.
+
+A COCO data set is one ``.json`` file, which names its images (TIFF, PNG or JPEG); ``coco_reading`` says what of it is read.
 
 Every file is decoded once, into ``outputs/cache``; that folder may be deleted at any time.
 """
@@ -25,9 +27,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tifffile
+from PIL import Image
 from tqdm import tqdm
 
 from cellseg_helpers.config import ROOT, resolve_path
+from cellseg_helpers.data.coco_reading import CocoImage, draw_label_maps, read_coco, read_masks
 from cellseg_helpers.data.labels import CLASS_NAMES, connected_components, drop_small_instances, find_instances
 from cellseg_helpers.data.splits import patient_of
 
@@ -48,7 +52,7 @@ class CellImage(NamedTuple):
     """One decoded image.
 
     Attributes:
-        image_id: name of its folder under ``train/``.
+        image_id: name of its folder under ``train/``; in a COCO data set, of its file without ending.
         patient: None where unknown.
         image: uint8 [3, H, W], RGB, 0..255, read-only.
         label_maps: int32 [K, H, W], 0 = background, other values = instance ids (1..65,535), unique within a class.
@@ -76,12 +80,12 @@ class DataError(ValueError):
 
 
 class CellDataset:
-    """The images of one folder, memory-mapped from their decoded cache. Made by ``open_dataset``.
+    """The images of one data set, memory-mapped from their decoded cache. Made by ``open_dataset``.
 
     ``dataset[i]`` is a ``CellImage``. Pickling (to DataLoader workers) carries a path, not pixels.
 
     Attributes:
-        name: of the folder, or ``drawn``.
+        name: of the folder, ``drawn``, or a COCO file's folder and name (``cells/annotations.json``).
         image_ids: N names, sorted.
         patients: N names, None where unknown.
         sizes: int64 [N, 2], height and width, px.
@@ -133,13 +137,13 @@ def open_dataset(
     skip_faulty_images: bool = False,
     cache_dir: Path | None = None,
 ) -> CellDataset:
-    """Open a folder in the HW3 layout; decode it first, unless its cache is at hand.
+    """Open a folder in the HW3 layout, or a COCO data set; decode it first, unless its cache is at hand.
 
     Args:
-        data: the folder that holds ``train/`` (a relative path stands under the repository's root), or ``drawn``: the embedded
-            drawn tissue, drawn into ``outputs/drawn`` on first use.
-        instance_reading: ``pixel_values`` (each value of a class file is one instance, in however many pieces) or
-            ``connected_components`` (each 8-connected piece of what is not background).
+        data: the folder that holds ``train/`` (a relative path stands under the repository's root); or the ``.json`` of a COCO
+            data set; or ``drawn``: the embedded drawn tissue, drawn into ``outputs/drawn`` on first use.
+        instance_reading: ``pixel_values`` (each value of a class file, or each annotation, is one instance, in however many
+            pieces) or ``connected_components`` (each 8-connected piece of a class's pixels).
         min_instance_area_px: instances of fewer pixels are left out; 0 keeps all.
         skip_faulty_images: leave faulty images out, named in ``.skipped``, instead of refusing the folder.
         cache_dir: where decoded images are kept; ``outputs/cache`` by default.
@@ -158,7 +162,7 @@ def open_dataset(
 
 
 def check_folder(data: str | Path, instance_reading: str = "pixel_values") -> list[Fault]:
-    """All faults of a folder in the HW3 layout, in one pass that decodes every file; empty when there are none.
+    """All faults of a folder or COCO data set, in one pass that decodes every file; empty when there are none.
 
     Args:
         data: as for ``open_dataset``.
@@ -178,14 +182,15 @@ def _check_settings(instance_reading: str, min_instance_area_px: int) -> None:
 
 
 def locate_data(data: str | Path) -> tuple[Path, str]:
-    """The folder of ``data`` and the data's name; ``drawn`` is drawn on first use.
+    """The folder, or COCO file, of ``data`` and the data's name; ``drawn`` is drawn on first use.
 
     Raises:
         DataError: it cannot be drawn.
     """
     if data != "drawn":
         folder = resolve_path(data)
-        return folder, folder.resolve().name
+        name = folder.resolve().name
+        return folder, f"{folder.resolve().parent.name}/{name}" if is_coco(folder) else name
     from cellseg_helpers.data.synthetic import discard_older_drawing, draw_dataset
 
     folder = ROOT / "outputs" / "drawn"
@@ -195,6 +200,11 @@ def locate_data(data: str | Path) -> tuple[Path, str]:
     except OSError as error:
         raise DataError(f"the drawn data cannot be made: {error}") from error
     return folder, "drawn"
+
+
+def is_coco(folder: Path) -> bool:
+    """What ``locate_data`` gave is the file of a COCO data set, and no folder."""
+    return folder.suffix.lower() == ".json" and not folder.is_dir()
 
 
 def refusal(
@@ -222,14 +232,20 @@ def refusal(
 class _Layout(NamedTuple):
     patients: dict[str, str | None]  # of every image folder, by image id, sorted
     faults: list[Fault]
+    listed: dict[str, CocoImage] = {}  # the images of a COCO file
 
 
 def _read_layout(folder: Path) -> _Layout:
+    if is_coco(folder):
+        listed, problems = read_coco(folder)
+        return _Layout({i: image.patient for i, image in listed.items()}, [Fault(*problem) for problem in problems], listed)
     train = folder / "train"
     if not folder.is_dir():
         return _Layout({}, [Fault("", str(folder), "there is no such folder; give the folder that holds train/")])
     if not train.is_dir():
         right = f"above, {folder.parent}" if folder.name == "train" else "that holds train/<image id>/image.tif"
+        if (folder / "annotations.json").is_file():
+            right += f", or the COCO file {folder / 'annotations.json'}"
         return _Layout({}, [Fault("", str(folder), f"it has no train/ folder; give the folder {right}")])
     try:
         entries = list_visible(train)
@@ -297,7 +313,10 @@ Decoded = tuple[CellImage | None, list[Fault]]
 
 def _decode(folder: Path, name: str, layout: _Layout, settings: tuple[str, int]) -> Iterator[Decoded]:
     for image_id, patient in tqdm(layout.patients.items(), f"decoding {name}", unit="image", delay=2, leave=False):
-        yield _read_image(folder / "train" / image_id, image_id, patient, *settings)
+        if layout.listed:
+            yield _read_listed(image_id, layout.listed[image_id], *settings)
+        else:
+            yield _read_image(folder / "train" / image_id, image_id, patient, *settings)
 
 
 def _read_image(place: Path, image_id: str, patient: str | None, instance_reading: str, min_instance_area_px: int) -> Decoded:
@@ -320,6 +339,29 @@ def _read_image(place: Path, image_id: str, patient: str | None, instance_readin
     for class_id, label_map in label_maps.items():
         stack[class_id - 1] = label_map
     return CellImage(image_id, patient, image, drop_small_instances(stack, min_instance_area_px)), []
+
+
+def _read_listed(image_id: str, listed: CocoImage, instance_reading: str, min_instance_area_px: int) -> Decoded:
+    """``_read_image`` of an image of a COCO data set."""
+    problems: list[tuple[str, str]] = []
+    size = (listed.height, listed.width)
+    try:
+        image = read_image(listed.path)
+        if image.shape[1:] != size:
+            sizes = f"it is {_size(image.shape[1:])} px, but listed as {_size(size)} px (height x width)"
+            raise DataError(f"{sizes}; correct its entry, or copy the right image")
+    except DataError as error:
+        problems.append((listed.file_name, str(error)))
+    if max(size) <= LARGEST_SIDE_PX:
+        rles, wrong = read_masks(listed)
+        problems += wrong
+    if not problems:
+        label_maps, problems = draw_label_maps(listed, rles)
+    if problems:
+        return None, [Fault(image_id, *problem) for problem in problems]
+    if instance_reading == "connected_components":
+        label_maps = np.stack([_to_label_map(label_map, size, instance_reading) for label_map in label_maps])
+    return CellImage(image_id, listed.patient, image, drop_small_instances(label_maps, min_instance_area_px)), []
 
 
 def _find_files(place: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
@@ -349,12 +391,12 @@ def _find_files(place: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """A TIFF's image as uint8 [3, H, W]; see ``_to_rgb`` for what is read and how.
+    """The image of a TIFF, PNG or JPEG file as uint8 [3, H, W]; see ``_to_rgb`` for what is read and how.
 
     Raises:
-        DataError: not a TIFF, truncated, or not an image.
+        DataError: no such file, truncated, or not an image.
     """
-    return _to_rgb(_read_tiff(path))
+    return _to_rgb(_read_picture(path) if path.suffix.lower() in (".png", ".jpg", ".jpeg") else _read_tiff(path))
 
 
 class _Tiff(NamedTuple):
@@ -388,6 +430,21 @@ def _read_tiff(path: Path) -> _Tiff:
         raise
     except Exception as error:  # decoders raise nearly everything on a broken file
         raise DataError(f"it cannot be read as a TIFF ({_cause(error)}); copy or export it again") from error
+
+
+def _read_picture(path: Path) -> _Tiff:
+    """A PNG or JPEG file as if it were a TIFF; Pillow gives 8 of the 16 bits of a colour PNG, and all of a grey one.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as picture:
+            if picture.mode.startswith("I;16"):
+                return _Tiff(np.asarray(picture), "MINISBLACK", None)
+            return _Tiff(np.asarray(picture.convert("RGB")), "RGB", None)
+    except Exception as error:  # decoders raise nearly everything on a broken file
+        raise DataError(f"it cannot be read as a PNG or JPEG ({_cause(error)}); copy or export it again") from error
 
 
 def _cause(error: Exception) -> str:
@@ -497,9 +554,12 @@ def _open_cached(folder: Path, name: str, settings: tuple[str, int], cache_dir: 
 
 def _cache_key(folder: Path, settings: tuple[str, int]) -> str:
     """``<what>-<state>``: a hash of folder, settings and format, and one of name, size, times and inode of every file."""
-    places = _inside(folder / "train")
-    files = [folder / "patients.csv", *places, *(file for place in places for file in _inside(place))]
-    state = [(str(file.relative_to(folder)), *_state(file)) for file in files]
+    if is_coco(folder):
+        files = [folder, *(image.path for image in read_coco(folder)[0].values())]
+    else:
+        places = _inside(folder / "train")
+        files = [folder / "patients.csv", *places, *(file for place in places for file in _inside(place))]
+    state = [(os.path.relpath(file, folder), *_state(file)) for file in files]
     what = (str(folder.resolve()), settings, CACHE_FORMAT, CLASS_NAMES)
     return "-".join(hashlib.sha256(repr(part).encode()).hexdigest()[:16] for part in (what, (state, sorted(_test_ids(folder)))))
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cellseg_helpers.data.readers import DataError, Fault, list_visible, locate_data, read_image, refusal
+from cellseg_helpers.data.readers import DataError, Fault, is_coco, list_visible, locate_data, read_image, refusal
 
 FOLDER, LIST = "test_release", "test_image_name_to_ids.json"
 TIFF = re.compile(r"\.tiff?$", re.IGNORECASE)
@@ -62,6 +62,8 @@ def open_test_images(data: str | Path) -> UnlabelledImages:
         DataError: no such folder, or faults, all named in the message.
     """
     folder, name = locate_data(data)
+    if is_coco(folder):
+        raise NoTestImages(f"{folder} is a COCO data set, which holds no test images; give a folder that holds {FOLDER}/ to predict some")
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder; give the folder that holds {FOLDER}/")
     files, faults = _find_images(folder / FOLDER)
