@@ -4,6 +4,7 @@ from scenes import CLASS_NAMES, disc, result, truth_of
 
 from cellseg_helpers.analysis import resampling
 from cellseg_helpers.analysis.metrics import count_matches, dense_max_dets, match_detections, score_coco, summarize
+from cellseg_helpers.runs import RunError
 
 MASKS = [disc(x, y, r) for x, y, r in ((15, 15, 6), (45, 15, 8), (80, 40, 20), (20, 60, 18), (100, 80, 7), (60, 80, 6))]
 
@@ -140,3 +141,59 @@ def test_nothing_found_is_no_error():
     truth = scene()[0]
     scores = resampling.resampled_scores(truth, [], resampling.draw_images(12, 5, 0)).values
     assert (scores["AP50", "all"] == 0).all() and np.isnan(scores["precision", "all"]).all()
+
+
+def test_patients_are_drawn_where_five_are_known():
+    truth = scene()[0]
+    draw = resampling.draw_units(of_patients(truth, [f"p{i % 5}" for i in range(12)]), 50, 3)
+    assert (draw.unit, draw.units) == ("patients", 5) and draw.weights.shape == (51, 12) and (draw.weights[0] == 1).all()
+    by_patient = [draw.weights[:, [i for i in range(12) if i % 5 == k]] for k in range(5)]
+    assert all((weights == weights[:, :1]).all() for weights in by_patient)
+    assert (sum(weights[:, 0] for weights in by_patient) == 5).all()
+    for names in ([f"p{i % 4}" for i in range(12)], [None, *(f"p{i}" for i in range(11))]):
+        few = resampling.draw_units(of_patients(truth, names), 50, 3)
+        assert (few.unit, few.units) == ("images", 12) and (few.weights == resampling.draw_images(12, 50, 3)).all()
+
+
+def test_saved_scores_come_back(tmp_path):
+    truth, detections = scene()
+    scores = resampling.score_run(truth, detections)
+    resampling.save_scores(scores, tmp_path / "scores.json")
+    assert resampling.load_scores(tmp_path / "scores.json") == scores == resampling.score_run(truth, detections)
+    whole = resampling.resampled_scores(truth, detections, resampling.draw_images(12, 1000, 0)).values["AP50", "all"]
+    np.testing.assert_allclose(scores.AP50, whole, atol=1e-6)
+    assert scores.names == [f"image{i}" for i in range(1, 13)] and (scores.unit, scores.units) == ("images", 12)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"max_dets": 100}'])
+def test_damaged_scores_are_refused(tmp_path, text):
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(RunError, match="scores.json"):
+        resampling.load_scores(tmp_path / "scores.json")
+
+
+def test_the_12_lines_of_the_images_themselves_are_cocos():
+    truth, detections = scene()
+    detections = [row | {"score": round(row["score"], 1)} for row in detections]  # equal scores too
+    lines = resampling.bootstrap_summary(truth, detections, resampling.draw_images(12, 3, 0), (1, 2, 100))
+    summary = summarize(score_coco(truth, detections, (1, 2, 100)))
+    assert list(lines) == list(summary)
+    for name, value in summary.items():
+        np.testing.assert_allclose(lines[name][0], value, atol=1e-12)
+        assert lines[name].shape == (4,)
+
+
+def test_the_12_lines_of_a_bootstrap_sample_are_cocos_of_its_images_written_out():
+    truth, detections = scene()
+    weights = resampling.draw_images(12, 3, 0)
+    ids = np.repeat(np.arange(1, 13), weights[2]).tolist()
+
+    def written_out(rows):
+        return [row | {"image_id": new} for new, old in enumerate(ids, 1) for row in rows if row["image_id"] == old]
+
+    images = [truth["images"][old - 1] | {"id": new} for new, old in enumerate(ids, 1)]
+    cells = [cell | {"id": number} for number, cell in enumerate(written_out(truth["annotations"]), 1)]
+    summary = summarize(score_coco(truth | {"images": images, "annotations": cells}, written_out(detections), (1, 2, 100)))
+    lines = resampling.bootstrap_summary(truth, detections, weights, (1, 2, 100))
+    for name, value in summary.items():
+        np.testing.assert_allclose(lines[name][2], value, atol=1e-12)

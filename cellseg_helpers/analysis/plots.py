@@ -2,7 +2,7 @@
 
 import colorsys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -19,13 +19,14 @@ from skimage.measure import find_contours
 from skimage.segmentation import find_boundaries
 
 from cellseg_helpers.analysis.metrics import Counts, Matches, count_matches
-from cellseg_helpers.data.labels import CLASS_NAMES, decode_in_box, find_instances
+from cellseg_helpers.data.labels import CLASS_NAMES, decode_in_box, encode_instances, find_instances
 from cellseg_helpers.data.readers import CellImage
 
 # Okabe and Ito's colour-blind safe palette, those of its colours that show on stained tissue and on white.
 CLASS_COLORS = {"epithelial": "#E69F00", "lymphocyte": "#56B4E9", "neutrophil": "#009E73", "macrophage": "#D55E00"}
 DPI = 80
 VIEW_PX = 320  # side of what is shown of a large image
+GALLERY_PX = 128  # side of what the gallery of augmentations shows
 WINDOW_PX = 64  # side of the crop around a mistake, at least
 MARKS = "os^DvP*X"
 FEWEST_IN_BIN = 10  # detections that make a point of the reliability diagram
@@ -97,14 +98,15 @@ def training_curves(history: pd.DataFrame) -> Figure:
     Args:
         history: as ``history.csv`` of a run, one row an epoch.
     """
-    fig, (left, right) = _figure(1, 2, 7.2, 2.8)
+    fig, (left, right) = _figure(1, 2, 7.2, 2.8, sharex=True)
     marker = "o" if len(history) < 25 else None
     left.plot(history["epoch"], history["loss"], color="#0072B2", marker=marker, markersize=3, label="training")
-    left.plot(history["epoch"], history["validation_loss"], color="#CC79A7", marker=marker, markersize=3, label="validation")
+    validated = history.dropna(subset="validation_loss")
+    left.plot(validated["epoch"], validated["validation_loss"], color="#CC79A7", marker=marker, markersize=3, label="validation")
     left.set(xlabel="epoch", ylabel="sum of the five losses")
     left.set_ylim(bottom=0)
     left.legend(frameon=False)
-    right.plot(history["epoch"], history["validation_ap50"], color="0.1", marker=marker, markersize=3)
+    right.plot(validated["epoch"], validated["validation_ap50"], color="0.1", marker=marker, markersize=3)
     right.set(xlabel="epoch", ylabel="validation mask AP50", ylim=(0, 1))
     _whole_epochs(left, right)
     return fig
@@ -122,6 +124,25 @@ def loss_parts(history: pd.DataFrame) -> Figure:
     ax.set(xlabel="epoch", ylabel="training loss")
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    _whole_epochs(ax)
+    return fig
+
+
+def losses_beside_reported(history: pd.DataFrame | None, reported: Sequence[float]) -> Figure:
+    """Training loss by epoch beside that of a report.
+
+    Args:
+        history: as ``history.csv`` of a run, one row an epoch; of it as many epochs as were reported are drawn. None: no run.
+        reported: the report's losses, from epoch 1.
+    """
+    fig, ax = _figure(1, 1, 4.8, 2.8)
+    ax.plot(range(1, len(reported) + 1), reported, color="0.5", linestyle="--", marker="s", markersize=3, label="reported")
+    if history is not None:
+        shown = history[history["epoch"] <= len(reported)]
+        ax.plot(shown["epoch"], shown["loss"], color="#0072B2", marker="o", markersize=3, label="here")
+    ax.set(xlabel="epoch", ylabel="training loss")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False)
     _whole_epochs(ax)
     return fig
 
@@ -460,6 +481,39 @@ def contact_sheet(
     for ax, image, name, found in zip(axes.flat, images, names, detections, strict=False):
         _show(ax, image, f"{name[:8]}: {len(found)} cells")
         _outline_by_class(ax, found, linewidth=0.8)
+    _class_legend(fig)
+    return fig
+
+
+def recipe_gallery(cell_image: CellImage, recipes: Mapping[str, Sequence[Any]], seed: int) -> Figure:
+    """One row a recipe: what it makes of the middle of an image, in four draws, and where the cells went, outlined by class.
+
+    Args:
+        cell_image: shown and augmented are at most ``GALLERY_PX`` of each side.
+        recipes: name -> steps, as ``recipes.RECIPES``.
+        seed: of the first draw, the same for every recipe; the others count on from it.
+    """
+    import torch
+
+    from cellseg_helpers.data.recipes import augment
+
+    draws = 4
+    starts = [max(length - GALLERY_PX, 0) // 2 for length in cell_image.image.shape[1:]]
+    window = np.s_[:, starts[0] : starts[0] + GALLERY_PX, starts[1] : starts[1] + GALLERY_PX]
+    image, label_maps = (torch.from_numpy(pixels[window].copy()) for pixels in (cell_image.image, cell_image.label_maps))
+    fig, axes = _figure(len(recipes), draws, 5.0, 1.2 * len(recipes) + 0.5, squeeze=False)
+    for row, (name, recipe) in zip(axes, recipes.items(), strict=True):
+        for draw, ax in enumerate(row):
+            changed, moved = (tensor.numpy() for tensor in augment(image, label_maps, recipe, seed + draw))
+            ax.imshow(changed.transpose(1, 2, 0), interpolation="bilinear")
+            _bare(ax, "")
+            instances = find_instances(moved)
+            rles = encode_instances(moved, instances)
+            cells = [{"category_id": k, "segmentation": rle} for k, rle in zip(instances.labels.tolist(), rles, strict=True)]
+            _outline_by_class(ax, cells, linewidth=1)
+        row[0].set_ylabel(name, fontsize="small")
+    for draw, ax in enumerate(axes[0], 1):
+        ax.set_title(f"draw {draw}", fontsize="small")
     _class_legend(fig)
     return fig
 

@@ -1,6 +1,7 @@
-"""Halves of a run's images to choose on and to judge on, and intervals of scores by bootstrap over images. No torch."""
+"""Halves of a run's images to choose on and to judge on; intervals of scores by bootstrap over images or patients. No torch."""
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +18,14 @@ from cellseg_helpers.analysis.metrics import (
     match_detections,
 )
 from cellseg_helpers.data.splits import make_split
+from cellseg_helpers.runs import RunError, read_json, write_json
 
 FEWEST_IMAGES = 5  # fewer cannot tell how much images differ
 ALIKE = 1e-4  # smaller differences of two scores count as none
+RESAMPLES = 1000  # bootstrap samples of a saved score
+DRAW_SEED = 0  # of these samples
+DIGITS = 6  # of a saved score
+COCO_IOUS = np.linspace(0.5, 0.95, 10)
 
 
 class Scores(NamedTuple):
@@ -32,6 +38,42 @@ class Scores(NamedTuple):
 
     values: dict[tuple[str, str], np.ndarray]
     images: dict[str, int]
+
+
+class Draw(NamedTuple):
+    """Bootstrap samples of the images of a truth.
+
+    Attributes:
+        weights: int [1 + B, I], how often each image stands in each; the first row is the images themselves.
+        unit: what was drawn: ``images`` or ``patients``, of which all images are drawn together.
+        units: number of these.
+    """
+
+    weights: np.ndarray
+    unit: str
+    units: int
+
+
+class SavedScores(NamedTuple):
+    """A run's AP50 with its bootstrap values, as ``scores.json`` holds it.
+
+    Attributes:
+        max_dets: the dense limit.
+        unit: what was drawn, ``images`` or ``patients``.
+        units: number of these.
+        names: of the validation images, in the order of the truth.
+        resamples: number B of bootstrap samples.
+        seed: of these.
+        AP50: 1 + B values in [0, 1], mean over the classes that have a cell; the first is the run's own; None without a cell.
+    """
+
+    max_dets: int
+    unit: str
+    units: int
+    names: list[str]
+    resamples: int
+    seed: int
+    AP50: list[float | None]
 
 
 class Half(NamedTuple):
@@ -87,6 +129,82 @@ def draw_images(images: int, resamples: int, seed: int) -> np.ndarray:
     """How often each image stands in each bootstrap sample: int [1 + resamples, images]; the first row is the images themselves."""
     drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), resamples)
     return np.concatenate([np.ones((1, images), int), drawn])
+
+
+def draw_units(truth: dict[str, Any], resamples: int = RESAMPLES, seed: int = DRAW_SEED) -> Draw:
+    """Bootstrap samples of patients where every image's is known and there are five or more of them, else of images.
+
+    Images of one patient are alike, so that samples of images would vary too little.
+    """
+    patients = [image.get("patient") for image in truth["images"]]
+    names = sorted(set(patients) - {None})
+    if None in patients or len(names) < FEWEST_IMAGES:
+        return Draw(draw_images(len(patients), resamples, seed), "images", len(patients))
+    place = [names.index(patient) for patient in patients]
+    return Draw(draw_images(len(names), resamples, seed)[:, place], "patients", len(names))
+
+
+def bootstrap_ap50(truth: dict[str, Any], detections: list[dict[str, Any]], image_weights: np.ndarray) -> np.ndarray:
+    """AP50 at the dense ``maxDets``, mean over classes that have a cell, of each row of weights: float64 [1 + B], 6 digits."""
+    per_class = average_precision(match_detections(truth, detections, 0.5), image_weights, dense_max_dets(truth)[-1])
+    return _mean_of_defined(per_class).round(DIGITS)
+
+
+def score_run(truth: dict[str, Any], detections: list[dict[str, Any]]) -> SavedScores:
+    """What ``scores.json`` holds; the same truth and detections give the same values."""
+    draw = draw_units(truth)
+    values = bootstrap_ap50(truth, detections, draw.weights).tolist()
+    names = [image["file_name"] for image in truth["images"]]
+    ap50 = [None if math.isnan(value) else value for value in values]
+    return SavedScores(dense_max_dets(truth)[-1], draw.unit, draw.units, names, RESAMPLES, DRAW_SEED, ap50)
+
+
+def save_scores(scores: SavedScores, path: Path) -> None:
+    """Write a run's ``scores.json``, whole or not at all."""
+    write_json(path, scores._asdict(), indent=None)
+
+
+def load_scores(path: Path) -> SavedScores:
+    """Read a run's ``scores.json``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RunError: not readable, or not what ``save_scores`` writes.
+    """
+    try:
+        scores = SavedScores(**read_json(path))
+        if len(scores.AP50) == 1 + scores.resamples:
+            return scores
+    except TypeError:
+        pass
+    raise RunError(f"{path} does not hold the scores of a run; delete it and run 03_evaluate again")
+
+
+def bootstrap_summary(
+    truth: dict[str, Any], detections: list[dict[str, Any]], image_weights: np.ndarray, max_dets: tuple[int, int, int]
+) -> dict[str, np.ndarray]:
+    """COCO's 12 lines of each row of weights.
+
+    Args:
+        truth: COCO data set.
+        detections: COCO results.
+        image_weights: [1 + B, I], as of ``draw_units``.
+        max_dets: three rising limits; the last is of all lines but the first two AR.
+
+    Returns:
+        The names of ``metrics.summarize`` -> float64 [1 + B]; NaN where no such cell is.
+    """
+    average, recall = {}, {}
+    for area, limits in {"": (0, math.inf), **{name[0]: limits for name, limits in COCO_AREAS_PX.items()}}.items():
+        of_ious = [match_detections(truth, detections, iou, limits) for iou in COCO_IOUS]
+        average[area] = [_mean_of_defined(average_precision(matches, image_weights, max_dets[-1])) for matches in of_ious]
+        for limit in max_dets if not area else max_dets[-1:]:
+            recall[area or limit] = np.mean([_mean_recall(matches, image_weights, limit) for matches in of_ious], axis=0)
+    lines = {f"AP{area}": np.mean(of_ious, axis=0) for area, of_ious in average.items()}
+    lines |= {"AP50": average[""][0], "AP75": average[""][5]}
+    lines |= {f"AR{name}": values for name, values in recall.items()}
+    order = ("AP", "AP50", "AP75", "APs", "APm", "APl", *(f"AR{limit}" for limit in max_dets), "ARs", "ARm", "ARl")
+    return {name: lines[name] for name in order}
 
 
 def resampled_scores(
@@ -181,6 +299,16 @@ def _with_mean(metric: str, matches: Matches, per_class: np.ndarray) -> dict[tup
     names = matches.class_names.values()
     scores = {(metric, "all"): _mean_of_defined(per_class)}
     return scores | {(metric, name): per_class[:, k] for k, name in enumerate(names)}
+
+
+def _mean_recall(matches: Matches, image_weights: np.ndarray, max_dets: int) -> np.ndarray:
+    """Recall of the highest-scored ``max_dets`` detections of each image and class, mean over the classes: float64 [1 + B]."""
+    table = matches.detections
+    ranked = table.sort_values("score", ascending=False, kind="stable").groupby(["image_id", "class_id"]).cumcount()
+    counts = count_by_image(matches._replace(detections=table[ranked.reindex(table.index) < max_dets]))
+    found, cells = image_weights @ counts.tp, image_weights @ (counts.tp + counts.fn)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return _mean_of_defined(np.where(cells > 0, found / cells, np.nan))
 
 
 def _mean_of_defined(per_class: np.ndarray) -> np.ndarray:

@@ -1,0 +1,937 @@
+"""The tables and figures of the five reports, in their order: what was reported beside what the study's runs reproduce. No torch.
+
+First the registry: what the reports say, as data. Then what a study's run folders hold, and the tables, figures and sentences
+made from both. A run that is missing leaves an empty cell with its reason.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from cellseg_helpers.analysis import borders, metrics, plots, postprocess, resampling, tables, thresholds, verdicts
+from cellseg_helpers.config import RunConfig, resolve_path
+from cellseg_helpers.data.labels import CLASS_NAMES
+from cellseg_helpers.data.readers import CellImage, DataError, open_dataset
+from cellseg_helpers.runs import Run, RunError, load_run, read_json
+from cellseg_helpers.study import parameter_files, run_name
+
+Detections = list[dict[str, Any]]
+
+# ---------------------------------------------------------------------------------------------------------------- the registry
+
+
+class Row(NamedTuple):
+    """One row of a score table.
+
+    Attributes:
+        label: as the report names it.
+        reported: its number, or its words, or None where it gives none.
+        run: key of the run that reproduces it.
+        variant: what is done to the run's detections before they are scored, a name in ``VARIANTS``.
+        measure: ``AP50``, or a number in ``finished.json``.
+    """
+
+    label: str
+    reported: float | str | None
+    run: str
+    variant: str = "all detections"
+    measure: str = "AP50"
+
+
+class Comparison(NamedTuple):
+    """A conclusion that a report draws from two rows of its table.
+
+    Attributes:
+        claim: a statement, without full stop.
+        base: label of the row that the other is compared with.
+        other: label of the other row.
+        expected: 1: the other scores higher, -1: lower, 0: no change to be seen.
+    """
+
+    claim: str
+    base: str
+    other: str
+    expected: int = 1
+
+
+class Table(NamedTuple):
+    """A score table of a report.
+
+    Attributes:
+        title: of the table.
+        rows: of the table.
+        comparisons: the conclusions.
+        note: what a reader has to know.
+    """
+
+    title: str
+    rows: list[Row]
+    comparisons: list[Comparison] = []
+    note: str = ""
+
+
+ORDER = {
+    "A": ["A-Fig1", "A-Fig2", "A-Fig3", "A-T1", "A-T2", "A-T3"],
+    "B": ["B-T1", "B-T2", "B-Fig1", "B-T3", "B-Fig2", "B-T4", "B-T5"],
+    "C": ["C-T1", "C-Fig1", "C-Fig2", "C-Fig3", "C-T2", "C-T3"],
+    "D": ["D-T1", "D-T2", "D-Fig1", "D-Fig2", "D-T3", "D-T4"],
+    "E": ["E-Fig1", "E-Fig2", "E-T1", "E-T2", "E-T3", "E-T4", "E-sweep"],
+}
+
+E_BOTH = "class thresholds + refinement"
+SCORE_TABLES = {
+    "A-T1": Table("Performance", [Row("ResNet101_FPN (ours)", 0.357, "a/resnet101")]),
+    "A-T2": Table(
+        "Backbones",
+        [
+            Row("ResNet18_FPN", 0.335, "a/resnet18"),
+            Row("ResNet50_FPN", 0.334, "a/resnet50"),
+            Row("ResNet101_FPN", 0.357, "a/resnet101"),
+        ],
+        [
+            Comparison("A larger backbone helps, ResNet-50 over ResNet-18", "ResNet18_FPN", "ResNet50_FPN"),
+            Comparison("A larger backbone helps, ResNet-101 over ResNet-50", "ResNet50_FPN", "ResNet101_FPN"),
+            Comparison("A larger backbone helps, ResNet-101 over ResNet-18", "ResNet18_FPN", "ResNet101_FPN"),
+        ],
+        "The report's own ResNet-18 beats its ResNet-50.",
+    ),
+    "A-T3": Table(
+        "Anchors",
+        [Row("library default", 0.339, "a/default_anchors"), Row("ours", 0.357, "a/resnet101")],
+        [Comparison("Cell-sized anchors help", "library default", "ours")],
+        "Default: sizes 32 to 512 px, 3 ratios; ours: 16 to 96 px, 8 ratios. That the backbone is ResNet-101 is inferred.",
+    ),
+    "B-T3": Table(
+        "Score threshold",
+        [
+            Row("0.2 (cut the low peak)", 0.26, "b/v2_backbone", "score ≥ 0.2"),
+            Row("0.5 (keep the high peak)", 0.21, "b/v2_backbone", "score ≥ 0.5"),
+            Row("0 (keep all)", 0.27, "b/v2_backbone"),
+        ],
+        [
+            Comparison("Keeping all scores higher than a threshold of 0.2", "0.2 (cut the low peak)", "0 (keep all)"),
+            Comparison("Keeping all scores higher than a threshold of 0.5", "0.5 (keep the high peak)", "0 (keep all)"),
+        ],
+        "The report says only that 0 scored highest: which of 0.26 and 0.21 is which is inferred. A threshold takes the end off "
+        "the precision-recall curve, so under AP keeping all wins whatever the scores are worth; B-Fig1 says what they are.",
+    ),
+    "B-T4": Table(
+        "Border filter",
+        [
+            Row("keep all", 0.27, "b/v2_backbone"),
+            Row("drop boxes at the border", 0.27, "b/v2_backbone", "no box at the border"),
+        ],
+        [Comparison("Dropping boxes at the border changes nothing to be seen", "keep all", "drop boxes at the border", 0)],
+        "Two digits were reported: a change under 0.01 counts as none.",
+    ),
+    "B-T5": Table(
+        "Backbones tried",
+        [
+            Row("ResNet-50", None, "b/resnet50"),
+            Row("ResNeXt-50", None, "b/resnext50"),
+            Row("ResNet-50-FPN v2, backbone", "chosen", "b/v2_backbone"),
+            Row("ResNet-50-FPN v2, whole model", None, "b/v2_whole"),
+        ],
+        [
+            Comparison("The v2 backbone beats ResNet-50", "ResNet-50", "ResNet-50-FPN v2, backbone"),
+            Comparison("The v2 backbone beats ResNeXt-50", "ResNeXt-50", "ResNet-50-FPN v2, backbone"),
+            Comparison(
+                "The whole v2 model beats its backbone in a v1-style Mask R-CNN",
+                "ResNet-50-FPN v2, backbone",
+                "ResNet-50-FPN v2, whole model",
+            ),
+        ],
+        "The report chose v2, and gives neither figures nor an order of the others. Its text means the whole v2 model, its "
+        "released code takes the backbone and FPN of it; the last row and comparison are not in the report.",
+    ),
+    "C-T2": Table("Final", [Row("ResNet-50 FPN", 0.31, "c/final")], note="Reported: private leaderboard."),
+    "C-T3": Table(
+        "Augmentation",
+        [
+            Row("none", None, "c/final"),
+            Row("flip, colour jitter, rotation ±15°", "a loss in validation performance", "c/flip_colour_rotation"),
+        ],
+        [Comparison("This augmentation lowers the score", "none", "flip, colour jitter, rotation ±15°", -1)],
+        "The report gives no figure.",
+    ),
+    "D-T3": Table(
+        "Ablation, all else equal",
+        [
+            Row("ResNet-50 without FPN", 0.2421, "d/no_fpn"),
+            Row("+ FPN", 0.2815, "d/fpn"),
+            Row("+ FPN + CBAM", 0.3336, "d/fpn_cbam"),
+        ],
+        [
+            Comparison("A feature pyramid helps", "ResNet-50 without FPN", "+ FPN"),
+            Comparison("CBAM helps", "+ FPN", "+ FPN + CBAM"),
+        ],
+    ),
+    "D-T4": Table(
+        "Final",
+        [
+            Row("ResNet-50 + FPN + CBAM", 0.3336, "d/fpn_cbam"),
+            Row("size of the model, MB", 176.29, "d/fpn_cbam", measure="model_megabytes"),
+        ],
+        note="Reported: test mAP, its IoU not stated. A 5-class ResNet-50 FPN without CBAM is saved in 176.28 MB; CBAM with "
+        "reduction 16 adds 2.8 MB.",
+    ),
+    "E-T1": Table(
+        "Phases",
+        [
+            Row("base", 0.340, "e/base", "score ≥ 0.5"),
+            Row("+ anchors + class thresholds", 0.40, "e/full", "class thresholds"),
+            Row("+ refinement + score adjustment", 0.455, "e/full", E_BOTH),
+        ],
+        [
+            Comparison("Small anchors and class thresholds help", "base", "+ anchors + class thresholds"),
+            Comparison("Refinement and score adjustment help", "+ anchors + class thresholds", "+ refinement + score adjustment"),
+        ],
+        "Reported figures are approximate. The base's one threshold of 0.5 is inferred; as the class thresholds lie under it, "
+        "they can only raise AP.",
+    ),
+    "E-T2": Table(
+        "Augmentation",
+        [
+            Row("none", 0.412, "e/none", E_BOTH),
+            Row("basic: flips, 90° rotations", 0.438, "e/basic", E_BOTH),
+            Row("full: + colours, distortion, blur", 0.455, "e/full", E_BOTH),
+        ],
+        [
+            Comparison("Basic augmentation helps", "none", "basic: flips, 90° rotations"),
+            Comparison("Full augmentation beats basic", "basic: flips, 90° rotations", "full: + colours, distortion, blur"),
+            Comparison("Full augmentation helps", "none", "full: + colours, distortion, blur"),
+        ],
+        "All with class thresholds and refinement, as 0.455 is the figure of the whole system.",
+    ),
+    "E-T4": Table(
+        "Effect of class thresholds",
+        [
+            Row("without (one threshold of 0.5)", 0.442, "e/full", "score ≥ 0.5 + refinement"),
+            Row("with", 0.455, "e/full", E_BOTH),
+        ],
+        [Comparison("Class thresholds help", "without (one threshold of 0.5)", "with")],
+        "Both with refinement and score adjustment. That `without` means one threshold, and which, is inferred; a lower one "
+        "raises AP by construction. E-T3 asks the same of F1, on images that did not choose.",
+    ),
+}
+
+OTHER_TITLES = {
+    "A-Fig1": "An image beside the instance map of one class",
+    "A-Fig2": "Schematic of the feature pyramid",
+    "A-Fig3": "Training curve of the final model",
+    "B-T1": "COCO's 12 lines",
+    "B-T2": "Training loss by epoch",
+    "B-Fig1": "Histogram of prediction scores",
+    "B-Fig2": "Annotated cells over an image: are cells at the border annotated?",
+    "C-T1": "Data set",
+    "C-Fig1": "An image beside its instance mask",
+    "C-Fig2": "Schematic of ResNet-50",
+    "C-Fig3": "Training loss over 10 epochs",
+    "D-T1": "Augmentation",
+    "D-T2": "Hyper-parameters",
+    "D-Fig1": "Leaderboard entry",
+    "D-Fig2": "Training and validation loss",
+    "E-Fig1": "Training and validation loss",
+    "E-Fig2": "Predictions over images",
+    "E-T3": "Class thresholds",
+    "E-sweep": "Scores over the score threshold",
+}
+NOT_NEEDED = {
+    "A-Fig2": "A schematic: nothing to reproduce.",
+    "C-Fig2": "A schematic: nothing to reproduce.",
+    "D-Fig1": "A screenshot of the entry, 0.3336: the number is in D-T4.",
+}
+
+B_SUMMARY = {
+    "AP": 0.287, "AP50": 0.461, "AP75": 0.340, "APs": 0.209, "APm": 0.238, "APl": 0.119,
+    "AR1": 0.042, "AR10": 0.214, "AR100": 0.385, "ARs": 0.353, "ARm": 0.331, "ARl": 0.162,
+}  # fmt: skip
+LOSSES = {
+    "B-T2": ("b/v2_backbone", [1.8835, 1.4656, 1.2757, 1.2308, 1.1274]),
+    "C-Fig3": ("c/final", [0.7856, 0.7839, 0.7342, 0.7164, 0.6516, 0.6369, 0.6210, 0.6259, 0.6229, 0.5715]),
+}
+
+# Step, as report D lists it, as the recipe joint_full holds it.
+D_AUGMENTATION = [
+    ("horizontal flip", "p 0.5", "p 0.5"),
+    ("vertical flip", "p 0.3", "p 0.3"),
+    ("rotation", "±15°, p 0.4", "±15°, p 0.4"),
+    ("zoom", "scale 0.85 to 1.15, p 0.3", "scale 0.85 to 1.15, p 0.3"),
+    ("random resized crop", "area 0.8 to 1.0, ratio 0.9 to 1.1, p 0.3", "area 0.8 to 1.0, ratio 0.9 to 1.1, p 0.3"),
+    (
+        "colour jitter",
+        "brightness, contrast, saturation, hue, p: legible are 0.3, 0.3, 0.3, 0.15",
+        "brightness 0.3, contrast 0.3, saturation 0.3, hue 0.15, p 0.3",
+    ),
+    ("Gaussian noise", "std 0.02, p 0.2", "std 0.02, p 0.2"),
+    ("Gaussian blur", "kernel 3, sigma 0.1 to 1.0, p 0.2", "kernel 3, sigma 0.1 to 1.0, p 0.2"),
+    ("gamma", "0.8 to 1.2, p 0.3", "0.8 to 1.2, p 0.3"),
+]
+
+# Setting, as report D gives it, the name of the run's setting.
+D_SETTINGS = [
+    ("optimizer", "AdamW", "optimizer"),
+    ("learning rate", "2e-4", "learning_rate"),
+    ("lowest learning rate", "5e-6", "min_learning_rate"),
+    ("schedule", "cosine annealing", "scheduler"),
+    ("weight decay", "1e-4", "weight_decay"),
+    ("batch", "2", "batch_size"),
+    ("epochs", "40", "epochs"),
+    ("precision", "mixed", "precision"),
+    ("score threshold", "0.5", "box_score_thresh"),
+    ("NMS threshold", "0.5", "box_nms_thresh"),
+    ("validation after so many epochs", "1", "validation_every_epochs"),
+    ("normalisation", "the data's own mean and standard deviation", "normalization"),
+    ("initial weights", "not stated", "weights"),
+    ("shorter side, px (0: as it is)", "not stated", "min_size"),
+    ("crop, px (0: whole images)", "not stated", "crop_size_px"),
+    ("split", "not stated", "split"),
+]
+
+E_THRESHOLDS = {1: 0.25, 2: 0.22, 3: 0.20, 4: 0.18}
+E_PRECISION = [0.83, 0.78, 0.74, 0.70]
+E_RECALL = [0.72, 0.76, 0.79, 0.82]
+E_SIZE_FACTORS = [(0.01, 1.15), (0.05, 1.10)]
+F1_COMPARISON = Comparison("Class thresholds beat one threshold, chosen on other images", "one threshold", "class thresholds")
+E_GRID = [round(0.05 * step, 2) for step in range(2, 17)]
+HALVING_SEED = 0
+HISTOGRAM_BINS = 40  # as drawn in B-Fig1
+DISPLAYED_THRESHOLD = 0.5  # of predictions in B-Fig2, as in 05_border_cells
+BORDER_PX = 2  # likewise
+IMAGES_SHOWN = 1  # in E-Fig2
+
+
+def _refine(detections: Detections) -> Detections:
+    """Report E's refinement, with its 5 x 5 closing, 3 x 3 opening and 3 x 3 closing as discs of radius 2, 1 and 1."""
+    opened = postprocess.open_masks(postprocess.close_masks(detections, 2), 1)
+    return postprocess.close_masks(postprocess.fill_holes(postprocess.keep_largest_component(opened)), 1)
+
+
+def _above(score_threshold: float, detections: Detections) -> Detections:
+    return postprocess.apply_class_thresholds(detections, dict.fromkeys(E_THRESHOLDS, score_threshold))
+
+
+def _adjusted(detections: Detections) -> Detections:
+    return postprocess.adjust_scores_by_size(detections, E_SIZE_FACTORS)
+
+
+VARIANTS: dict[str, Callable[[Detections, list[dict[str, Any]]], Detections]] = {
+    "all detections": lambda detections, images: detections,
+    "score ≥ 0.2": lambda detections, images: _above(0.2, detections),
+    "score ≥ 0.5": lambda detections, images: _above(0.5, detections),
+    "no box at the border": lambda detections, images: borders.drop_border_detections(detections, images),
+    "class thresholds": lambda detections, images: postprocess.apply_class_thresholds(detections, E_THRESHOLDS),
+    E_BOTH: lambda detections, images: _refine(postprocess.apply_class_thresholds(_adjusted(detections), E_THRESHOLDS)),
+    "score ≥ 0.5 + refinement": lambda detections, images: _refine(_above(0.5, _adjusted(detections))),
+}
+
+# ------------------------------------------------------------------------------------------------------ what the run folders hold
+
+
+class Trained(NamedTuple):
+    """A finished and scored run of a study.
+
+    Attributes:
+        seed: of the run.
+        run: its folder.
+        finished: its ``finished.json``.
+        scores: its ``scores.json``.
+    """
+
+    seed: int
+    run: Run
+    finished: dict[str, Any]
+    scores: resampling.SavedScores
+
+
+class Study:
+    """The runs of a study, read when they are first asked for.
+
+    Args:
+        runs_dir: the folder of their folders.
+        study: what their names begin with, as ``quick-drawn``.
+        seeds: how many of each, from 0.
+    """
+
+    def __init__(self, runs_dir: str, study: str, seeds: int = 1):
+        self.runs_dir, self.study, self.seeds = runs_dir, study, seeds
+        self._trained: dict[tuple[str, int], Trained | str] = {}
+        self._values: dict[tuple[str, str], np.ndarray] = {}
+        self._images: dict[str, tuple[list[CellImage], str]] = {}
+
+    def trained(self, key: str) -> list[Trained]:
+        """The finished runs of a key, by seed; of the first one's data, split and scale."""
+        found = [self._read(key, seed) for seed in range(self.seeds)]
+        return [run for run in found if isinstance(run, Trained)]
+
+    def first(self, key: str) -> Trained | None:
+        """The finished run of a key with the lowest seed, or None."""
+        return next(iter(self.trained(key)), None)
+
+    def missing(self, key: str) -> str:
+        """Which seeds of a key are missing, and why; empty where none is."""
+        reasons = [reason for seed in range(self.seeds) if isinstance(reason := self._read(key, seed), str)]
+        return "; ".join(reasons)
+
+    def values(self, trained: Trained, variant: str = "all detections") -> np.ndarray:
+        """AP50 of a run after a variant's post-processing, and its bootstrap values: float64 [1 + B]."""
+        place = trained.run.run_dir.name, variant
+        if place not in self._values:
+            if variant == "all detections":
+                self._values[place] = np.array(trained.scores.AP50, float)
+            else:
+                truth, found = trained.run.truth, trained.run.detections
+                weights = resampling.draw_units(truth, trained.scores.resamples, trained.scores.seed).weights
+                self._values[place] = resampling.bootstrap_ap50(truth, VARIANTS[variant](found, truth["images"]), weights)
+        return self._values[place]
+
+    def images(self, key: str) -> tuple[list[CellImage], str]:
+        """The validation images of a key's first run, and a sentence; none where they, or the run, are not at hand."""
+        if key not in self._images:
+            trained = self.first(key)
+            self._images[key] = tables.images_of_run(trained.run) if trained else ([], f"No pictures: {self.missing(key)}.")
+        return self._images[key]
+
+    def _read(self, key: str, seed: int) -> Trained | str:
+        """A run, or why there is none."""
+        if (key, seed) not in self._trained:
+            self._trained[key, seed] = self._open(key, seed)
+        return self._trained[key, seed]
+
+    def _open(self, key: str, seed: int) -> Trained | str:
+        name = run_name(self.study, key, seed)
+        folder = resolve_path(self.runs_dir) / name
+        if not folder.is_dir():
+            return f"no run {name}"
+        for file, reason in {"finished.json": "has not finished", "scores.json": "was not scored, run 03_evaluate on it"}.items():
+            if not (folder / file).exists():
+                return f"{name} {reason} (no {file})"
+        try:
+            finished, scores = read_json(folder / "finished.json"), resampling.load_scores(folder / "scores.json")
+            found = Trained(seed, load_run(folder), finished, scores)
+        except RunError as error:
+            return str(error).replace(str(folder), name)
+        if seed:
+            before = next((run for earlier in range(seed) if isinstance(run := self._read(key, earlier), Trained)), None)
+            if before and (differing := differences(before, found)):
+                return f"{name} is of other {differing} than {before.run.run_dir.name}"
+        return found
+
+
+def differences(one: Trained, other: Trained) -> str:
+    """In which of data, scale, split, truth and scoring two runs differ, in words; empty where they can be compared."""
+    before, after = (
+        {
+            "data": Path(trained.run.settings["data"]).name,
+            "scale": trained.run.settings["scale"],
+            "split": trained.run.split["kind"],
+            "validation images or cells": trained.run.truth,
+            "bootstrap samples": trained.scores._replace(AP50=None, names=None),
+        }
+        for trained in (one, other)
+    )
+    return ", ".join(name for name in before if before[name] != after[name])
+
+
+# -------------------------------------------------------------------------------------------- tables, figures and their sentences
+
+SCORE_COLUMNS = [
+    "row", "run", "variant", "reported", "reproduced", "seed_sd", "low", "high", "interval_over", "seeds", "data", "split",
+    "maxDets", "scale", "epochs", "minutes", "parameters", "peak_memory_GB", "run_dir", "missing",
+]  # fmt: skip
+
+
+class Shown(NamedTuple):
+    """A table or figure of a report, rebuilt.
+
+    Attributes:
+        key: as ``A-T2``.
+        title: of it.
+        table: all columns, for the CSV; None for a figure.
+        page: the table as a reader sees it, as text, or None.
+        figures: pictures.
+        sentences: what a reader has to know, and a sentence for each conclusion of the report.
+        judged: these conclusions, with what was found.
+    """
+
+    key: str
+    title: str
+    table: pd.DataFrame | None = None
+    page: pd.DataFrame | None = None
+    figures: list[Figure] = []
+    sentences: list[str] = []
+    judged: list[tuple[Comparison, verdicts.Verdict]] = []
+
+    @property
+    def heading(self) -> str:
+        """Markdown."""
+        return f"### {self.key} {self.title}"
+
+    @property
+    def pieces(self) -> list[pd.DataFrame | Figure]:
+        """What there is to display: the table, the pictures."""
+        return [*([] if self.page is None else [self.page]), *self.figures]
+
+    @property
+    def text(self) -> str:
+        """Markdown: a list of the sentences, the verdicts' words in bold."""
+        lines = []
+        for sentence in self.sentences:
+            claim, found, rest = sentence.partition(": ")
+            word = next((word for word in verdicts.WORDS if found and rest.startswith(f"{word}.")), "")
+            lines.append(f"- {claim}: **{word}**{rest[len(word):]}" if word else f"- {sentence}")
+        return "\n".join(lines)
+
+
+def show(study: Study, report: str) -> Iterator[Shown]:
+    """Every table of a report, in the report's order."""
+    return (build(study, key) for key in ORDER[report] if not _is_figure(key))
+
+
+def show_figures(study: Study, report: str) -> Iterator[Shown]:
+    """Every figure of a report, in the report's order; of those that are not needed a sentence."""
+    return (build(study, key) for key in ORDER[report] if _is_figure(key))
+
+
+def _is_figure(key: str) -> bool:
+    return "Fig" in key and key != "C-Fig3"
+
+
+def build(study: Study, key: str) -> Shown:
+    """A table or figure of a report by its key.
+
+    Raises:
+        ValueError: no such key.
+    """
+    if key in SCORE_TABLES:
+        return _score_table(study, key)
+    if key in NOT_NEEDED:
+        return Shown(key, OTHER_TITLES[key], sentences=[NOT_NEEDED[key]])
+    if key not in BUILDERS:
+        known = [known for keys in ORDER.values() for known in keys]
+        raise ValueError(f"the reports have no {key!r}; they have {', '.join(known)}")
+    return BUILDERS[key](study, key)._replace(key=key, title=OTHER_TITLES[key])
+
+
+def overview(shown: list[Shown]) -> pd.DataFrame:
+    """Every row with a score: table, row, reported, reproduced, 95 % interval, scale, and what its comparisons found."""
+    rows = []
+    for part in shown:
+        if part.page is None or "95 % interval" not in part.page:
+            continue
+        for label, told in part.page.iterrows():
+            found = [f"over {compared.base}: {verdict.word}" for compared, verdict in part.judged if compared.other == label]
+            told = told[["reported", "reproduced", "95 % interval", "scale"]]
+            rows.append({"table": part.key, "row": label, **told, "verdict on the claim": "; ".join(found)})
+    return pd.DataFrame(rows).set_index("table").rename_axis(None)
+
+
+def verdict_table(shown: list[Shown]) -> pd.DataFrame:
+    """Every conclusion of a report: table, claim, verdict, base, other, difference, low, high, sentence."""
+    rows = [
+        {"table": part.key, "claim": compared.claim, "verdict": found.word, "base": found.base, "other": found.other}
+        | {"difference": found.difference.value, "low": found.difference.low, "high": found.difference.high}
+        | {"sentence": found.sentence}
+        for part in shown
+        for compared, found in part.judged
+    ]
+    return pd.DataFrame(rows, columns=["table", "claim", "verdict", "base", "other", "difference", "low", "high", "sentence"])
+
+
+def describe(study: Study) -> str:
+    """Markdown: what the study's runs are, and what their scores can be worth."""
+    keys = sorted({row.run for table in SCORE_TABLES.values() for row in table.rows})
+    found = [trained for key in keys for trained in study.trained(key)]
+    wanted = f"{len(keys) * study.seeds} runs of {study.study} ({study.seeds} seed{'s' * (study.seeds > 1)} each)"
+    told = f"{len(found)} of {wanted} are finished and scored in {study.runs_dir}."
+    if not found:
+        return told
+    settings = [trained.run.settings for trained in found]
+    scales, data, weights = (sorted({Path(one[name]).name for one in settings}) for name in ("scale", "data", "weights"))
+    told += f" Data: {', '.join(data)}; initial weights: {', '.join(weights)}."
+    if "quick" in scales:
+        steps = sorted({one["epochs"] * one["steps_per_epoch"] for one in settings})
+        how = f"Quick scale: weights {', '.join(weights)}, {_span(steps)} steps"
+        told = f"**{how}: a smoke test, not a reproduction of the scores.** {told}"
+    return told
+
+
+def _span(numbers: list[float]) -> str:
+    return f"{min(numbers):g}" if min(numbers) == max(numbers) else f"{min(numbers):g} to {max(numbers):g}"
+
+
+def _score_table(study: Study, key: str) -> Shown:
+    table = SCORE_TABLES[key]
+    base = next((first for row in table.rows if (first := study.first(row.run))), None)
+    rows, values = [], {}
+    for row in table.rows:
+        trained, reason = study.trained(row.run), study.missing(row.run)
+        if trained and (differing := differences(base, trained[0])):
+            reason = f"{trained[0].run.run_dir.name} is of other {differing} than {base.run.run_dir.name}"
+            trained = []
+        values[row.label] = {one.seed: study.values(one, row.variant) for one in trained} if row.measure == "AP50" else {}
+        rows.append({**_score_row(study, row, trained, values[row.label]), "missing": reason})
+    reasons = {row["row"]: row["missing"] for row in rows}
+    judged = [(comparison, _judge(table, comparison, values, reasons, base)) for comparison in table.comparisons]
+    sentences = [*([table.note] if table.note else []), *(verdict.sentence for _, verdict in judged)]
+    frame = pd.DataFrame(rows, columns=SCORE_COLUMNS)
+    return Shown(key, table.title, frame, _score_page(frame), sentences=sentences, judged=judged)
+
+
+def _score_row(study: Study, row: Row, trained: list[Trained], values: dict[int, np.ndarray]) -> dict[str, Any]:
+    told = {"row": row.label, "run": row.run, "variant": row.variant, "reported": row.reported}
+    if not trained:
+        return told
+    if values:
+        estimate = verdicts.estimate(list(values.values()), trained[0].scores.units)
+    else:
+        numbers = np.array([[one.finished[row.measure]] for one in trained], float)
+        spread = numbers.std(ddof=1) if len(numbers) > 1 else math.nan
+        estimate = verdicts.Estimate(float(numbers.mean()), float(spread), math.nan, math.nan)
+    told |= {"reproduced": estimate.value, "seed_sd": estimate.seed_sd}
+    told |= {"low": max(estimate.low, 0) if values else math.nan, "high": min(estimate.high, 1) if values else math.nan}
+    return told | _context(study, trained)
+
+
+def _context(study: Study, trained: list[Trained]) -> dict[str, Any]:
+    """What every row says of its runs."""
+    first = trained[0]
+    names = [one.run.run_dir.name for one in trained]
+    stem = names[0].removesuffix(f"{first.seed}")
+    name = names[0] if len(names) == 1 else f"{stem}{{{','.join(str(one.seed) for one in trained)}}}"
+    return {
+        "interval_over": f"{first.scores.units} {first.scores.unit}",
+        "seeds": len(trained),
+        "data": Path(first.run.settings["data"]).name,
+        "split": f"{first.run.split['kind']}, validation side",
+        "maxDets": first.scores.max_dets,
+        "scale": first.run.settings["scale"],
+        "epochs": float(np.mean([len(one.run.history) for one in trained])),
+        "minutes": float(np.mean([one.run.history["train_minutes"].iloc[-1] for one in trained])),
+        "parameters": first.finished["parameters"],
+        "peak_memory_GB": max(one.run.history["peak_memory_bytes"].max() for one in trained) / 1e9,
+        "run_dir": f"{study.runs_dir}/{name}",
+    }
+
+
+def _judge(
+    table: Table, comparison: Comparison, values: dict[str, dict[int, np.ndarray]], reasons: dict[str, str], base: Trained | None
+) -> verdicts.Verdict:
+    """Over the seeds that both sides have."""
+    rows = {row.label: row for row in table.rows}
+    common = sorted(values[comparison.base].keys() & values[comparison.other].keys())
+    if not common:
+        missing = dict.fromkeys(reasons[label] for label in (comparison.base, comparison.other) if reasons[label])
+        return verdicts.not_asked(comparison.claim, "; ".join(missing))
+    first, second = (rows[label] for label in (comparison.base, comparison.other))
+    sides = []
+    for row in (first, second):
+        reported = row.reported if isinstance(row.reported, float) else None
+        sides.append(verdicts.Side(row.label, [values[row.label][seed] for seed in common], reported))
+    return verdicts.judge(
+        comparison.claim, *sides, base.scores.units, base.scores.unit, comparison.expected, same_weights=first.run == second.run
+    )
+
+
+def _page(table: pd.DataFrame, label: str, columns: list[str]) -> pd.DataFrame:
+    """A table as text: a number where there is one, nothing where there is none, and why, where it is known.
+
+    ``reproduced`` carries its standard deviation over seeds, ``95 % interval`` stands for ``low`` and ``high``.
+    """
+    shown = table.astype(object)
+    shown["reported"] = [f"{value:g}" if isinstance(value, float) and value == value else value for value in table["reported"]]
+    spread = zip(table["reproduced"], table["seed_sd"], strict=True)
+    shown["reproduced"] = [f"{_text(value)} ± {_text(sd)}" if _text(sd) else value for value, sd in spread]
+    if "low" in table:
+        ends = zip(table["low"], table["high"], strict=True)
+        shown["95 % interval"] = [f"[{_text(low)}, {_text(high)}]" if _text(low) else "" for low, high in ends]
+    names = [*columns, "missing"] if table["missing"].any() else columns
+    page = shown.set_index(label).rename_axis(None)[names].map(_text)
+    return page.rename(columns=lambda name: name.replace("_", " "))
+
+
+def _score_page(table: pd.DataFrame) -> pd.DataFrame:
+    rounded = table.assign(
+        minutes=[f"{minutes:.1f}" if minutes == minutes else "" for minutes in table["minutes"].astype(float)],
+        parameters=[f"{count / 1e6:.1f} M" if count == count else "" for count in table["parameters"].astype(float)],
+        peak_memory_GB=[f"{size:.1f}" if size == size else "" for size in table["peak_memory_GB"].astype(float)],
+        run_dir=[Path(run_dir).name if isinstance(run_dir, str) else "" for run_dir in table["run_dir"]],
+    )
+    columns = ["run", "reported", "reproduced", "95 % interval", "interval_over", "data", "split", "maxDets", "scale", "epochs"]
+    return _page(rounded, "row", [*columns, "minutes", "parameters", "peak_memory_GB", "run_dir"])
+
+
+def _text(value: Any) -> str:
+    """A number with up to three digits behind the point, text as it is; nothing (None, NaN) as an empty text."""
+    if value is None or value != value:
+        return ""
+    return value if isinstance(value, str) else f"{value:.3f}" if abs(value) < 1 else f"{value:.5g}"
+
+
+def _of_run(table: pd.DataFrame, study: Study, key: str, trained: list[Trained]) -> pd.DataFrame:
+    """The table with the columns that say which runs it is of, or why there are none."""
+    told = _context(study, trained) if trained else {}
+    names = ("data", "split", "maxDets", "scale", "run_dir")
+    return table.assign(run=key, **{name: told.get(name, "") for name in names}, missing=study.missing(key))
+
+
+def _told(study: Study, key: str, trained: list[Trained]) -> str:
+    """Which runs a table or figure is of, in a sentence."""
+    if not trained:
+        return f"Nothing of {key}: {study.missing(key)}."
+    told = _context(study, trained)
+    where = f"{told['data']}, {trained[0].run.split['kind']} split (validation side)"
+    return f"Run {key}, {told['scale']} scale, data {where}, maxDets {told['maxDets']}: {told['run_dir']}."
+
+
+def _coco_lines(study: Study, key: str) -> Shown:
+    """B-T1: mean over seeds, at the usual ``maxDets`` as reported."""
+    key_of_run = "b/v2_backbone"
+    trained = study.trained(key_of_run)
+    table = pd.DataFrame({"metric": list(B_SUMMARY), "reported": list(B_SUMMARY.values())})
+    table = table.assign(reproduced=math.nan, seed_sd=math.nan, low=math.nan, high=math.nan)
+    if trained:
+        draw = resampling.draw_units(trained[0].run.truth)
+        limits, runs = metrics.COCO_MAX_DETS, [one.run for one in trained]
+        lines = [resampling.bootstrap_summary(run.truth, run.detections, draw.weights, limits) for run in runs]
+        estimates = [verdicts.estimate([line[name] for line in lines], draw.units) for name in B_SUMMARY]
+        estimates = pd.DataFrame(estimates, columns=verdicts.Estimate._fields)
+        table[["reproduced", "seed_sd"]] = estimates[["value", "seed_sd"]]
+        table["low"], table["high"] = estimates["low"].clip(lower=0), estimates["high"].clip(upper=1)
+    table = _of_run(table, study, key_of_run, trained).assign(maxDets=metrics.COCO_MAX_DETS[-1])
+    reason = "no such cell in the validation images" if trained else study.missing(key_of_run)
+    table.loc[table["reproduced"].isna(), "missing"] = reason
+    page = _page(table, "metric", ["reported", "reproduced", "95 % interval", "scale"])
+    note = "The report does not say which images; its released code trains on all, so they were probably training images."
+    usual = "Here the usual maxDets of 1, 10 and 100 are taken, whatever the dense one is."
+    return Shown(key, "", table, page, sentences=[note, usual, _told(study, key_of_run, trained)])
+
+
+def _losses(study: Study, key: str) -> Shown:
+    run, reported = LOSSES[key]
+    trained = study.trained(run)
+    table = pd.DataFrame({"epoch": range(1, len(reported) + 1), "reported": reported})
+    losses = [one.run.history.set_index("epoch")["loss"].reindex(table["epoch"]).to_numpy() for one in trained]
+    table["reproduced"] = np.mean(losses, axis=0) if losses else math.nan
+    table["seed_sd"] = np.std(losses, axis=0, ddof=1) if len(losses) > 1 else math.nan
+    table = _of_run(table, study, run, trained)
+    epochs = f"the run has {len(trained[0].run.history)} epochs" if trained else study.missing(run)
+    table.loc[table["reproduced"].isna(), "missing"] = epochs
+    page = _page(table, "epoch", ["reported", "reproduced", "scale"]).rename(index="epoch {}".format)
+    note = "Sum of the five losses, mean over an epoch's steps. It depends on data and crops, so only its course can be compared."
+    figures = []
+    if key == "C-Fig3":
+        figures = [plots.losses_beside_reported(trained[0].run.history if trained else None, reported)]
+    return Shown(key, "", table, page, figures, [note, _told(study, run, trained)])
+
+
+def _data_set(study: Study, key: str) -> Shown:
+    run, trained = "c/final", study.trained("c/final")[:1]
+    here, sentence = None, _told(study, run, trained)
+    if trained:
+        settings = trained[0].run.settings
+        try:
+            dataset = open_dataset(settings["data"], settings["truth_reading"], 0, settings["skip_faulty_images"])
+            here = tables.dataset_summary(dataset, settings["data"])["here"]
+        except DataError as error:
+            sentence = f"The data are not at hand: {str(error).splitlines()[0]}"
+    table = pd.Series(tables.REPORT_C, name="reported").rename_axis("item").reset_index()
+    table["here"] = here.to_numpy() if here is not None else ""
+    page = table.set_index("item").rename_axis(None)
+    return Shown(key, "", _of_run(table, study, run, trained), page, sentences=[sentence])
+
+
+def _augmentation(study: Study, key: str) -> Shown:
+    table = pd.DataFrame(D_AUGMENTATION, columns=["step", "reported", "here"])
+    trained = study.trained("d/fpn_cbam")[:1]
+    recipe = f"The run's recipe is {trained[0].run.settings['augmentation']}." if trained else _told(study, "d/fpn_cbam", [])
+    note = (
+        "Here: the recipe joint_full. Of the colour jitter four values are legible; they are taken, in the order of the names, "
+        "for brightness, contrast, saturation and hue, and its probability is a guess, the list's most frequent one."
+    )
+    page = table.set_index("step").rename_axis(None)
+    return Shown(key, "", _of_run(table, study, "d/fpn_cbam", trained), page, sentences=[note, recipe])
+
+
+def _hyper_parameters(study: Study, key: str) -> Shown:
+    run, trained = "d/fpn_cbam", study.trained("d/fpn_cbam")[:1]
+    full = RunConfig.from_yaml(*parameter_files(run, "full")).to_dict()
+    here = trained[0].run.settings if trained else {}
+    rows = [(label, reported, full[name], here.get(name)) for label, reported, name in D_SETTINGS]
+    table = pd.DataFrame(rows, columns=["setting", "reported", "full scale", "this run"], dtype=object)
+    page = table.set_index("setting").rename_axis(None)
+    page = page.map(lambda value: "" if value is None else f"{value:g}" if isinstance(value, float) else str(value))
+    note = "Full scale: params/reports/d/fpn_cbam.yaml. CBAM's reduction is 16; the report does not state it."
+    return Shown(key, "", _of_run(table, study, run, trained), page, sentences=[note, _told(study, run, trained)])
+
+
+def _class_thresholds(study: Study, key: str) -> Shown:
+    """E-T3: report E's thresholds here, and those chosen on one half of the images, both judged on the other half."""
+    run, trained = "e/full", study.trained("e/full")[:1]
+    reported = {"reported_threshold": E_THRESHOLDS.values(), "reported_precision": E_PRECISION, "reported_recall": E_RECALL}
+    table = pd.DataFrame({"class": CLASS_NAMES, **reported})
+    here = ["precision", "recall", "chosen_threshold", "chosen_precision", "chosen_recall"]
+    sentences, judged = [_told(study, run, trained)], []
+    if not trained:
+        table = table.assign(**dict.fromkeys(here, math.nan))
+    else:
+        choosing, judging, sentence = resampling.halve(trained[0].run.truth, trained[0].run.detections, HALVING_SEED)
+        one_half, other_half = (metrics.match_detections(*half) for half in (choosing, judging))
+        chosen = thresholds.choose_thresholds(one_half, E_GRID)
+        ways = {"reported": dict(zip(CLASS_NAMES, E_THRESHOLDS.values(), strict=True)), "chosen": chosen}
+        scores = thresholds.threshold_table(other_half, ways, metrics.dense_max_dets(judging.truth)[-1])
+        scores = scores.set_index(["strategy", "class"])
+        for name, column in zip(here, ("precision", "recall", "score_threshold", "precision", "recall"), strict=True):
+            strategy = "chosen" if name.startswith("chosen") else "reported"
+            table[name] = scores.loc[strategy].loc[list(CLASS_NAMES), column].to_numpy()
+        sentences.append(f"{sentence} Chosen: those of best F1 on the one half; precision and recall here are of the other.")
+        verdict = _thresholds_verdict(one_half, other_half, chosen, resampling.draw_units(judging.truth))
+        sentences.append(verdict.sentence)
+        judged = [(F1_COMPARISON, verdict)]
+    page = table.set_index("class").rename_axis(None).map(_text).rename(columns=lambda name: name.replace("_", " "))
+    return Shown(key, "", _of_run(table, study, run, trained), page, sentences=sentences, judged=judged)
+
+
+def _thresholds_verdict(
+    choosing: metrics.Matches, judging: metrics.Matches, chosen: dict[str, float], draw: resampling.Draw
+) -> verdicts.Verdict:
+    """Do class thresholds give a higher F1 than one for all, both chosen on one half and judged on the other?"""
+    sweep = thresholds.sweep(choosing, E_GRID, 100).query("`class` == 'all'")
+    one = float(sweep["score_threshold"].iloc[int(sweep["F1"].fillna(0).argmax())])
+    sides = []
+    for label, way in ((f"{F1_COMPARISON.base}, {one:g}", one), (F1_COMPARISON.other, chosen)):
+        scores = resampling.count_scores(thresholds.keep_scores(judging, way), draw.weights)
+        sides.append(verdicts.Side(label, [np.nan_to_num(scores.values["F1", "all"])]))
+    return verdicts.judge(F1_COMPARISON.claim, *sides, draw.units, draw.unit, same_weights=True, metric="F1")
+
+
+def _threshold_sweep(study: Study, key: str) -> Shown:
+    run, trained = "e/full", study.trained("e/full")[:1]
+    if not trained:
+        empty = pd.DataFrame({"score_threshold": E_GRID}).assign(**dict.fromkeys(("AP50", "precision", "recall", "F1"), math.nan))
+        return Shown(key, "", _of_run(empty, study, run, []), sentences=[_told(study, run, [])])
+    matches = metrics.match_detections(trained[0].run.truth, trained[0].run.detections)
+    sweep = thresholds.sweep(matches, E_GRID, trained[0].scores.max_dets)
+    wide = sweep.pivot(index="score_threshold", columns="class", values="F1")[list(CLASS_NAMES)].rename(columns="F1 {}".format)
+    overall = sweep[sweep["class"] == "all"].set_index("score_threshold")[["AP50", "precision", "recall", "F1"]]
+    page = overall.join(wide).map(_text).rename_axis(None).rename(index="score ≥ {:.2f}".format)
+    sentences = [
+        "The report describes this sweep and never shows it. Scores of all classes, then F1 of each; the CSV has all of each.",
+        _told(study, run, trained),
+    ]
+    return Shown(key, "", _of_run(sweep, study, run, trained), page, [plots.threshold_sweep(sweep)], sentences)
+
+
+def _image_and_map(study: Study, key: str) -> Shown:
+    run = {"A-Fig1": "a/resnet101", "C-Fig1": "c/final"}[key]
+    images, sentence = study.images(run)
+    if not images:
+        return Shown(key, "", sentences=[sentence])
+    by_image = _cells_by_image(study.first(run).run)
+    counts = np.array([np.bincount([cell["category_id"] for cell in cells], minlength=5)[1:] for cells in by_image])
+    place = int(np.lexsort([counts.sum(1), (counts > 0).sum(1)])[-1])
+    class_name = CLASS_NAMES[counts[place].argmax()] if key == "A-Fig1" else "all"
+    return Shown(key, "", figures=[plots.image_beside_instances(images[place], class_name)], sentences=[sentence])
+
+
+def _curves(study: Study, key: str) -> Shown:
+    run = {"A-Fig3": "a/resnet101", "D-Fig2": "d/fpn_cbam", "E-Fig1": "e/full"}[key]
+    trained = study.trained(run)[:1]
+    sentences = [_told(study, run, trained)]
+    if key == "E-Fig1":
+        sentences.insert(0, "Reported: training loss from above 1 to near 0.5, validation loss flat near 0.8 from epoch 5.")
+    if not trained:
+        return Shown(key, "", sentences=sentences)
+    table = trained[0].run.history[["epoch", "loss", "validation_loss", "validation_ap50"]]
+    return Shown(key, "", _of_run(table, study, run, trained), None, [plots.training_curves(trained[0].run.history)], sentences)
+
+
+def _score_histogram(study: Study, key: str) -> Shown:
+    run, trained = "b/v2_backbone", study.trained("b/v2_backbone")[:1]
+    if not trained:
+        return Shown(key, "", sentences=[_told(study, run, [])])
+    matches = metrics.match_detections(trained[0].run.truth, trained[0].run.detections)
+    found = thresholds.separation(matches).loc["all"]
+    told = "No matched and unmatched detections to tell apart."
+    if not math.isnan(found["AUROC"]):
+        told = (
+            f"Do scores separate right from wrong? A matched detection scores above an unmatched one in {found['AUROC']:.0%} of "
+            f"pairs (50 %: not at all, 100 %: perfectly); {found['matched']:.0f} detections match a cell, "
+            f"{found['unmatched']:.0f} do not."
+        )
+    reported = "Reported: one peak of low scores and one of high ones."
+    least = f"The model itself drops scores under {trained[0].run.settings['box_score_thresh']:g}."
+    table = _of_run(thresholds.reliability(matches, HISTOGRAM_BINS), study, run, trained)
+    return Shown(key, "", table, None, [plots.score_histograms(matches)], [reported, told, least, _told(study, run, trained)])
+
+
+def _border_cells(study: Study, key: str) -> Shown:
+    run = "b/v2_backbone"
+    images, sentence = study.images(run)
+    if not images:
+        return Shown(key, "", sentences=[sentence])
+    found = study.first(run).run
+    predicted = _above(DISPLAYED_THRESHOLD, found.detections)
+    near = borders.near_border(predicted, found.truth["images"], BORDER_PX, by="mask")
+    at_border = [detection for detection, is_near in zip(predicted, near, strict=True) if is_near]
+    number = int(np.bincount([detection["image_id"] for detection in at_border], minlength=2)[1:].argmax()) + 1
+    cells = _cells_by_image(found)[number - 1]
+    here = [detection for detection in at_border if detection["image_id"] == number]
+    figure = plots.border_strip(images[number - 1], cells, here, f"predicted at the border, score ≥ {DISPLAYED_THRESHOLD:g}")
+    annotated, which = tables.annotations_of_run(found)
+    contact = borders.border_contact(annotated["annotations"], annotated["images"]).loc["all"]
+    told = (
+        f"{which} {contact['at_border']} annotated cells touch the border, where chance would put {contact['expected']:.0f} "
+        f"[{contact['low']:.0f}, {contact['high']:.0f}]: {contact['verdict']}."
+    )
+    reported = "Reported: cells that the image border cuts are not annotated."
+    return Shown(key, "", figures=[figure], sentences=[reported, told, sentence])
+
+
+def _predictions(study: Study, key: str) -> Shown:
+    run = "e/full"
+    images, sentence = study.images(run)
+    if not images:
+        return Shown(key, "", sentences=[sentence])
+    found = study.first(run).run
+    kept = VARIANTS[E_BOTH](found.detections, found.truth["images"])
+    cells = _cells_by_image(found)
+    shown = sorted(sorted(range(len(images)), key=lambda place: -len(cells[place]))[:IMAGES_SHOWN])
+    predicted = [[detection for detection in kept if detection["image_id"] == place + 1] for place in shown]
+    least = min(E_THRESHOLDS.values())
+    figure = plots.truth_beside_predictions([images[n] for n in shown], [cells[n] for n in shown], predicted, least)
+    told = "After report E's class thresholds (0.18 to 0.25), refinement and score adjustment; the image with most cells."
+    return Shown(key, "", figures=[figure], sentences=[told, sentence])
+
+
+def _cells_by_image(run: Run) -> list[list[dict[str, Any]]]:
+    """The annotated cells of each image, in the order of the images."""
+    cells = {image["id"]: [] for image in run.truth["images"]}
+    for cell in run.truth["annotations"]:
+        cells[cell["image_id"]].append(cell)
+    return list(cells.values())
+
+
+BUILDERS: dict[str, Callable[[Study, str], Shown]] = {
+    "A-Fig1": _image_and_map,
+    "A-Fig3": _curves,
+    "B-T1": _coco_lines,
+    "B-T2": _losses,
+    "B-Fig1": _score_histogram,
+    "B-Fig2": _border_cells,
+    "C-T1": _data_set,
+    "C-Fig1": _image_and_map,
+    "C-Fig3": _losses,
+    "D-T1": _augmentation,
+    "D-T2": _hyper_parameters,
+    "D-Fig2": _curves,
+    "E-Fig1": _curves,
+    "E-Fig2": _predictions,
+    "E-T3": _class_thresholds,
+    "E-sweep": _threshold_sweep,
+}
