@@ -6,32 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from cellseg_helpers.data.labels import find_instances
 from cellseg_helpers.data.readers import CellDataset, CellImage
-
-
-class QuarterTurn(v2.Transform):
-    """A turn by 0, 90, 180 or 270 degrees, each as likely: on tissue every direction is as good as another."""
-
-    def make_params(self, flat_inputs):
-        return {"turns": int(torch.randint(4, ()))}
-
-    def transform(self, inpt, params):
-        return tv_tensors.wrap(torch.rot90(inpt, params["turns"], (-2, -1)), like=inpt)
-
-
-RECIPES = {
-    "none": [],
-    "flips": [v2.RandomHorizontalFlip(0.5), v2.RandomVerticalFlip(0.5)],
-    "flips_turns_stain": [
-        v2.RandomHorizontalFlip(0.5),
-        QuarterTurn(),
-        v2.RandomApply([v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.04)], p=0.8),
-    ],
-}
+from cellseg_helpers.data.recipes import RECIPES, QuarterTurn, augment  # noqa: F401
 
 
 class SampleKey(NamedTuple):
@@ -75,10 +53,11 @@ class TrainingSet(Dataset):
         indices: those to train on.
         crop_size_px: side of the square crop at native resolution; a smaller image is used whole; 0: whole images.
         class_balance: in [0, 1].
-        augmentation: a name in ``RECIPES``.
+        augmentation: a name in ``recipes.RECIPES``.
         seed: of every random choice, together with the key.
         drop_cut_cells: leave cells that reach the crop's border out of the targets, as annotators leave out those that reach the
             image's; else what is left of them is annotated.
+        boxes_miss_last_pixel: as in ``make_target``.
     """
 
     def __init__(
@@ -90,10 +69,12 @@ class TrainingSet(Dataset):
         augmentation: str,
         seed: int,
         drop_cut_cells: bool = False,
+        boxes_miss_last_pixel: bool = False,
     ):
+        self.boxes_miss_last_pixel = boxes_miss_last_pixel
         self.dataset, self.indices, self.seed = dataset, indices, seed
         self.crop_size_px, self.class_balance, self.drop_cut_cells = crop_size_px, class_balance, drop_cut_cells
-        self.recipe = v2.Compose(RECIPES[augmentation]) if RECIPES[augmentation] else None
+        self.recipe = RECIPES[augmentation]
         self.counts = np.asarray(dataset.counts)[indices]
 
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, dict[str, Tensor]]:
@@ -102,13 +83,9 @@ class TrainingSet(Dataset):
         if rng.random() < self.class_balance and self.counts.any():
             cell_image, center = self._draw_instance(rng)
         image, label_maps = crop(cell_image, self.crop_size_px, center, rng, self.drop_cut_cells)
-        image, label_maps = tv_tensors.Image(image), tv_tensors.Mask(label_maps)
         model_seed, recipe_seed = rng.integers(2**63, size=2).tolist()
-        if self.recipe is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(recipe_seed)
-                image, label_maps = self.recipe(image, label_maps)
-        return image.as_subclass(Tensor), make_target(label_maps.as_subclass(Tensor)) | {
+        image, label_maps = augment(image, label_maps, self.recipe, recipe_seed)
+        return image, make_target(label_maps, self.boxes_miss_last_pixel) | {
             "image_id": cell_image.image_id,
             "seed": model_seed,
         }
@@ -160,13 +137,22 @@ def crop(
     return torch.from_numpy(cell_image.image[window].copy()), torch.from_numpy(label_maps)
 
 
-def make_target(label_maps: Tensor) -> dict[str, Tensor]:
-    """The training target of label maps int32 [K, H, W]: boxes float32 [N, 4], labels int64 [N], ids int32 [N], label_maps."""
+def make_target(label_maps: Tensor, boxes_miss_last_pixel: bool = False) -> dict[str, Tensor]:
+    """The training target of label maps int32 [K, H, W]: boxes float32 [N, 4], labels int64 [N], ids int32 [N], label_maps.
+
+    With ``boxes_miss_last_pixel`` a box ends at its cell's last pixel row and column instead of behind them, and cells of one row or
+    column are left out, as in the released code of reports B, C and E.
+    """
     instances = find_instances(label_maps.numpy())
+    boxes, labels, ids = instances.boxes, instances.labels, instances.ids
+    if boxes_miss_last_pixel:
+        boxes = boxes - np.float32([0, 0, 1, 1])
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes, labels, ids = boxes[kept], labels[kept], ids[kept]
     return {
-        "boxes": torch.from_numpy(instances.boxes),
-        "labels": torch.from_numpy(instances.labels),
-        "ids": torch.from_numpy(instances.ids),
+        "boxes": torch.from_numpy(boxes),
+        "labels": torch.from_numpy(labels),
+        "ids": torch.from_numpy(ids),
         "label_maps": label_maps,
     }
 
