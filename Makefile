@@ -1,29 +1,23 @@
 PYTHON ?= python3
 DATA ?= drawn
 SCALE ?= quick
-RUN ?= $(SCALE)-$(notdir $(patsubst %/,%,$(DATA)))
+SEEDS ?= 1
+PROFILE ?=
+JOBS ?= 0
 
 BIN := .venv/bin
-OUT := outputs/notebooks/$(RUN)
-PAPERMILL := $(BIN)/papermill --cwd notebooks
-ANALYSES := 03_evaluate 04_score_thresholds 05_border_cells 06_postprocessing 07_predict_test
+STUDY = --data "$(DATA)" --scale "$(SCALE)" --seeds "$(SEEDS)" --profile "$(PROFILE)" --jobs "$(JOBS)"
 
-.PHONY: study test lab data install lock nbdime
+.PHONY: study plan test lab data install lock nbdime
 
-## Run the notebooks in order on DATA (an HW3 folder; "drawn" is the embedded tissue) at SCALE (quick or full).
+## Everything: the five reports' runs, their analyses and tables. DATA: an HW3 folder, or "drawn", the embedded tissue; SCALE: quick,
+## sample or full; SEEDS: so many trainings of each run; JOBS: processors to use (0: all); PROFILE=slurm: as Slurm jobs.
 study: install nbdime
-	mkdir -p $(OUT)
-	$(PAPERMILL) notebooks/00_overview.ipynb $(OUT)/00_overview.ipynb
-	$(PAPERMILL) notebooks/01_explore_data.ipynb $(OUT)/01_explore_data.ipynb -r data "$(DATA)"
-	$(PAPERMILL) notebooks/02_train.ipynb $(OUT)/02_train.ipynb -f params/$(SCALE).yaml -r data "$(DATA)" -r run_name "$(RUN)"
-	for notebook in $(ANALYSES); do \
-		$(PAPERMILL) notebooks/$$notebook.ipynb $(OUT)/$$notebook.ipynb -r run_dir "outputs/runs/$(RUN)" || exit 1; \
-	done
-	@echo "Tables:             outputs/tables/"
-	@echo "Cells:              outputs/cells/$(RUN)/"
-	@echo "Submission:         outputs/submissions/$(RUN)/"
-	@echo "Executed notebooks: $(OUT)/"
-	@echo "The run:            outputs/runs/$(RUN)/"
+	@exec $(BIN)/python -m cellseg_helpers.jobs study $(STUDY)
+
+## What `make study` would run, and why.
+plan: install
+	@exec $(BIN)/python -m cellseg_helpers.jobs plan $(STUDY)
 
 ## The whole test suite, the notebooks' committed outputs included.
 test: install
@@ -39,7 +33,7 @@ data: install
 
 ## Compile the one list of pinned versions anew.
 lock: install
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --fork-strategy fewest \
+	$(BIN)/uv pip compile pyproject.toml --extra test --extra install --universal --python-version 3.11 --fork-strategy fewest \
 		--no-header --no-annotate --no-emit-index-url --upgrade --quiet --output-file requirements.txt
 
 install: .venv/installed
@@ -48,7 +42,7 @@ install: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; make PYTHON=python3.12 names another")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements.txt)"
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements requirements.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirements requirements.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 

@@ -11,7 +11,9 @@
     metrics.json       its scores
     epoch_<n>.safetensors  weights of every epoch, where keep_every_epoch is set
     finished.json      written last: epochs, whether it stopped early, trainable parameters, size of the weights in MB
+    trained.json       how long the study's job took that made the run
     scores.json        the detections' AP50 and its bootstrap values, once 03_evaluate has run
+    training_detections.json  the best epoch's detections in some training images, once 09_findings asked for them
     test_detections.json  the best epoch's detections in the test images, once they were predicted
 """
 

@@ -1,0 +1,218 @@
+"""Which notebook run feeds which table. `make study` runs it, `make plan` lists what would run and why.
+
+    snakemake --cores 4 --config data=drawn scale=quick seeds=1        the same by hand; profiles/default holds the options
+
+One papermill run a job (cellseg_helpers/jobs.py). A job runs again when
+
+- an output is missing, or a job that it depends on has run;
+- the content of a parameter file, of its notebook or of the images (by name, size and time) changed, or a value given by the
+  command line below. A file that was only touched, or changed and changed back, does not count.
+
+The package's code does not count: a corrected axis label would train everything anew. Where a change of code matters, say so:
+`.venv/bin/snakemake --cores 4 --forcerun train`, or delete the run folders. Finished trainings that run again only read their folder.
+
+Snakemake removes a job's outputs before it starts it. So a training declares trained.json, which its job writes at the very end,
+and never its checkpoint, from which it goes on, nor finished.json, by which `fit` knows that there is nothing left to train.
+"""
+
+import hashlib
+import os
+import re
+import signal
+import sys
+
+from cellseg_helpers import jobs, study
+from cellseg_helpers.config import resolve_path
+
+DATA = os.path.normpath(str(config.get("data", "drawn")))
+SCALE = config.get("scale", "quick")
+SEEDS = int(config.get("seeds", 1))
+STUDY = study.study_name(SCALE, DATA)
+RUNS = {study.run_name(STUDY, key, seed): (key, seed) for key in study.run_keys() for seed in range(SEEDS)}
+NOTEBOOKS = f"outputs/notebooks/{STUDY}"
+GPUS = len(jobs.gpus())
+TRAINING_MB = min(2500 if SCALE == "quick" else 8000, jobs.memory_mb())
+
+ANALYSED = [study.run_name(STUDY, key, 0) for key in ("b/v2_backbone", "e/full")]  # the reports that asked 04 to 06's questions
+FINALS = [study.run_name(STUDY, key, 0) for key in study.FINALS]
+ANALYSES = {
+    "04_score_thresholds": ["strategies", "sweep", "reported", "chosen", "gain", "flattery", "calibration", "counting"],
+    "05_border_cells": ["contact", "filter", "dropped"],
+    "06_postprocessing": ["phases", "steps", "effects", "total"],
+}
+
+
+FOLDER = resolve_path(DATA).parent if DATA.endswith(".json") else resolve_path(DATA)
+HAS_TESTS = DATA == "drawn" or (FOLDER / "test_release").is_dir()
+
+
+def state_of(folder):
+    """A digest of the names, sizes and times of all files below a folder."""
+    stats = [(path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+DATA_STATE = "drawn" if DATA == "drawn" else state_of(FOLDER)
+SUBMISSION = ["outputs/tables/07_{run}_submission.csv", "outputs/tables/07_{run}_images.csv", "outputs/submissions/{run}/test-results.zip"]
+
+os.environ["STUDY_PROCESS"] = str(os.getpid())  # the jobs' parent: they end with it
+JOB = f"exec {sys.executable} -m cellseg_helpers.jobs run {{input.notebook}} {{output.notebook:q}} --log outputs/{STUDY}-jobs.csv"
+
+
+wildcard_constraints:
+    run="|".join(map(re.escape, RUNS)),
+
+
+onstart:
+    if workflow.local_exec:  # on a cluster, Snakemake stops the jobs itself
+        signal.signal(signal.SIGINT, jobs.stop)
+        signal.signal(signal.SIGTERM, jobs.stop)
+
+
+localrules:
+    all,
+
+
+rule explore:
+    input:
+        notebook="notebooks/01_explore_data.ipynb",
+    output:
+        tables=expand("outputs/tables/01_{table}.csv", table=["data_summary", "classes", "patients"]),
+        notebook=f"{NOTEBOOKS}/01_explore_data.ipynb",
+    params:
+        data=DATA,
+        data_state=DATA_STATE,
+    priority: 100
+    shell:
+        JOB + " -r data {params.data:q}"
+
+
+rule overview:
+    input:
+        notebook="notebooks/00_overview.ipynb",
+    output:
+        notebook=f"{NOTEBOOKS}/00_overview.ipynb",
+    priority: 90
+    shell:
+        JOB
+
+
+rule train:
+    input:
+        notebook="notebooks/02_train.ipynb",
+        files=lambda wildcards: [path.as_posix() for path in study.parameter_files(RUNS[wildcards.run][0], SCALE)],
+    output:
+        trained="outputs/runs/{run}/trained.json",
+        table="outputs/tables/02_{run}.csv",
+        notebook=f"{NOTEBOOKS}/02_train/{{run}}.ipynb",
+    params:
+        data=DATA,
+        data_state=DATA_STATE,
+        seed=lambda wildcards: RUNS[wildcards.run][1],
+    threads: max(1, min(4, os.cpu_count() // GPUS)) if GPUS else 1
+    resources:
+        gpu=min(1, GPUS),
+        mem_mb=TRAINING_MB,
+    priority: lambda wildcards: 20 if wildcards.run in ANALYSED + FINALS else 10
+    shell:
+        JOB + " --gpu --train -f {input.files:q} -r data {params.data:q} -r run_name {wildcards.run:q} -p seed {params.seed}"
+
+
+rule evaluate:
+    input:
+        notebook="notebooks/03_evaluate.ipynb",
+        trained="outputs/runs/{run}/trained.json",
+        training=f"{NOTEBOOKS}/02_train/{{run}}.ipynb",
+    output:
+        scores="outputs/runs/{run}/scores.json",
+        tables=expand("outputs/tables/03_{{run}}_{table}.csv", table=["summary", "classes", "curves", "mistakes"]),
+        notebook=f"{NOTEBOOKS}/03_evaluate/{{run}}.ipynb",
+    priority: 40
+    shell:
+        JOB + " -r run_dir outputs/runs/{wildcards.run:q}"
+
+
+for analysis, names in ANALYSES.items():
+
+    rule:
+        name:
+            analysis[3:]
+        input:
+            notebook=f"notebooks/{analysis}.ipynb",
+            trained="outputs/runs/{run}/trained.json",
+            training=f"{NOTEBOOKS}/02_train/{{run}}.ipynb",
+        output:
+            tables=[f"outputs/tables/{analysis[:2]}_{{run}}_{name}.csv" for name in names],
+            notebook=f"{NOTEBOOKS}/{analysis}/{{run}}.ipynb",
+        priority: 30
+        shell:
+            JOB + " -r run_dir outputs/runs/{wildcards.run:q}"
+
+
+rule predict_test:
+    input:
+        notebook="notebooks/07_predict_test.ipynb",
+        trained="outputs/runs/{run}/trained.json",
+        training=f"{NOTEBOOKS}/02_train/{{run}}.ipynb",
+    output:
+        submission=SUBMISSION if HAS_TESTS else [],
+        notebook=f"{NOTEBOOKS}/07_predict_test/{{run}}.ipynb",
+    resources:
+        gpu=min(1, GPUS),
+    priority: 30
+    shell:
+        JOB + " --gpu -r run_dir outputs/runs/{wildcards.run:q}"
+
+
+rule tables:
+    input:
+        notebook="notebooks/08_report_tables.ipynb",
+        scores=expand("outputs/runs/{run}/scores.json", run=RUNS),
+        evaluations=expand(f"{NOTEBOOKS}/03_evaluate/{{run}}.ipynb", run=RUNS),
+    output:
+        notebook=f"{NOTEBOOKS}/08_report_tables.ipynb",
+    params:
+        study=STUDY,
+        seeds=SEEDS,
+    shell:
+        JOB + " -r runs_dir outputs/runs -r study {params.study:q} -p seeds {params.seeds}"
+
+
+rule findings:
+    input:
+        notebook="notebooks/09_findings.ipynb",
+        scores=expand("outputs/runs/{run}/scores.json", run=RUNS),
+        evaluations=expand(f"{NOTEBOOKS}/03_evaluate/{{run}}.ipynb", run=RUNS),
+    output:
+        table="outputs/tables/findings.csv",
+        notebook=f"{NOTEBOOKS}/09_findings.ipynb",
+    params:
+        study=STUDY,
+        seeds=SEEDS,
+    shell:
+        JOB + " -r runs_dir outputs/runs -r study {params.study:q} -p seeds {params.seeds}"
+
+
+rule page:
+    input:
+        f"{NOTEBOOKS}/08_report_tables.ipynb",
+    output:
+        f"outputs/{STUDY}.html",
+    shell:
+        f"exec {sys.executable} -m cellseg_helpers.jobs page {{input:q}} {{output:q}}"
+
+
+rule all:
+    default_target: True
+    input:
+        rules.overview.output,
+        rules.explore.output,
+        expand(rules.train.output, run=RUNS),
+        expand(rules.evaluate.output, run=RUNS),
+        expand(rules.score_thresholds.output, run=ANALYSED),
+        expand(rules.border_cells.output, run=ANALYSED),
+        expand(rules.postprocessing.output, run=ANALYSED),
+        expand(rules.predict_test.output, run=FINALS),
+        rules.tables.output,
+        rules.findings.output,
+        rules.page.output,
