@@ -10,8 +10,8 @@ STUDY = --data "$(DATA)" --scale "$(SCALE)" --seeds "$(SEEDS)" --profile "$(PROF
 
 .PHONY: study plan test lab data install lock nbdime
 
-## Everything: the five reports' runs, their analyses and tables. DATA: an HW3 folder, or "drawn", the embedded tissue; SCALE: quick,
-## sample or full; SEEDS: so many trainings of each run; JOBS: processors to use (0: all); PROFILE=slurm: as Slurm jobs.
+## Everything: the five reports' runs, their analyses and tables. DATA: an HW3 folder, or "drawn", the embedded tissue; SCALE:
+## quick, sample or full; SEEDS: so many trainings of each run; JOBS: processors to use (0: all); PROFILE=slurm: as Slurm jobs.
 study: install nbdime
 	@exec $(BIN)/python -m cellseg_helpers.jobs study $(STUDY)
 
@@ -33,8 +33,8 @@ data: install
 
 ## Compile the one list of pinned versions anew.
 lock: install
-	$(BIN)/uv pip compile pyproject.toml --extra test --extra install --universal --python-version 3.11 --fork-strategy fewest \
-		--no-header --no-annotate --no-emit-index-url --upgrade --quiet --output-file requirements.txt
+	$(BIN)/uv pip compile pyproject.toml --extra test --extra install --universal --python-version 3.11 \
+		--fork-strategy fewest --no-header --no-annotate --no-emit-index-url --upgrade --quiet --output-file requirements.txt
 
 install: .venv/installed
 

@@ -5,11 +5,12 @@
 One papermill run a job (cellseg_helpers/jobs.py). A job runs again when
 
 - an output is missing, or a job that it depends on has run;
-- the content of a parameter file, of its notebook or of the images (by name, size and time) changed, or a value given by the
+- the content of a parameter file or of its notebook changed, the images did (by name, size and time), or a value of the
   command line below. A file that was only touched, or changed and changed back, does not count.
 
-The package's code does not count: a corrected axis label would train everything anew. Where a change of code matters, say so:
-`.venv/bin/snakemake --cores 4 --forcerun train`, or delete the run folders. Finished trainings that run again only read their folder.
+The package's code does not count: a corrected axis label would train everything anew. Where a change of code matters, delete
+the run folders; for tables alone, `.venv/bin/snakemake --cores 4 --forcerun tables findings`. A finished training that runs again
+under the same settings only reads its folder.
 
 Snakemake removes a job's outputs before it starts it. So a training declares trained.json, which its job writes at the very end,
 and never its checkpoint, from which it goes on, nor finished.json, by which `fit` knows that there is nothing left to train.
@@ -18,6 +19,7 @@ and never its checkpoint, from which it goes on, nor finished.json, by which `fi
 import hashlib
 import os
 import re
+import shlex
 import signal
 import sys
 
@@ -40,7 +42,7 @@ ANALYSES = {
     "05_border_cells": ["contact", "filter", "dropped"],
     "06_postprocessing": ["phases", "steps", "effects", "total"],
 }
-
+REPORT_TABLES = [f"{report}-T{number + 1}" for report, numbers in zip("ABCDE", (3, 5, 3, 4, 4)) for number in range(numbers)]
 
 FOLDER = resolve_path(DATA).parent if DATA.endswith(".json") else resolve_path(DATA)
 HAS_TESTS = DATA == "drawn" or (FOLDER / "test_release").is_dir()
@@ -48,15 +50,16 @@ HAS_TESTS = DATA == "drawn" or (FOLDER / "test_release").is_dir()
 
 def state_of(folder):
     """A digest of the names, sizes and times of all files below a folder."""
-    stats = [(path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+    files = [(path.as_posix(), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]).encode()).hexdigest()[:16]
 
 
 DATA_STATE = "drawn" if DATA == "drawn" else state_of(FOLDER)
-SUBMISSION = ["outputs/tables/07_{run}_submission.csv", "outputs/tables/07_{run}_images.csv", "outputs/submissions/{run}/test-results.zip"]
+SUBMISSION = ["tables/07_{run}_submission.csv", "tables/07_{run}_images.csv", "submissions/{run}/test-results.zip"]
 
 os.environ["STUDY_PROCESS"] = str(os.getpid())  # the jobs' parent: they end with it
-JOB = f"exec {sys.executable} -m cellseg_helpers.jobs run {{input.notebook}} {{output.notebook:q}} --log outputs/{STUDY}-jobs.csv"
+PACKAGE = f"exec {shlex.quote(sys.executable)} -m cellseg_helpers.jobs"
+JOB = f"{PACKAGE} run {{input.notebook}} {{output.notebook:q}} --log {shlex.quote(f'outputs/{STUDY}-jobs.csv')}"
 
 
 wildcard_constraints:
@@ -155,7 +158,7 @@ rule predict_test:
         trained="outputs/runs/{run}/trained.json",
         training=f"{NOTEBOOKS}/02_train/{{run}}.ipynb",
     output:
-        submission=SUBMISSION if HAS_TESTS else [],
+        submission=[f"outputs/{file}" for file in SUBMISSION] if HAS_TESTS else [],
         notebook=f"{NOTEBOOKS}/07_predict_test/{{run}}.ipynb",
     resources:
         gpu=min(1, GPUS),
@@ -170,6 +173,7 @@ rule tables:
         scores=expand("outputs/runs/{run}/scores.json", run=RUNS),
         evaluations=expand(f"{NOTEBOOKS}/03_evaluate/{{run}}.ipynb", run=RUNS),
     output:
+        tables=expand("outputs/tables/{table}.csv", table=[*REPORT_TABLES, "C-Fig3", "E-sweep", "08_verdicts"]),
         notebook=f"{NOTEBOOKS}/08_report_tables.ipynb",
     params:
         study=STUDY,
@@ -189,8 +193,10 @@ rule findings:
     params:
         study=STUDY,
         seeds=SEEDS,
+    resources:
+        gpu=min(1, GPUS),
     shell:
-        JOB + " -r runs_dir outputs/runs -r study {params.study:q} -p seeds {params.seeds}"
+        JOB + " --gpu -r runs_dir outputs/runs -r study {params.study:q} -p seeds {params.seeds}"
 
 
 rule page:
@@ -199,7 +205,7 @@ rule page:
     output:
         f"outputs/{STUDY}.html",
     shell:
-        f"exec {sys.executable} -m cellseg_helpers.jobs page {{input:q}} {{output:q}}"
+        PACKAGE + " page {input:q} {output:q}"
 
 
 rule all:

@@ -1,4 +1,4 @@
-"""The study as jobs: one papermill run each, ordered and repeated by Snakemake (``Snakefile``); here is what starts them and ends them.
+"""The study as jobs, one papermill run each. Snakemake orders them (``Snakefile``); here is what starts and ends them.
 
     python -m cellseg_helpers.jobs study|plan --data drawn --scale quick --seeds 1     what `make study` and `make plan` call
     python -m cellseg_helpers.jobs run NOTEBOOK OUTPUT ...                              one job: a notebook with its parameters
@@ -29,7 +29,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-import psutil
 import yaml
 
 from cellseg_helpers import study
@@ -39,6 +38,7 @@ LOCK = "outputs/.study.lock"
 COLUMNS = ("job", "ended", "seconds", "start_seconds", "cpu_seconds", "peak_memory_bytes", "error")
 ERROR_LENGTH = 600
 TOLD_ELSEWHERE = ("CalledProcessError", "At least one job did not complete successfully")
+NOTHING_TO_DO = "Nothing to do: everything is there, and newer than what it comes from."
 PR_SET_PDEATHSIG = 1
 
 
@@ -72,7 +72,7 @@ def hold(path: Path) -> TextIO | None:
 
 
 def gpus() -> list[str]:
-    """The GPUs that a training may take: those of ``CUDA_VISIBLE_DEVICES`` where it is set, else all that ``nvidia-smi`` lists."""
+    """The GPUs that jobs may take: those of ``CUDA_VISIBLE_DEVICES`` where it is set, else all that ``nvidia-smi`` lists."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [part.strip() for part in named.split(",") if part.strip() not in ("", "-1")]
@@ -85,7 +85,7 @@ def gpus() -> list[str]:
 
 def memory_mb() -> int:
     """The machine's memory."""
-    return psutil.virtual_memory().total // 2**20
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
 
 
 def take_gpu() -> TextIO | None:
@@ -130,14 +130,13 @@ def run(
     Returns:
         What went wrong, as a sentence, or "".
     """
-    begun = psutil.Process().create_time()
-    job = job_name(notebook, output)
+    begun, job = time.time(), job_name(notebook, output)
     running, failed = output.with_suffix(".running.ipynb"), output.with_suffix(".failed.ipynb")
     while not (lock := hold(output.with_name(f".{output.stem}.lock"))):
         time.sleep(1)  # a job of a killed study that Slurm goes on with
     taken = take_gpu() if gpu else os.environ.update(CUDA_VISIBLE_DEVICES="")
-    if train and (aside := study.set_aside_other_run(RunConfig.from_dict(parameters))):
-        print(f"{job}: the run had other settings before; that one is now {aside.relative_to(ROOT)}.", flush=True)
+    if train and (aside := _set_aside(parameters)):
+        print(f"{job}: the run had other settings before; that one is now {_short(aside)}.", flush=True)
     executed, error = _execute(notebook, running, parameters)
     if error:
         if running.exists():
@@ -170,6 +169,14 @@ def run(
     return error
 
 
+def _set_aside(parameters: dict[str, Any]) -> Path | None:
+    try:
+        config = RunConfig.from_dict(parameters)
+    except ValueError:
+        return None  # the notebook says it
+    return study.set_aside_other_run(config)
+
+
 def _execute(notebook: Path, running: Path, parameters: dict[str, Any]) -> tuple[Any, str]:
     _skip_slow_import()
     logging.getLogger("papermill").setLevel(logging.ERROR)  # of a parameter that no cell has, the notebooks say more
@@ -200,7 +207,7 @@ def _execute(notebook: Path, running: Path, parameters: dict[str, Any]) -> tuple
 
 
 def _skip_slow_import() -> None:
-    """jsonschema, which papermill and nbconvert import, would spend 2 seconds on the grammar of web addresses; notebooks need none."""
+    """jsonschema, which papermill and nbconvert load, would take 2 seconds to load a grammar that notebooks don't need."""
     sys.modules.setdefault("rfc3987_syntax", None)
 
 
@@ -234,7 +241,9 @@ def page(notebook: Path, output: Path) -> None:
     _skip_slow_import()
     from nbconvert import HTMLExporter
 
-    html, _ = HTMLExporter(exclude_input=True, embed_images=True).from_filename(str(notebook))
+    html, _ = HTMLExporter(
+        exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True
+    ).from_filename(str(notebook))
     temporary = output.with_suffix(".part")
     temporary.write_text(html, encoding="utf-8")
     temporary.replace(output)
@@ -259,7 +268,7 @@ def run_study(data: str, scale: str, seeds: int, profile: str = "", jobs: int = 
     """
     name = _check(data, scale, seeds, profile)
     lock = None if plan else hold(ROOT / LOCK)
-    if not plan and not lock:
+    if not lock and not plan:
         raise StudyError(f"another study runs in this folder (process {(ROOT / LOCK).read_text()}); wait for it or stop it")
     if lock:
         lock.truncate(0)
@@ -280,6 +289,8 @@ def run_study(data: str, scale: str, seeds: int, profile: str = "", jobs: int = 
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `make plan | head`
         reporter.print_plan()
     else:
+        if succeeded and not reporter.jobs:
+            print(NOTHING_TO_DO)
         rows = _rows(name, reporter.begun)
         _print_times(rows)
         _print_end(name, succeeded, rows, reporter, log)

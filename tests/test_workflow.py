@@ -69,7 +69,8 @@ def tree(tmp_path) -> Path:
 
 def call(tree: Path, *command: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(tree), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, "-m", *command], cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    options = {"cwd": tree, "env": environment, "capture_output": True, "text": True, "timeout": SECONDS}
+    return subprocess.run([sys.executable, "-m", *command], **options)
 
 
 def plan(tree: Path) -> list[str]:
@@ -110,12 +111,14 @@ def test_nothing_outlives_a_killed_make(tree):
         write_notebook(tree / "notebooks" / f"{name}.ipynb", f"pids = {str(pids)!r}" + WAITS, "data = ''")
     environment = {**os.environ, "PYTHONPATH": str(tree), "CUDA_VISIBLE_DEVICES": ""}
     venv = Path(sys.executable).parent
-    make = subprocess.Popen(["make", "study", f"BIN={venv}", "--old-file", ".venv/installed", "JOBS=2"], cwd=tree, env=environment)
+    command = ["make", "study", f"BIN={venv}", "--old-file", ".venv/installed", "JOBS=2"]
+    make = subprocess.Popen(command, cwd=tree, env=environment)
     try:
         wait_until(lambda: len(list(pids.iterdir())) >= 6)  # two kernels, two workers each
         family = [make, *psutil.Process(make.pid).children(recursive=True)]
         second = call(tree, "cellseg_helpers.jobs", "study")
-        assert second.returncode == 2 and "another study runs in this folder" in second.stderr and len(second.stderr.splitlines()) == 1
+        assert second.returncode == 2 and second.stderr.startswith("another study runs in this folder (process ")
+        assert len(second.stderr.splitlines()) == 1
     finally:
         make.send_signal(signal.SIGKILL)
         make.wait()
@@ -125,7 +128,8 @@ def test_nothing_outlives_a_killed_make(tree):
 
 
 def test_failures_are_told_in_a_sentence_and_the_other_jobs_go_on(tree):
-    write_notebook(tree / "notebooks" / "02_train.ipynb", "raise ValueError('the\\nloss ' + 50 * 'is not finite ')", "run_name = ''")
+    fails = "raise ValueError('the\\nloss ' + 50 * 'is not finite ')"
+    write_notebook(tree / "notebooks" / "02_train.ipynb", fails, "run_name = ''")
     tables = [f"outputs/tables/01_{name}.csv" for name in ("data_summary", "classes", "patients")]
     explore = f"for file in {tables}:\n    os.makedirs('../outputs/tables', exist_ok=True); open('../' + file, 'w').close()"
     write_notebook(tree / "notebooks" / "01_explore_data.ipynb", explore, "data = ''")
@@ -150,13 +154,16 @@ def test_a_job_writes_its_notebook_whole_or_not_at_all(tmp_path):
     notebook, output, log = tmp_path / "note.ipynb", tmp_path / "out" / "note.ipynb", tmp_path / "jobs.csv"
     (tmp_path / "first.yaml").write_text("x: 1\ny: [1, 2]\n")
     (tmp_path / "second.yaml").write_text("x: 2\n")
-    options = ["-f", str(tmp_path / "first.yaml"), str(tmp_path / "second.yaml"), "-r", "z", "1", "-p", "n", "3", "--log", str(log)]
+    options = ["-f", str(tmp_path / "first.yaml"), str(tmp_path / "second.yaml"), "-r", "z", "1", "-p", "n", "3"]
     write_notebook(notebook, "assert os.path.exists(running)\nprint(x, y, repr(z), n)")
-    options += ["-r", "running", str(output.with_suffix(".running.ipynb"))]
+    options += ["-r", "running", str(output.with_suffix(".running.ipynb")), "--log", str(log)]
     assert call(ROOT, "cellseg_helpers.jobs", "run", str(notebook), str(output), *options).returncode == 0
     (shown,) = nbformat.read(output, 4).cells[-1].outputs
     assert shown.text == "2 [1, 2] '1' 3\n"
     assert sorted(path.name for path in output.parent.iterdir()) == [".note.lock", "note.ipynb"]
+    jobs.page(output, tmp_path / "note.html")
+    html = (tmp_path / "note.html").read_text()
+    assert "2 [1, 2] '1' 3" in html and "repr" not in html.split("</head>")[-1]
     header, row = log.read_text().splitlines()
     values = dict(zip(header.split(","), row.split(","), strict=True))
     assert values["job"] == "note" and 0 < float(values["start_seconds"]) <= float(values["seconds"]) and not values["error"]
