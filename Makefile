@@ -19,9 +19,9 @@ study: install nbdime
 plan: install
 	@exec $(BIN)/python -m cellseg_helpers.jobs plan $(STUDY)
 
-## The whole test suite, the notebooks' committed outputs included.
+## The whole test suite, the notebooks' committed outputs included; a process for each processor, a file at a time.
 test: install
-	$(BIN)/pytest --nbval --nbval-current-env
+	OMP_NUM_THREADS=1 $(BIN)/pytest --nbval --nbval-current-env --numprocesses auto --maxprocesses 8 --dist loadfile
 
 ## JupyterLab, with nbdime as the repository's notebook diff and merge.
 lab: install nbdime

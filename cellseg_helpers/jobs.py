@@ -316,7 +316,7 @@ def _check(data: str, scale: str, seeds: int, profile: str) -> str:
         if not importlib.util.find_spec(plugin.replace("-", "_")):
             raise StudyError(
                 f"PROFILE={profile} needs {plugin}, which is not installed; "
-                f'install it: .venv/bin/uv pip install --python .venv/bin/python --editable ".[{profile}]"'
+                f"install it: .venv/bin/uv pip install --python .venv/bin/python --constraints requirements.txt --group {profile}"
             )
     return study.study_name(scale, data)
 
