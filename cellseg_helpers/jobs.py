@@ -266,7 +266,7 @@ def run_study(data: str, scale: str, seeds: int, profile: str = "", jobs: int = 
     Raises:
         StudyError: the study cannot start.
     """
-    name = _check(data, scale, seeds, profile)
+    name = _check(data, scale, seeds, profile, jobs)
     lock = None if plan else hold(ROOT / LOCK)
     if not lock and not plan:
         raise StudyError(f"another study runs in this folder (process {(ROOT / LOCK).read_text()}); wait for it or stop it")
@@ -297,9 +297,11 @@ def run_study(data: str, scale: str, seeds: int, profile: str = "", jobs: int = 
     return succeeded
 
 
-def _check(data: str, scale: str, seeds: int, profile: str) -> str:
+def _check(data: str, scale: str, seeds: int, profile: str, jobs: int) -> str:
     if seeds < 1:
         raise StudyError(f"SEEDS is {seeds}, but must be at least 1")
+    if jobs < 0:
+        raise StudyError(f"JOBS is {jobs}, but must be at least 1, or 0 for all")
     place = resolve_path(data)
     if data != "drawn" and not (place / "train").is_dir() and not (place.suffix == ".json" and place.is_file()):
         raise StudyError(f"DATA={data} is no folder that holds train/; README.md says what must be in it")

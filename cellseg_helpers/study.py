@@ -37,7 +37,7 @@ def parameter_files(key: str, scale: str) -> list[Path]:
         ValueError: no such run or scale.
     """
     if scale not in SCALES:
-        raise ValueError(f"unknown scale {scale!r}; one of {', '.join(CHOICES['scale'])}")
+        raise ValueError(f"unknown scale {scale!r}; one of {', '.join(SCALES)}")
     if key not in run_keys():
         raise ValueError(f"unknown run {key!r}; one of {', '.join(run_keys())}")
     files = [REPORTS / f"{key.split('+')[0]}.yaml"]

@@ -192,6 +192,7 @@ def test_d_without_a_pyramid_has_one_map_at_stride_16():
 def test_d_is_adamw_from_2e_4_to_5e_6_with_the_datas_own_statistics():
     config = system("d/fpn_cbam")
     assert config.normalization == "data" and config.box_score_thresh == 0.5 and config.augmentation == "joint_full"
+    assert config.keep_every_epoch
     assert study.settings("d/fpn_cbam", "full", "drawn", 0).precision == "16-mixed"
     _, optimizer = after_a_step(config)
     assert type(optimizer) is torch.optim.AdamW and optimizer.param_groups[0]["weight_decay"] == 1e-4

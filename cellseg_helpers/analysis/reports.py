@@ -117,7 +117,8 @@ SCORE_TABLES = {
             Comparison("Keeping all scores higher than a threshold of 0.2", "0.2 (cut the low peak)", "0 (keep all)"),
             Comparison("Keeping all scores higher than a threshold of 0.5", "0.5 (keep the high peak)", "0 (keep all)"),
         ],
-        "The report says only that 0 scored highest: which of 0.26 and 0.21 is which is inferred. A threshold takes the end off "
+        "The report says only that 0 scored highest: which of 0.26 and 0.21 is which is inferred, and the border filter may have "
+        "been on. A threshold takes the end off "
         "the precision-recall curve, so under AP keeping all wins whatever the scores are worth; B-Fig1 says what they are.",
     ),
     "B-T4": Table(
@@ -283,6 +284,7 @@ D_SETTINGS = [
     ("batch", "2", "batch_size"),
     ("epochs", "40", "epochs"),
     ("precision", "mixed", "precision"),
+    ("weights of every epoch kept", "yes", "keep_every_epoch"),
     ("score threshold", "0.5", "box_score_thresh"),
     ("NMS threshold", "0.5", "box_nms_thresh"),
     ("validation after so many epochs", "1", "validation_every_epochs"),
@@ -299,6 +301,7 @@ E_RECALL = [0.72, 0.76, 0.79, 0.82]
 E_SIZE_FACTORS = [(0.01, 1.15), (0.05, 1.10)]
 F1_COMPARISON = Comparison("Class thresholds beat one threshold, chosen on other images", "one threshold", "class thresholds")
 E_GRID = [round(0.05 * step, 2) for step in range(2, 17)]
+NOTHING_FOUND = "no detection scores as high as the threshold"
 HALVING_SEED = 0
 HISTOGRAM_BINS = 40  # as drawn in B-Fig1
 DISPLAYED_THRESHOLD = 0.5  # of predictions in B-Fig2, as in 05_border_cells
@@ -442,7 +445,7 @@ def differences(one: Trained, other: Trained) -> str:
 
 SCORE_COLUMNS = [
     "row", "run", "variant", "reported", "reproduced", "seed_sd", "low", "high", "interval_over", "seeds", "data", "split",
-    "maxDets", "scale", "epochs", "minutes", "parameters", "peak_memory_GB", "run_dir", "missing",
+    "maxDets", "scale", "weights", "epochs", "minutes", "parameters", "peak_memory_GB", "run_dir", "missing",
 ]  # fmt: skip
 
 
@@ -519,13 +522,18 @@ def build(study: Study, key: str) -> Shown:
 
 
 def overview(shown: list[Shown]) -> pd.DataFrame:
-    """Every row with a score: table, row, reported, reproduced, 95 % interval, scale, and what its comparisons found."""
+    """Every row with a score: table, row, reported, reproduced, 95 % interval, scale, and what its comparisons found or it lacks."""
     rows = []
     for part in shown:
         if part.page is None or "95 % interval" not in part.page:
             continue
         for label, told in part.page.iterrows():
-            found = [f"over {compared.base}: {verdict.word}" for compared, verdict in part.judged if compared.other == label]
+            found = [
+                f"over {compared.base}: {verdict.word}" + " (one training each)" * (verdicts.ONE_EACH in verdict.sentence)
+                for compared, verdict in part.judged
+                if compared.other == label
+            ]
+            found += [told["missing"]] if told.get("missing") else []
             told = told[["reported", "reproduced", "95 % interval", "scale"]]
             rows.append({"table": part.key, "row": label, **told, "verdict on the claim": "; ".join(found)})
     return pd.DataFrame(rows).set_index("table").rename_axis(None)
@@ -611,6 +619,7 @@ def _context(study: Study, trained: list[Trained]) -> dict[str, Any]:
         "split": f"{first.run.split['kind']}, validation side",
         "maxDets": first.scores.max_dets,
         "scale": first.run.settings["scale"],
+        "weights": Path(first.run.settings["weights"]).name,
         "epochs": float(np.mean([len(one.run.history) for one in trained])),
         "minutes": float(np.mean([one.run.history["train_minutes"].iloc[-1] for one in trained])),
         "parameters": first.finished["parameters"],
@@ -662,7 +671,7 @@ def _score_page(table: pd.DataFrame) -> pd.DataFrame:
         peak_memory_GB=[f"{size:.1f}" if size == size else "" for size in table["peak_memory_GB"].astype(float)],
         run_dir=[Path(run_dir).name if isinstance(run_dir, str) else "" for run_dir in table["run_dir"]],
     )
-    columns = ["run", "reported", "reproduced", "95 % interval", "interval_over", "data", "split", "maxDets", "scale", "epochs"]
+    columns = ["run", "reported", "reproduced", "95 % interval", "interval_over", "data", "split", "maxDets", "scale", "weights", "epochs"]
     return _page(rounded, "row", [*columns, "minutes", "parameters", "peak_memory_GB", "run_dir"])
 
 
@@ -676,7 +685,7 @@ def _text(value: Any) -> str:
 def _of_run(table: pd.DataFrame, study: Study, key: str, trained: list[Trained]) -> pd.DataFrame:
     """The table with the columns that say which runs it is of, or why there are none."""
     told = _context(study, trained) if trained else {}
-    names = ("data", "split", "maxDets", "scale", "run_dir")
+    names = SCORE_COLUMNS[SCORE_COLUMNS.index("interval_over") : SCORE_COLUMNS.index("missing")]
     return table.assign(run=key, **{name: told.get(name, "") for name in names}, missing=study.missing(key))
 
 
@@ -706,7 +715,7 @@ def _coco_lines(study: Study, key: str) -> Shown:
     table = _of_run(table, study, key_of_run, trained).assign(maxDets=metrics.COCO_MAX_DETS[-1])
     reason = "no such cell in the validation images" if trained else study.missing(key_of_run)
     table.loc[table["reproduced"].isna(), "missing"] = reason
-    page = _page(table, "metric", ["reported", "reproduced", "95 % interval", "scale"])
+    page = _page(table, "metric", ["reported", "reproduced", "95 % interval", "data", "split", "maxDets", "scale", "weights"])
     note = "The report does not say which images; its released code trains on all, so they were probably training images."
     usual = "Here the usual maxDets of 1, 10 and 100 are taken, whatever the dense one is."
     return Shown(key, "", table, page, sentences=[note, usual, _told(study, key_of_run, trained)])
@@ -794,7 +803,12 @@ def _class_thresholds(study: Study, key: str) -> Shown:
         sentences.append(verdict.sentence)
         judged = [(F1_COMPARISON, verdict)]
     page = table.set_index("class").rename_axis(None).map(_text).rename(columns=lambda name: name.replace("_", " "))
-    return Shown(key, "", _of_run(table, study, run, trained), page, sentences=sentences, judged=judged)
+    table = _of_run(table, study, run, trained)
+    nothing = table[here].isna().any(axis=1)
+    if trained and nothing.any():
+        table["missing"] = table["missing"].mask(nothing, NOTHING_FOUND)
+        sentences.append(f"Empty: {NOTHING_FOUND}.")
+    return Shown(key, "", table, page, sentences=sentences, judged=judged)
 
 
 def _thresholds_verdict(
@@ -824,7 +838,11 @@ def _threshold_sweep(study: Study, key: str) -> Shown:
         "The report describes this sweep and never shows it. Scores of all classes, then F1 of each; the CSV has all of each.",
         _told(study, run, trained),
     ]
-    return Shown(key, "", _of_run(sweep, study, run, trained), page, [plots.threshold_sweep(sweep)], sentences)
+    table = _of_run(sweep, study, run, trained)
+    table["missing"] = table["missing"].mask(sweep["precision"].isna(), NOTHING_FOUND)
+    if sweep["precision"].isna().any():
+        sentences.append(f"Empty: {NOTHING_FOUND}.")
+    return Shown(key, "", table, page, [plots.threshold_sweep(sweep)], sentences)
 
 
 def _image_and_map(study: Study, key: str) -> Shown:

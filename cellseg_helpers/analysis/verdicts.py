@@ -14,6 +14,7 @@ OPPOSITE = "the opposite holds here"
 CANNOT_TELL = "this data cannot tell"
 NO_DIFFERENCE = "no difference here"
 NOT_ASKED = "cannot be asked"
+ONE_EACH = "One training each was compared"
 WORDS = (HOLDS, OPPOSITE, CANNOT_TELL, NO_DIFFERENCE, NOT_ASKED)
 LEAST_SCORE = 0.01  # two models that both stay under it have not learned to find cells yet
 VISIBLE = 0.01  # a report that gives two digits sees no smaller change
@@ -135,7 +136,7 @@ def judge(
     if base.reported is not None and other.reported is not None:
         parts.append(f"Reported: {base.reported:g} and {other.reported:g}.")
     if seeds == 1 and not same_weights:
-        parts.append("One training each was compared: another seed may differ.")
+        parts.append(f"{ONE_EACH}: another seed may differ.")
     return Verdict(word, *scores, difference, " ".join(part for part in parts if part))
 
 
