@@ -75,15 +75,13 @@ def set_aside_other_run(config: RunConfig) -> Path | None:
     """
     folder = resolve_path(RUNS) / config.run_name
     try:
-        before = json.loads((folder / "settings.json").read_text())
-        fingerprint = json.loads((folder / "provenance.json").read_text())["data_fingerprint"]
+        differences = config.differences(json.loads((folder / "settings.json").read_text()))
+        if config.precision == "auto":
+            differences.pop("precision", None)  # saved as what it was on this machine
+        if not differences and json.loads((folder / "provenance.json").read_text())["data_fingerprint"] == _fingerprint(config):
+            return None
     except (OSError, ValueError, KeyError):
         return None  # nothing there, or nothing that start_run would go on with
-    differences = config.differences(before)
-    if config.precision == "auto":
-        differences.pop("precision", None)  # saved as what it was on this machine
-    if not differences and fingerprint == _fingerprint(config):
-        return None
     number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
     return folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
 

@@ -28,7 +28,7 @@ from cellseg_helpers.data.synthetic import draw_dataset
 from cellseg_helpers.data.test_images import open_test_images
 from cellseg_helpers.engine import fit
 from cellseg_helpers.runs import load_checkpoint
-from tests.tiny_training import build_tiny, history_without_clock, tiny_settings
+from tiny_training import build_tiny, history_without_clock, tiny_settings
 
 HEIGHT, WIDTH = 30, 24
 

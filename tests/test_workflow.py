@@ -204,7 +204,7 @@ def test_a_study_that_cannot_start_says_why(options, said, capsys, monkeypatch):
 
 def test_slurm_needs_its_plugin(monkeypatch):
     monkeypatch.setattr(jobs.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(jobs.StudyError, match=r"needs snakemake-executor-plugin-slurm, which is not installed; .*\[slurm\]"):
+    with pytest.raises(jobs.StudyError, match=r"needs snakemake-executor-plugin-slurm, which is not installed; .*--group slurm"):
         jobs.run_study("drawn", "quick", 1, "slurm", plan=True)
     profile = yaml.safe_load((ROOT / "profiles" / "slurm" / "config.yaml").read_text())
     rules = re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(), re.MULTILINE)
