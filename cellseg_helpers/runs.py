@@ -32,8 +32,8 @@ import pandas as pd
 
 from cellseg_helpers.analysis.metrics import load_metrics
 from cellseg_helpers.config import ROOT, RunConfig, resolve_path
+from cellseg_helpers.study import RUNS
 
-RUNS = "outputs/runs"
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "numpy", "hotcoco", "pycocotools", "tifffile", "imagecodecs", "scipy")
 
 

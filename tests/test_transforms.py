@@ -11,7 +11,8 @@ from torchvision import tv_tensors
 from cellseg_helpers.config import CHOICES
 from cellseg_helpers.data.labels import find_instances
 from cellseg_helpers.data.readers import CellImage
-from cellseg_helpers.data.transforms import RECIPES, EpochSampler, QuarterTurn, SampleKey, TrainingSet, collate, crop, make_target
+from cellseg_helpers.data.recipes import RECIPES, QuarterTurn
+from cellseg_helpers.data.transforms import EpochSampler, SampleKey, TrainingSet, collate, crop, make_target
 
 ALONE = SampleKey(0, 0, 0)
 

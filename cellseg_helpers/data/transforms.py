@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, Sampler
 
 from cellseg_helpers.data.labels import find_instances
 from cellseg_helpers.data.readers import CellDataset, CellImage
-from cellseg_helpers.data.recipes import RECIPES, QuarterTurn, augment  # noqa: F401
+from cellseg_helpers.data.recipes import RECIPES, augment
 
 
 class SampleKey(NamedTuple):
