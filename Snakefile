@@ -30,8 +30,10 @@ DATA = os.path.normpath(str(config.get("data", "drawn")))
 SCALE = config.get("scale", "quick")
 SEEDS = int(config.get("seeds", 1))
 STUDY = study.study_name(SCALE, DATA)
-RUNS = {study.run_name(STUDY, key, seed): (key, seed) for key in study.run_keys() for seed in range(SEEDS)}
+RUNS = {study.run_name(STUDY, key, seed): (key, seed) for key in study.run_keys(SCALE) for seed in range(SEEDS)}
 NOTEBOOKS = f"outputs/notebooks/{STUDY}"
+PARTIAL = config.get("partial", False)  # tables of what is there, after a failure
+SCORED = [run for run in RUNS if not PARTIAL or os.path.exists(f"outputs/runs/{run}/scores.json")]
 GPUS = len(jobs.gpus())
 TRAINING_MB = min(2500 if SCALE == "quick" else 8000, jobs.memory_mb())
 
@@ -170,8 +172,8 @@ rule predict_test:
 rule tables:
     input:
         notebook="notebooks/08_report_tables.ipynb",
-        scores=expand("outputs/runs/{run}/scores.json", run=RUNS),
-        evaluations=expand(f"{NOTEBOOKS}/03_evaluate/{{run}}.ipynb", run=RUNS),
+        scores=expand("outputs/runs/{run}/scores.json", run=SCORED),
+        evaluations=expand(f"{NOTEBOOKS}/03_evaluate/{{run}}.ipynb", run=SCORED),
     output:
         tables=expand("outputs/tables/{table}.csv", table=[*REPORT_TABLES, "C-Fig3", "E-sweep", "08_verdicts"]),
         notebook=f"{NOTEBOOKS}/08_report_tables.ipynb",
@@ -185,8 +187,8 @@ rule tables:
 rule findings:
     input:
         notebook="notebooks/09_findings.ipynb",
-        scores=expand("outputs/runs/{run}/scores.json", run=RUNS),
-        evaluations=expand(f"{NOTEBOOKS}/03_evaluate/{{run}}.ipynb", run=RUNS),
+        scores=expand("outputs/runs/{run}/scores.json", run=SCORED),
+        evaluations=expand(f"{NOTEBOOKS}/03_evaluate/{{run}}.ipynb", run=SCORED),
     output:
         table="outputs/tables/findings.csv",
         notebook=f"{NOTEBOOKS}/09_findings.ipynb",

@@ -38,6 +38,7 @@ LOCK = "outputs/.study.lock"
 COLUMNS = ("job", "ended", "seconds", "start_seconds", "cpu_seconds", "peak_memory_bytes", "error")
 ERROR_LENGTH = 600
 TOLD_ELSEWHERE = ("CalledProcessError", "At least one job did not complete successfully")
+TABLE_RULES = ("tables", "findings", "page")
 NOTHING_TO_DO = "Nothing to do: everything is there, and newer than what it comes from."
 PR_SET_PDEATHSIG = 1
 
@@ -285,6 +286,10 @@ def run_study(data: str, scale: str, seeds: int, profile: str = "", jobs: int = 
     log.parent.mkdir(exist_ok=True)
     with open(os.devnull if plan else log, "w") as file, redirect_stderr(file), redirect_stdout(file if plan else sys.stdout):
         succeeded = _snakemake([*map(str, options), *(["--dry-run"] if plan else [])], reporter)
+        if reporter.failed and any((ROOT / study.RUNS).glob(f"{name}-*/scores.json")):
+            print("\nThe tables of the runs that are there; an empty cell has its reason.", flush=True)
+            options[options.index("--config") + 1 : options.index("--config") + 1] = ["partial=1"]
+            _snakemake([*map(str, options), "--allowed-rules", *TABLE_RULES, "--", *TABLE_RULES], reporter)
     if plan:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `make plan | head`
         reporter.print_plan()

@@ -21,13 +21,26 @@ SCALES = {
 FINALS = ("a/resnet101", "b/v2_backbone", "c/final", "d/fpn_cbam", "e/full")  # each report's own system
 
 
-def run_keys() -> list[str]:
-    """Every run of the study: those of the reports, then those of the findings."""
-    return [
+def run_keys(scale: str = "full") -> list[str]:
+    """Every run of the study at a scale: those of the reports, then those of the findings that the scale does not make alike their base.
+
+    Raises:
+        ValueError: no such scale, or a parameter file that cannot be used.
+    """
+    keys = [
         path.relative_to(ROOT / folder).with_suffix("").as_posix()
         for folder in (REPORTS, FINDINGS)
         for path in sorted((ROOT / folder).glob("*/*.yaml"))
     ]
+    return keys if scale == "full" else [key for key in keys if differs_from_base(key, scale)]
+
+
+def differs_from_base(key: str, scale: str) -> bool:
+    """Whether a run of the findings still has other settings than its base at a scale; a run of a report is a base itself."""
+    if "+" not in key:
+        return True
+    own, base = (RunConfig.from_yaml(*parameter_files(each, scale)) for each in (key, key.split("+")[0]))
+    return own != base
 
 
 def parameter_files(key: str, scale: str) -> list[Path]:

@@ -319,6 +319,16 @@ class TestPairs:
         found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "c-weights")
         assert found.empty_because == "the quick scale gives both runs weights 'none': it cannot test this pair"
 
+    def test_scale_that_leaves_no_difference_trains_no_pair(self, runs_dir, truth):
+        left_out = {key for key in study_runs.run_keys() if not study_runs.differs_from_base(key, "quick")}
+        assert left_out == {"c/final+coco_weights"} == set(study_runs.run_keys()) - set(study_runs.run_keys("quick"))
+        assert set(study_runs.run_keys("full")) == set(study_runs.run_keys("sample")) == set(study_runs.run_keys())
+        runs_dir.write("c/final", found_in(truth))
+        found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "c-weights")
+        assert found.empty_because == (
+            "c/final+coco_weights is not trained at the quick scale, which gives it all the settings of c/final"
+        )
+
     def test_runs_that_differ_in_more(self, runs_dir, truth):
         runs_dir.write("e/full", found_in(truth))
         runs_dir.write("e/base", found_in(truth), epochs=9)

@@ -150,6 +150,32 @@ def test_failures_are_told_in_a_sentence_and_the_other_jobs_go_on(tree):
     assert not other.exists() and (other.parent / f"{other.name}.old-1" / "settings.json").exists()
 
 
+def test_after_a_failure_the_tables_have_what_is_there(tree):
+    train = """
+if "c-final" in run_name: raise ValueError("no")
+open(f"../outputs/tables/02_{run_name}.csv", "w").close()
+"""
+    evaluate = """
+name = os.path.basename(run_dir)
+for table in ("summary", "classes", "curves", "mistakes"):
+    open(f"../outputs/tables/03_{name}_{table}.csv", "w").close()
+open(f"../{run_dir}/scores.json", "w").close()
+"""
+    write_notebook(tree / "notebooks" / "02_train.ipynb", train, "run_name = ''")
+    write_notebook(tree / "notebooks" / "03_evaluate.ipynb", evaluate, "run_dir = ''")
+    written = "for file in files: open('../outputs/tables/' + file + '.csv', 'w').close()"
+    names = [*(f"{report}-T{n + 1}" for report, count in zip("ABCDE", (3, 5, 3, 4, 4), strict=True) for n in range(count))]
+    tables = {"08_report_tables": [*names, "C-Fig3", "E-sweep", "08_verdicts"], "09_findings": ["findings"]}
+    for notebook, files in tables.items():
+        write_notebook(tree / "notebooks" / f"{notebook}.ipynb", f"files = {files}\n{written}", "runs_dir = study = ''; seeds = 0")
+    told = call(tree, "cellseg_helpers.jobs", "study")
+    assert told.returncode == 1 and "- 02_train quick-drawn-c-final-seed0: ValueError: no" in told.stdout
+    assert "The tables of the runs that are there; an empty cell has its reason." in told.stdout
+    assert {f"{name}.csv" for files in tables.values() for name in files} <= {path.name for path in (tree / "outputs/tables").iterdir()}
+    assert (tree / "outputs" / "quick-drawn.html").stat().st_size
+    assert {"02_train quick-drawn-c-final-seed0", *LAST} < set(plan(tree))  # with the run that was missing, they are made anew
+
+
 def test_a_job_writes_its_notebook_whole_or_not_at_all(tmp_path):
     notebook, output, log = tmp_path / "note.ipynb", tmp_path / "out" / "note.ipynb", tmp_path / "jobs.csv"
     (tmp_path / "first.yaml").write_text("x: 1\ny: [1, 2]\n")

@@ -18,7 +18,7 @@ from cellseg_helpers.config import RunConfig, resolve_path
 from cellseg_helpers.data.labels import CLASS_NAMES
 from cellseg_helpers.data.readers import CellImage, DataError, open_dataset
 from cellseg_helpers.runs import Run, RunError, load_run, read_json
-from cellseg_helpers.study import parameter_files, run_name
+from cellseg_helpers.study import SCALES, differs_from_base, parameter_files, run_name
 
 Detections = list[dict[str, Any]]
 
@@ -410,6 +410,9 @@ class Study:
         name = run_name(self.study, key, seed)
         folder = resolve_path(self.runs_dir) / name
         if not folder.is_dir():
+            scale = self.study.split("-")[0]
+            if scale in SCALES and not differs_from_base(key, scale):
+                return f"{key} is not trained at the {scale} scale, which gives it all the settings of {key.split('+')[0]}"
             return f"no run {name}"
         for file, reason in {"finished.json": "has not finished", "scores.json": "was not scored, run 03_evaluate on it"}.items():
             if not (folder / file).exists():
