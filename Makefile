@@ -8,7 +8,7 @@ JOBS ?= 0
 BIN := .venv/bin
 STUDY = --data "$(DATA)" --scale "$(SCALE)" --seeds "$(SEEDS)" --profile "$(PROFILE)" --jobs "$(JOBS)"
 
-.PHONY: study plan test lab data install lock nbdime
+.PHONY: study plan test bench lab data install lock nbdime
 
 ## Everything: the five reports' runs, their analyses and tables. DATA: an HW3 folder, or "drawn", the embedded tissue; SCALE:
 ## quick, sample or full; SEEDS: so many trainings of each run; JOBS: processors to use (0: all); PROFILE=slurm: as Slurm jobs.
@@ -22,6 +22,10 @@ plan: install
 ## The whole test suite, the notebooks' committed outputs included; a process for each processor, a file at a time.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest --nbval --nbval-current-env --numprocesses auto --maxprocesses 8 --dist loadfile
+
+## Speed and memory beside torchvision, pycocotools and tifffile, into outputs/bench.csv. DATA: real images in the HW3 layout.
+bench: install
+	$(BIN)/python -m bench $(if $(filter-out drawn,$(DATA)),--sample "$(DATA)")
 
 ## JupyterLab, with nbdime as the repository's notebook diff and merge.
 lab: install nbdime

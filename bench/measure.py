@@ -1,0 +1,99 @@
+"""Two ways to the same result, side by side: time in turn in one process, peak memory of one call in a fresh process each.
+
+    python -m bench.measure bench.training:mask_targets ours|peer        one call; prints the bytes it added at its peak
+"""
+
+import importlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+MEGABYTE = 1e6
+
+
+class Pair(NamedTuple):
+    """Two functions without arguments that give the same, each called many times; ``identical`` compares what they gave, in words."""
+
+    ours: Callable[[], Any]
+    peer: Callable[[], Any]
+    identical: Callable[[Any, Any], str]
+
+
+class Row(NamedTuple):
+    """A line of ``outputs/bench.csv``; ``ratio``: how many times better ours is."""
+
+    benchmark: str
+    ours: float
+    peer: float
+    unit: str
+    ratio: float
+    identical: str
+    note: str
+
+
+def seconds_in_turn(pair: Pair, repeats: int, warm_up: bool = True) -> tuple[float, float, str]:
+    """Median seconds of ours and of the peer, called in turn, and how alike their results are."""
+    identical = pair.identical(pair.ours(), pair.peer()) if warm_up else ""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for call, taken in zip((pair.ours, pair.peer), times, strict=True):
+            taken.append(seconds(call))
+    return statistics.median(times[0]), statistics.median(times[1]), identical
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall time of one call; on a GPU until its work is done."""
+    begun = time.perf_counter()
+    call()
+    _synchronize()
+    return time.perf_counter() - begun
+
+
+def megabytes(pair: str, side: str) -> float:
+    """What one call adds at its peak to its process's memory (on a GPU: to the tensors on it), in a fresh process.
+
+    Args:
+        pair: ``module:function`` that makes a ``Pair``.
+        side: ``ours`` or ``peer``.
+    """
+    command = [sys.executable, "-m", "bench.measure", pair, side]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return int(done.stdout.split()[-1]) / MEGABYTE
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """What a call adds at its peak to this process's memory, by Linux's resident high-water mark, or to the tensors on a GPU."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now (proc(5))
+    before = psutil.Process().memory_info().rss
+    call()
+    mark = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return max(0, int(mark.split()[1]) * 1024 - before)
+
+
+def _synchronize() -> None:
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    module, function = sys.argv[1].split(":")
+    measured: Pair = getattr(importlib.import_module(module), function)()
+    print(peak_bytes(getattr(measured, sys.argv[2])))

@@ -1,0 +1,121 @@
+"""What torch's own switches do to a training step: ``python -m bench.settings`` writes ``outputs/bench_settings.csv``.
+
+A step is that of a ResNet-50 on two 256 px crops of the drawn images that are not smaller, from loading to the optimizer's step,
+otherwise with the package's defaults. Every setting starts from the same weights; epochs of a few steps are run in turn.
+"""
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from bench.measure import ROOT, seconds
+from cellseg_helpers.config import RunConfig
+from cellseg_helpers.data.readers import open_dataset
+from cellseg_helpers.data.transforms import EpochSampler, TrainingSet
+from cellseg_helpers.engine import make_loader, make_optimizer, resolve_precision, to_device
+from cellseg_helpers.model.build import build_model
+
+CONFIG = RunConfig(backbone="resnet50", crop_size_px=256, precision="32")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+STEPS, ROUNDS = 5, 3
+THREADS = torch.get_num_threads()
+
+
+class Setting(NamedTuple):
+    """One change to the baseline."""
+
+    name: str
+    note: str = ""
+    channels_last: bool = False
+    compiled: bool = False
+    fused: bool = True
+    bf16: bool = False
+    threads: int = THREADS
+    workers: int = 0
+
+
+SETTINGS = (
+    Setting("baseline", f"32 bit, fused optimizer, no worker, {THREADS} threads, {DEVICE.type}"),
+    Setting("channels last", channels_last=True),
+    Setting("compiled backbone", "torch.compile; its compilation is not in the time", compiled=True),
+    Setting("optimizer not fused", fused=False),
+    *(Setting(f"{n} threads", threads=n) for n in (1, 2) if n != THREADS and DEVICE.type == "cpu"),
+    *(Setting(f"{n} workers", workers=n) for n in (1, 2)),
+    Setting("bf16 autocast", "where the device computes in bfloat16", bf16=True),
+)
+
+
+def make_epoch(setting: Setting) -> Callable[[], float]:
+    """A function that trains for ``STEPS`` steps and gives the first one's loss."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, num_workers=setting.workers)
+    dataset = open_dataset(config.data)
+    indices = np.flatnonzero(dataset.sizes.min(1) >= config.crop_size_px).tolist()
+    samples = TrainingSet(dataset, indices, config.crop_size_px, config.class_balance, config.augmentation, config.seed)
+    loader = make_loader(samples, config, EpochSampler(indices, STEPS * config.batch_size, config.seed))
+    model = build_model(config).to(DEVICE).train()
+    if setting.channels_last:
+        model.to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, config)
+    for group in optimizer.param_groups:
+        group["fused"] = setting.fused
+    if setting.compiled:
+        model.backbone.compile()
+
+    def epoch() -> float:
+        torch.set_num_threads(setting.threads)
+        losses = []
+        for batch in loader:
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=setting.bf16):
+                loss = sum(model(*to_device(*batch, DEVICE)).values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses[0]
+
+    return epoch
+
+
+def main() -> None:
+    epochs, first_losses, failed = {}, {}, {}
+    for setting in SETTINGS:
+        if setting.bf16 and resolve_precision(replace(CONFIG, precision="auto")) != "bf16-mixed":
+            failed[setting] = "not run: no bfloat16 arithmetic here"
+            continue
+        try:
+            epochs[setting] = make_epoch(setting)
+            first_losses[setting] = epochs[setting]()
+        except Exception as error:
+            if not setting.compiled:
+                raise
+            epochs.pop(setting)
+            failed[setting] = f"not to be had here: {' '.join(str(error).split())[:120]}"
+    times = {setting: [] for setting in epochs}
+    for _ in range(ROUNDS):
+        for setting, epoch in epochs.items():
+            times[setting].append(seconds(epoch))
+    milliseconds = {setting: 1000 * statistics.median(taken) / STEPS for setting, taken in times.items()}
+    baseline = SETTINGS[0]
+    table = pd.DataFrame(
+        {
+            "setting": setting.name,
+            "ms_per_step": milliseconds.get(setting, math.nan),
+            "times_faster": milliseconds[baseline] / milliseconds.get(setting, math.nan),
+            "loss_difference": abs(first_losses.get(setting, math.nan) - first_losses[baseline]),
+            "note": failed.get(setting, setting.note),
+        }
+        for setting in SETTINGS
+    )
+    table.to_csv(ROOT / "outputs" / "bench_settings.csv", index=False, float_format="%.4g")
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""How soon work begins: the package and the analysis notebooks' import cells, that need no torch, against the same with torch.
+
+Every measurement is the wall time of a fresh process, from its start to its end.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import nbformat
+
+from bench.measure import ROOT, Row, seconds
+
+NOTEBOOKS = ROOT / "notebooks"
+ANALYSES = ("03", "04", "05", "06", "08")
+TORCH = "import torch, torchvision\n"
+SAY_TORCH = "\nimport sys; print('torch loaded' if 'torch' in sys.modules else 'torch not loaded')"
+
+
+def run(code: str) -> str:
+    """The last line that a Python process prints which runs ``code`` and then says whether torch is loaded."""
+    command = [sys.executable, "-c", code + SAY_TORCH]
+    done = subprocess.run(command, cwd=NOTEBOOKS, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+def run_notebook(code: str, folder: str) -> str:
+    """``run`` by papermill, of a notebook with this one cell."""
+    path, executed = Path(folder) / "one_cell.ipynb", Path(folder) / "executed.ipynb"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code + SAY_TORCH)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, path)
+    command = [sys.executable, "-m", "papermill", "--cwd", str(NOTEBOOKS), str(path), str(executed)]
+    subprocess.run(command, capture_output=True, check=True)
+    return nbformat.read(executed, as_version=4).cells[0].outputs[0].text.strip()
+
+
+def import_cell(notebook: Path) -> str:
+    return next(cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code")
+
+
+def in_turn(start: Callable[[str], str], codes: Sequence[str], repeats: int) -> tuple[list[float], str]:
+    """Median seconds of each code, started in turn, and what the first said of torch."""
+    said: list[str] = []
+    taken = [[seconds(lambda code=code: said.append(start(code))) for code in codes] for _ in range(repeats)]
+    return [statistics.median(of_code) for of_code in zip(*taken, strict=True)], said[0]
+
+
+def rows() -> list[Row]:
+    table = []
+
+    def add(name: str, ours: float, peer: float, said: str, note: str) -> None:
+        table.append(Row(f"startup: {name}", ours, peer, "s", peer / ours, said, note))
+
+    (ours, peer), said = in_turn(run, ["import cellseg_helpers", TORCH], repeats=3)
+    add("import cellseg_helpers", ours, peer, said, "a Python process; peer: import torch, torchvision")
+    with tempfile.TemporaryDirectory() as folder:
+        codes = ["import cellseg_helpers", TORCH, ""]
+        (ours, peer, empty), said = in_turn(partial(run_notebook, folder=folder), codes, repeats=3)
+    note = f"goal: at most 0.3 s on top of papermill with an empty notebook, {empty:.2f} s, found {ours - empty:.2f} s"
+    add("papermill, import cellseg_helpers", ours, peer, said, f"{note}; peer: import torch, torchvision")
+    for path in sorted(path for path in NOTEBOOKS.glob("*.ipynb") if path.name.startswith(ANALYSES)):
+        cell = import_cell(path)
+        (ours, peer), said = in_turn(run, [cell, TORCH + cell], repeats=1)
+        note = "goal: starts without torch; one process each; peer: torch and torchvision imported before"
+        add(f"import cell of {path.stem}", ours, peer, said, note)
+    return table
