@@ -1,0 +1,67 @@
+"""Matches of anchors and cells, strip by strip, against torchvision's from the matrix of all IoUs."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.models.detection._utils import Matcher
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.ops import box_iou
+
+from cellseg_helpers.config import RunConfig
+from cellseg_helpers.model import roi_heads
+from cellseg_helpers.model.build import build_model
+from cellseg_helpers.model.roi_heads import match_anchors
+
+
+def random_boxes(count: int, side_px: int, least_px: int, rng: torch.Generator) -> torch.Tensor:
+    """Boxes on a grid of whole pixels, so that many IoUs tie, a tenth of them partly outside the image."""
+    corner = torch.randint(-side_px // 10, side_px, (count, 2), generator=rng)
+    extent = torch.randint(least_px, side_px // 3, (count, 2), generator=rng)
+    return torch.cat([corner, corner + extent], 1).float()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 30),
+    st.integers(1, 300),
+    st.sampled_from([12, 40, 200]),
+    st.sampled_from([(0.7, 0.3), (0.5, 0.5), (0.5, 0.0)]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_matches_equal_torchvisions(seed, cells, num_anchors, side_px, thresholds, low_quality, in_order):
+    rng = torch.Generator().manual_seed(seed)
+    boxes, anchors = random_boxes(cells, side_px, 1, rng), random_boxes(num_anchors, side_px, 0, rng)
+    if in_order:
+        anchors = anchors[anchors[:, 1].argsort()]
+    matcher = Matcher(*thresholds, allow_low_quality_matches=low_quality)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roi_heads, "ANCHORS_PER_STRIP", 16)
+        found = match_anchors(matcher, boxes, anchors)
+    assert torch.equal(found, matcher(box_iou(boxes, anchors)))
+
+
+def test_a_box_out_of_every_anchors_reach_keeps_all_matches_as_torchvisions_does():
+    matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
+    boxes, anchors = (
+        torch.tensor([[0.0, 0, 4, 4], [90, 90, 99, 99]]),
+        torch.tensor([[0.0, 0, 4, 9], [2, 2, 9, 9], [50, 0, 60, 9]]),
+    )
+    assert match_anchors(matcher, boxes, anchors).tolist() == matcher(box_iou(boxes, anchors)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("cells", [0, 1, 300])
+def test_targets_of_a_models_anchors_equal_torchvisions(cells):
+    rpn = build_model(RunConfig(anchor_ratios=(0.25, 0.5, 1.0, 3.0))).rpn
+    features = [torch.zeros(1, 1, 256 // stride, 256 // stride) for stride in (4, 8, 16, 32, 64)]
+    anchors = rpn.anchor_generator(ImageList(torch.zeros(1, 3, 256, 256), [(256, 256)]), features)
+    assert len(anchors[0]) > 2 * roi_heads.ANCHORS_PER_STRIP
+    boxes = random_boxes(cells, 190, 8, torch.Generator().manual_seed(0)).clamp(min=0)
+    targets = [{"boxes": boxes[(boxes[:, 2:] - boxes[:, :2] >= 4).all(1)]}]
+    labels, matched = rpn.assign_targets_to_anchors(anchors, targets)
+    expected_labels, expected = RegionProposalNetwork.assign_targets_to_anchors(rpn, anchors, targets)
+    torch.testing.assert_close([labels, matched], [expected_labels, expected], rtol=0, atol=0)
+    assert set(labels[0].tolist()) == {0: {0}, 1: {-1, 0, 1}, 300: {-1, 0, 1}}[cells]
