@@ -6,36 +6,19 @@ Both sides run the same transforms with the same random numbers on one image (ui
 
 import copy
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from bench.large_run import mask_of, throw_blobs
 from bench.measure import Pair, Row, megabytes, seconds_in_turn
-from cellseg_helpers.data.labels import CLASS_NAMES, find_instances
+from bench.scenes import dense_image, dense_label_maps
+from cellseg_helpers.data.labels import find_instances
 from cellseg_helpers.data.recipes import RECIPES, augment
 
 RECIPE = "full"
 CELLS, SIDE_PX = 300, 1024
 SEED = 0
-
-
-def draw_cells() -> tuple[Tensor, Tensor]:
-    """Noise, uint8 [3, H, W], and label maps, int32 [K, H, W], of ``CELLS`` cells that share no pixel."""
-    rng = np.random.default_rng(0)
-    size = {"height": SIDE_PX, "width": SIDE_PX}
-    label_maps = np.zeros((len(CLASS_NAMES), SIDE_PX, SIDE_PX), np.int32)
-    drawn = 0
-    while drawn < CELLS:
-        (class_id,), shapes = throw_blobs(rng, 1, size, outside_px=0)
-        mask, x, y = mask_of(shapes[0], size)
-        window = label_maps[:, y : y + mask.shape[0], x : x + mask.shape[1]]
-        if not window[:, mask].any():
-            drawn += 1
-            window[class_id - 1, mask] = drawn
-    return torch.from_numpy(rng.integers(0, 256, (3, SIDE_PX, SIDE_PX), np.uint8)), torch.from_numpy(label_maps)
 
 
 def always() -> list[v2.Transform]:
@@ -48,7 +31,8 @@ def always() -> list[v2.Transform]:
 
 
 def label_maps_and_stack() -> Pair:
-    image, label_maps = draw_cells()
+    maps = dense_label_maps(SIDE_PX, CELLS)
+    image, label_maps = torch.from_numpy(dense_image(maps)), torch.from_numpy(maps)
     cells = find_instances(label_maps.numpy())
     places = list(zip(cells.labels.tolist(), cells.ids.tolist(), strict=True))
     stack = torch.stack([label_maps[label - 1] == number for label, number in places]).to(torch.uint8)

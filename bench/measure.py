@@ -38,9 +38,9 @@ class Row(NamedTuple):
     note: str
 
 
-def seconds_in_turn(pair: Pair, repeats: int, warm_up: bool = True) -> tuple[float, float, str]:
+def seconds_in_turn(pair: Pair, repeats: int) -> tuple[float, float, str]:
     """Median seconds of ours and of the peer, called in turn, and how alike their results are."""
-    identical = pair.identical(pair.ours(), pair.peer()) if warm_up else ""
+    identical = pair.identical(pair.ours(), pair.peer())
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
         for call, taken in zip((pair.ours, pair.peer), times, strict=True):

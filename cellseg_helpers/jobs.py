@@ -288,7 +288,7 @@ def run_study(data: str, scale: str, seeds: int, profile: str = "", jobs: int = 
         succeeded = _snakemake([*map(str, options), *(["--dry-run"] if plan else [])], reporter)
         if reporter.failed and any((ROOT / study.RUNS).glob(f"{name}-*/scores.json")):
             print("\nThe tables of the runs that are there; an empty cell has its reason.", flush=True)
-            options[options.index("--config") + 1 : options.index("--config") + 1] = ["partial=1"]
+            options.insert(options.index("--config") + 1, "partial=1")
             _snakemake([*map(str, options), "--allowed-rules", *TABLE_RULES, "--", *TABLE_RULES], reporter)
     if plan:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `make plan | head`
