@@ -45,6 +45,7 @@ ANALYSES = {
     "06_postprocessing": ["phases", "steps", "effects", "total"],
 }
 REPORT_TABLES = [f"{report}-T{number + 1}" for report, numbers in zip("ABCDE", (3, 5, 3, 4, 4)) for number in range(numbers)]
+REPORT_FIGURES = ["A-Fig3", "B-Fig1", "C-Fig3", "D-Fig2", "E-Fig1", "E-sweep"]  # those that have numbers
 
 FOLDER = resolve_path(DATA).parent if DATA.endswith(".json") else resolve_path(DATA)
 HAS_TESTS = DATA == "drawn" or (FOLDER / "test_release").is_dir()
@@ -175,7 +176,7 @@ rule tables:
         scores=expand("outputs/runs/{run}/scores.json", run=SCORED),
         evaluations=expand(f"{NOTEBOOKS}/03_evaluate/{{run}}.ipynb", run=SCORED),
     output:
-        tables=expand("outputs/tables/{table}.csv", table=[*REPORT_TABLES, "C-Fig3", "E-sweep", "08_verdicts"]),
+        tables=expand("outputs/tables/{table}.csv", table=[*REPORT_TABLES, *REPORT_FIGURES, "08_verdicts"]),
         notebook=f"{NOTEBOOKS}/08_report_tables.ipynb",
     params:
         study=STUDY,

@@ -17,7 +17,7 @@ BACKBONES = (*RESNETS, "resnet50_fpn_v2")
 CHOICES = {
     "scale": ("quick", "sample", "full"),
     "instance_reading": ("pixel_values", "connected_components"),
-    "split": ("auto", "patient", "random"),
+    "split": ("auto", "patient", "random", "all"),
     "truth_reading": ("pixel_values", "connected_components"),
     "augmentation": ("none", "flips", "flips_turns_stain", "flip_colour_rotation", "joint_full", "basic", "full"),
     "normalization": ("imagenet", "data", "imagenet_twice", "imagenet_of_0_255"),

@@ -47,7 +47,7 @@ def test_a_name_like_no_other_is_answered_without_a_guess():
     ("settings", "message"),
     [
         ({"backbone": "resnet102"}, "unknown backbone 'resnet102'; one of resnet18, .*did you mean 'resnet1..'"),
-        ({"split": "patients"}, "unknown split 'patients'; one of auto, patient, random; did you mean 'patient'"),
+        ({"split": "patients"}, "unknown split 'patients'; one of auto, patient, random, all; did you mean 'patient'"),
         ({"precision": "bf16"}, "unknown precision 'bf16'; one of .*32, bf16-mixed, 16-mixed"),
         ({"epochs": "3"}, "epochs is '3', but must be of type int$"),
         ({"epochs": 3.0}, "epochs is 3.0, but must be of type int"),

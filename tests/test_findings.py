@@ -319,6 +319,15 @@ class TestPairs:
         found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "c-weights")
         assert found.empty_because == "the quick scale gives both runs weights 'none': it cannot test this pair"
 
+    def test_scale_that_leaves_some_of_the_differences_says_so(self, runs_dir, truth):
+        for key in ("b/v2_backbone", "b/v2_backbone+all_images"):
+            folder = runs_dir.write(key, found_in(truth))
+        split = json.loads((folder / "split.json").read_text())
+        (folder / "split.json").write_text(json.dumps(split | {"kind": "all"}))
+        found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "b-training-images")
+        assert found.verdict == findings.NO_CHANGE  # though of another split: the pair is meant to be
+        assert "change nothing to be seen (the quick scale leaves no difference in epochs): holds here" in found.sentence
+
     def test_scale_that_leaves_no_difference_trains_no_pair(self, runs_dir, truth):
         left_out = {key for key in study_runs.run_keys() if not study_runs.differs_from_base(key, "quick")}
         assert left_out == {"c/final+coco_weights"} == set(study_runs.run_keys()) - set(study_runs.run_keys("quick"))

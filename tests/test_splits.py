@@ -114,10 +114,17 @@ def test_a_random_split_of_one_image_a_patient_needs_no_warning():
     assert split_of(list("abcdef"), kind="random")[1].warning == ""
 
 
+@pytest.mark.parametrize("patients", [list("aabbccdd"), [None] * 8])
+def test_all_trains_on_the_validation_images_too(patients):
+    image_ids, split = split_of(patients, kind="all")
+    assert split.train == image_ids and split.validation == split_of(patients, kind="auto")[1].validation
+    assert (split.kind, split.warning) == ("all", "the validation images are trained on, too: scores are of training images")
+
+
 @pytest.mark.parametrize(
     ("patients", "kind", "message"),
     [
-        (["a", "b"], "patients", "unknown split 'patients'; one of auto, patient, random"),
+        (["a", "b"], "patients", "unknown split 'patients'; one of auto, patient, random, all"),
         (["a", None, "b", None], "patient", "2 of 4 have none \\(first: image1\\); add patients.csv .* or use split 'random'"),
         (["a", "a", "a"], "patient", "split 'patient' needs at least two patients, found 1"),
         (["a"], "random", "split 'random' needs at least two images, found 1"),

@@ -165,7 +165,7 @@ open(f"../{run_dir}/scores.json", "w").close()
     write_notebook(tree / "notebooks" / "03_evaluate.ipynb", evaluate, "run_dir = ''")
     written = "for file in files: open('../outputs/tables/' + file + '.csv', 'w').close()"
     names = [*(f"{report}-T{n + 1}" for report, count in zip("ABCDE", (3, 5, 3, 4, 4), strict=True) for n in range(count))]
-    tables = {"08_report_tables": [*names, "C-Fig3", "E-sweep", "08_verdicts"], "09_findings": ["findings"]}
+    tables = {"08_report_tables": [*names, "A-Fig3", "B-Fig1", "C-Fig3", "D-Fig2", "E-Fig1", "E-sweep", "08_verdicts"], "09_findings": ["findings"]}
     for notebook, files in tables.items():
         write_notebook(tree / "notebooks" / f"{notebook}.ipynb", f"files = {files}\n{written}", "runs_dir = study = ''; seeds = 0")
     told = call(tree, "cellseg_helpers.jobs", "study")

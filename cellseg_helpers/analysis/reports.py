@@ -5,7 +5,7 @@ made from both. A run that is missing leaves an empty cell with its reason.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -302,6 +302,8 @@ E_SIZE_FACTORS = [(0.01, 1.15), (0.05, 1.10)]
 F1_COMPARISON = Comparison("Class thresholds beat one threshold, chosen on other images", "one threshold", "class thresholds")
 E_GRID = [round(0.05 * step, 2) for step in range(2, 17)]
 NOTHING_FOUND = "no detection scores as high as the threshold"
+THRESHOLD_COLUMNS = ["precision", "recall", "chosen_threshold", "chosen_precision", "chosen_recall"]
+NO_SUCH_CELL = "no such cell in the validation images"
 HALVING_SEED = 0
 HISTOGRAM_BINS = 40  # as drawn in B-Fig1
 DISPLAYED_THRESHOLD = 0.5  # of predictions in B-Fig2, as in 05_border_cells
@@ -429,8 +431,8 @@ class Study:
         return found
 
 
-def differences(one: Trained, other: Trained) -> str:
-    """In which of data, scale, split, truth and scoring two runs differ, in words; empty where they can be compared."""
+def differences(one: Trained, other: Trained, besides: Collection[str] = ()) -> str:
+    """In which of data, scale, split, truth and scoring, ``besides`` some, two runs differ, in words; empty where they can be compared."""
     before, after = (
         {
             "data": Path(trained.run.settings["data"]).name,
@@ -441,7 +443,7 @@ def differences(one: Trained, other: Trained) -> str:
         }
         for trained in (one, other)
     )
-    return ", ".join(name for name in before if before[name] != after[name])
+    return ", ".join(name for name in before if before[name] != after[name] and name not in besides)
 
 
 # -------------------------------------------------------------------------------------------- tables, figures and their sentences
@@ -667,7 +669,7 @@ def _page(table: pd.DataFrame, label: str, columns: list[str]) -> pd.DataFrame:
     return page.rename(columns=lambda name: name.replace("_", " "))
 
 
-def _score_page(table: pd.DataFrame) -> pd.DataFrame:
+def _score_page(table: pd.DataFrame, label: str = "row") -> pd.DataFrame:
     rounded = table.assign(
         minutes=[f"{minutes:.1f}" if minutes == minutes else "" for minutes in table["minutes"].astype(float)],
         parameters=[f"{count / 1e6:.1f} M" if count == count else "" for count in table["parameters"].astype(float)],
@@ -675,7 +677,7 @@ def _score_page(table: pd.DataFrame) -> pd.DataFrame:
         run_dir=[Path(run_dir).name if isinstance(run_dir, str) else "" for run_dir in table["run_dir"]],
     )
     columns = ["run", "reported", "reproduced", "95 % interval", "interval_over", "data", "split", "maxDets", "scale", "weights", "epochs"]
-    return _page(rounded, "row", [*columns, "minutes", "parameters", "peak_memory_GB", "run_dir"])
+    return _page(rounded, label, [*columns, "minutes", "parameters", "peak_memory_GB", "run_dir"])
 
 
 def _text(value: Any) -> str:
@@ -689,7 +691,7 @@ def _of_run(table: pd.DataFrame, study: Study, key: str, trained: list[Trained])
     """The table with the columns that say which runs it is of, or why there are none."""
     told = _context(study, trained) if trained else {}
     names = SCORE_COLUMNS[SCORE_COLUMNS.index("interval_over") : SCORE_COLUMNS.index("missing")]
-    return table.assign(run=key, **{name: told.get(name, "") for name in names}, missing=study.missing(key))
+    return table.assign(run=key, **{name: told.get(name) for name in names}, missing=study.missing(key))
 
 
 def _told(study: Study, key: str, trained: list[Trained]) -> str:
@@ -698,7 +700,8 @@ def _told(study: Study, key: str, trained: list[Trained]) -> str:
         return f"Nothing of {key}: {study.missing(key)}."
     told = _context(study, trained)
     where = f"{told['data']}, {trained[0].run.split['kind']} split (validation side)"
-    return f"Run {key}, {told['scale']} scale, data {where}, maxDets {told['maxDets']}: {told['run_dir']}."
+    how = f"{told['scale']} scale, weights {told['weights']}"
+    return f"Run {key}, {how}, data {where}, maxDets {told['maxDets']}: {told['run_dir']}."
 
 
 def _coco_lines(study: Study, key: str) -> Shown:
@@ -716,9 +719,11 @@ def _coco_lines(study: Study, key: str) -> Shown:
         table[["reproduced", "seed_sd"]] = estimates[["value", "seed_sd"]]
         table["low"], table["high"] = estimates["low"].clip(lower=0), estimates["high"].clip(upper=1)
     table = _of_run(table, study, key_of_run, trained).assign(maxDets=metrics.COCO_MAX_DETS[-1])
-    reason = "no such cell in the validation images" if trained else study.missing(key_of_run)
-    table.loc[table["reproduced"].isna(), "missing"] = reason
-    page = _page(table, "metric", ["reported", "reproduced", "95 % interval", "data", "split", "maxDets", "scale", "weights"])
+    page = _score_page(table, "metric")
+    if trained:
+        undefined = table["reproduced"].isna().to_numpy()
+        table.loc[undefined, "missing"] = NO_SUCH_CELL
+        page.loc[undefined, "reproduced"] = NO_SUCH_CELL
     note = "The report does not say which images; its released code trains on all, so they were probably training images."
     usual = "Here the usual maxDets of 1, 10 and 100 are taken, whatever the dense one is."
     return Shown(key, "", table, page, sentences=[note, usual, _told(study, key_of_run, trained)])
@@ -734,7 +739,7 @@ def _losses(study: Study, key: str) -> Shown:
     table = _of_run(table, study, run, trained)
     epochs = f"the run has {len(trained[0].run.history)} epochs" if trained else study.missing(run)
     table.loc[table["reproduced"].isna(), "missing"] = epochs
-    page = _page(table, "epoch", ["reported", "reproduced", "scale"]).rename(index="epoch {}".format)
+    page = _page(table, "epoch", ["reported", "reproduced", "scale", "weights"]).rename(index="epoch {}".format)
     note = "Sum of the five losses, mean over an epoch's steps. It depends on data and crops, so only its course can be compared."
     figures = []
     if key == "C-Fig3":
@@ -783,48 +788,64 @@ def _hyper_parameters(study: Study, key: str) -> Shown:
 
 
 def _class_thresholds(study: Study, key: str) -> Shown:
-    """E-T3: report E's thresholds here, and those chosen on one half of the images, both judged on the other half."""
-    run, trained = "e/full", study.trained("e/full")[:1]
+    """E-T3: report E's thresholds here, and those chosen on one half of the images, both judged on the other half; mean over seeds."""
+    run, trained = "e/full", study.trained("e/full")
     reported = {"reported_threshold": E_THRESHOLDS.values(), "reported_precision": E_PRECISION, "reported_recall": E_RECALL}
     table = pd.DataFrame({"class": CLASS_NAMES, **reported})
-    here = ["precision", "recall", "chosen_threshold", "chosen_precision", "chosen_recall"]
     sentences, judged = [_told(study, run, trained)], []
     if not trained:
-        table = table.assign(**dict.fromkeys(here, math.nan))
+        table = table.assign(**dict.fromkeys(THRESHOLD_COLUMNS, math.nan))
+        page = table.set_index("class").map(_text)
     else:
-        choosing, judging, sentence = resampling.halve(trained[0].run.truth, trained[0].run.detections, HALVING_SEED)
-        one_half, other_half = (metrics.match_detections(*half) for half in (choosing, judging))
-        chosen = thresholds.choose_thresholds(one_half, E_GRID)
-        ways = {"reported": dict(zip(CLASS_NAMES, E_THRESHOLDS.values(), strict=True)), "chosen": chosen}
-        scores = thresholds.threshold_table(other_half, ways, metrics.dense_max_dets(judging.truth)[-1])
-        scores = scores.set_index(["strategy", "class"])
-        for name, column in zip(here, ("precision", "recall", "score_threshold", "precision", "recall"), strict=True):
-            strategy = "chosen" if name.startswith("chosen") else "reported"
-            table[name] = scores.loc[strategy].loc[list(CLASS_NAMES), column].to_numpy()
+        halves = [resampling.halve(one.run.truth, one.run.detections, HALVING_SEED) for one in trained]
+        _, judging, sentence = halves[0]
+        matches = [[metrics.match_detections(*half) for half in sides] for *sides, _ in halves]
+        chosen = [thresholds.choose_thresholds(one_half, E_GRID) for one_half, _ in matches]
+        limit = metrics.dense_max_dets(judging.truth)[-1]
+        found = [_threshold_scores(other_half, way, limit) for (_, other_half), way in zip(matches, chosen, strict=True)]
+        mean = pd.concat(found).groupby(level="class").mean().loc[list(CLASS_NAMES)]
+        table[THRESHOLD_COLUMNS] = mean.to_numpy()
         sentences.append(f"{sentence} Chosen: those of best F1 on the one half; precision and recall here are of the other.")
-        verdict = _thresholds_verdict(one_half, other_half, chosen, resampling.draw_units(judging.truth))
+        verdict = _thresholds_verdict(matches, chosen, resampling.draw_units(judging.truth))
         sentences.append(verdict.sentence)
         judged = [(F1_COMPARISON, verdict)]
-    page = table.set_index("class").rename_axis(None).map(_text).rename(columns=lambda name: name.replace("_", " "))
+        page = table.set_index("class").astype(object).fillna(NOTHING_FOUND).map(_text).assign(**_scale_and_weights(trained))
+    page = page.rename_axis(None).rename(columns=lambda name: name.replace("_", " "))
     table = _of_run(table, study, run, trained)
-    nothing = table[here].isna().any(axis=1)
-    if trained and nothing.any():
-        table["missing"] = table["missing"].mask(nothing, NOTHING_FOUND)
-        sentences.append(f"Empty: {NOTHING_FOUND}.")
+    if trained:
+        table["missing"] = table["missing"].mask(table[THRESHOLD_COLUMNS].isna().any(axis=1), NOTHING_FOUND)
     return Shown(key, "", table, page, sentences=sentences, judged=judged)
 
 
+def _threshold_scores(judging: metrics.Matches, chosen: dict[str, float], max_dets: int) -> pd.DataFrame:
+    """``THRESHOLD_COLUMNS`` by class: precision and recall at report E's thresholds, then the chosen ones, and theirs."""
+    ways = {"reported": dict(zip(CLASS_NAMES, E_THRESHOLDS.values(), strict=True)), "chosen": chosen}
+    scores = thresholds.threshold_table(judging, ways, max_dets).set_index(["strategy", "class"])
+    reported, own = (scores.loc[way].loc[list(CLASS_NAMES)] for way in ways)
+    columns = [reported["precision"], reported["recall"], own["score_threshold"], own["precision"], own["recall"]]
+    return pd.concat(columns, axis=1, keys=THRESHOLD_COLUMNS)
+
+
 def _thresholds_verdict(
-    choosing: metrics.Matches, judging: metrics.Matches, chosen: dict[str, float], draw: resampling.Draw
+    matches: list[list[metrics.Matches]], chosen: list[dict[str, float]], draw: resampling.Draw
 ) -> verdicts.Verdict:
-    """Do class thresholds give a higher F1 than one for all, both chosen on one half and judged on the other?"""
-    sweep = thresholds.sweep(choosing, E_GRID, 100).query("`class` == 'all'")
-    one = float(sweep["score_threshold"].iloc[int(sweep["F1"].fillna(0).argmax())])
+    """Do class thresholds give a higher F1 than one for all, both chosen on one half and judged on the other, in each training?"""
+    ones = []
+    for one_half, _ in matches:
+        sweep = thresholds.sweep(one_half, E_GRID, 100).query("`class` == 'all'")
+        ones.append(float(sweep["score_threshold"].iloc[int(sweep["F1"].fillna(0).argmax())]))
+    label = f"{F1_COMPARISON.base}, {', '.join(f'{one:g}' for one in dict.fromkeys(ones))}"
     sides = []
-    for label, way in ((f"{F1_COMPARISON.base}, {one:g}", one), (F1_COMPARISON.other, chosen)):
-        scores = resampling.count_scores(thresholds.keep_scores(judging, way), draw.weights)
-        sides.append(verdicts.Side(label, [np.nan_to_num(scores.values["F1", "all"])]))
+    for name, ways in ((label, ones), (F1_COMPARISON.other, chosen)):
+        kept = [thresholds.keep_scores(other_half, way) for (_, other_half), way in zip(matches, ways, strict=True)]
+        scores = [resampling.count_scores(left, draw.weights).values["F1", "all"] for left in kept]
+        sides.append(verdicts.Side(name, [np.nan_to_num(values) for values in scores]))
     return verdicts.judge(F1_COMPARISON.claim, *sides, draw.units, draw.unit, same_weights=True, metric="F1")
+
+
+def _scale_and_weights(trained: list[Trained]) -> dict[str, str]:
+    settings = trained[0].run.settings
+    return {"scale": settings["scale"], "weights": Path(settings["weights"]).name}
 
 
 def _threshold_sweep(study: Study, key: str) -> Shown:
@@ -836,15 +857,14 @@ def _threshold_sweep(study: Study, key: str) -> Shown:
     sweep = thresholds.sweep(matches, E_GRID, trained[0].scores.max_dets)
     wide = sweep.pivot(index="score_threshold", columns="class", values="F1")[list(CLASS_NAMES)].rename(columns="F1 {}".format)
     overall = sweep[sweep["class"] == "all"].set_index("score_threshold")[["AP50", "precision", "recall", "F1"]]
-    page = overall.join(wide).map(_text).rename_axis(None).rename(index="score ≥ {:.2f}".format)
+    page = overall.join(wide).rename_axis(None).rename(index="score ≥ {:.2f}".format)
+    page = page.astype(object).fillna(NOTHING_FOUND).map(_text).assign(**_scale_and_weights(trained))
     sentences = [
         "The report describes this sweep and never shows it. Scores of all classes, then F1 of each; the CSV has all of each.",
         _told(study, run, trained),
     ]
     table = _of_run(sweep, study, run, trained)
     table["missing"] = table["missing"].mask(sweep["precision"].isna(), NOTHING_FOUND)
-    if sweep["precision"].isna().any():
-        sentences.append(f"Empty: {NOTHING_FOUND}.")
     return Shown(key, "", table, page, [plots.threshold_sweep(sweep)], sentences)
 
 

@@ -121,7 +121,7 @@ def patient_summary(dataset: CellDataset) -> pd.DataFrame:
 
 def describe_split(split: Mapping[str, Any]) -> str:
     """One sentence: which split it was, how many images stand on each side, and its warning."""
-    rule = "no patient on both sides" if split["kind"] == "patient" else "by image"
+    rule = {"patient": "no patient on both sides", "all": "every image is trained on"}.get(split["kind"], "by image")
     sides = f"{len(split['train'])} training and {len(split['validation'])} validation images"
     return f"{split['kind']} split ({rule}): {sides}." + (f" Warning: {split['warning']}." if split["warning"] else "")
 

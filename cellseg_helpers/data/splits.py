@@ -12,7 +12,7 @@ CANDIDATES = 500
 class Split(NamedTuple):
     """Image ids of each side, and whether a patient may stand on both."""
 
-    kind: str  # "patient" or "random"
+    kind: str  # "patient", "random" or "all"
     train: list[str]
     validation: list[str]
     warning: str  # "" when no patient can be on both sides
@@ -41,15 +41,19 @@ def make_split(
         image_ids: N names.
         counts: int [N, K], instances per image and class.
         patients: N patient names, None where unknown.
-        kind: ``patient`` (no patient on both sides), ``random`` (by image), or ``auto``: by patient where every image's is known.
+        kind: ``patient`` (no patient on both sides), ``random`` (by image), ``auto``: by patient where every image's is known, or
+            ``all``: the validation side of ``auto``, and every image on the training side.
         validation_fraction: share of the groups, in (0, 1); at least one group stands on each side.
         seed: of the draw.
 
     Raises:
         ValueError: an unknown kind, an unknown patient under ``patient``, or fewer than two groups.
     """
-    if kind not in ("auto", "patient", "random"):
-        raise ValueError(f"unknown split {kind!r}; one of auto, patient, random")
+    if kind not in ("auto", "patient", "random", "all"):
+        raise ValueError(f"unknown split {kind!r}; one of auto, patient, random, all")
+    if kind == "all":
+        validation = make_split(image_ids, counts, patients, "auto", validation_fraction, seed).validation
+        return Split(kind, list(image_ids), validation, "the validation images are trained on, too: scores are of training images")
     if kind == "auto":
         kind = "random" if None in patients or len(set(patients)) < 2 else "patient"
     unknown = [i for i, patient in zip(image_ids, patients, strict=True) if patient is None]
