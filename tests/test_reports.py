@@ -103,12 +103,14 @@ class TestRegistry:
     @pytest.mark.parametrize(
         ("key", "reported"),
         [
+            ("A-T1", [0.357]),
             ("A-T2", [0.335, 0.334, 0.357]),
             ("A-T3", [0.339, 0.357]),
             ("B-T3", [0.26, 0.21, 0.27]),
             ("B-T4", [0.27, 0.27]),
             ("B-T5", [None, None, "chosen", None]),
             ("C-T2", [0.31]),
+            ("C-T3", [None, "a loss in validation performance"]),
             ("D-T3", [0.2421, 0.2815, 0.3336]),
             ("D-T4", [0.3336, 176.29]),
             ("E-T1", [0.340, 0.40, 0.455]),
@@ -118,6 +120,27 @@ class TestRegistry:
     )
     def test_reported_values_are_those_of_the_reports(self, key, reported):
         assert [row.reported for row in reports.SCORE_TABLES[key].rows] == reported
+
+    def test_every_table_of_scores_is_checked_and_each_row_names_its_table_in_its_runs_file(self):
+        checked = ["A-T1", "A-T2", "A-T3", "B-T3", "B-T4", "B-T5", "C-T2", "C-T3", "D-T3", "D-T4", "E-T1", "E-T2", "E-T4"]
+        assert list(reports.SCORE_TABLES) == checked
+        for key, table in reports.SCORE_TABLES.items():
+            report, number = key.split("-T")
+            for row in table.rows:
+                comment = (ROOT / runs_of_study.parameter_files(row.run, "full")[0]).read_text().splitlines()[0]
+                spans = [tuple(map(int, ends)) for ends in re.findall(rf"{report}-T(\d) to {report}-T(\d)", comment)]
+                named = key in comment or any(first <= int(number) <= last for first, last in spans)
+                assert named, (key, row.label, comment)
+
+    def test_other_reported_values_are_those_of_the_reports(self):
+        lines = [0.287, 0.461, 0.340, 0.209, 0.238, 0.119, 0.042, 0.214, 0.385, 0.353, 0.331, 0.162]
+        assert list(reports.B_SUMMARY.values()) == lines
+        assert reports.LOSSES["B-T2"][1] == [1.8835, 1.4656, 1.2757, 1.2308, 1.1274]
+        ten = [0.7856, 0.7839, 0.7342, 0.7164, 0.6516, 0.6369, 0.6210, 0.6259, 0.6229, 0.5715]
+        assert reports.LOSSES["C-Fig3"][1] == ten
+        assert list(reports.E_THRESHOLDS.values()) == [0.25, 0.22, 0.20, 0.18]
+        assert (reports.E_PRECISION, reports.E_RECALL) == ([0.83, 0.78, 0.74, 0.70], [0.72, 0.76, 0.79, 0.82])
+        assert reports.E_GRID[0] == 0.10 and reports.E_GRID[-1] == 0.80 and len(reports.E_GRID) == 15
 
     def test_report_ds_augmentation_is_what_the_recipe_does(self):
         from cellseg_helpers.data.recipes import RECIPES
