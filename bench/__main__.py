@@ -71,7 +71,7 @@ def main() -> int:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(given.out, index=False, float_format="%.4g")
     given.out.with_suffix(".json").write_text(json.dumps(machine(), indent=1) + "\n")
-    shown = table.assign(note=table["note"].str.slice(0, 70))
+    shown = table.assign(identical=table["identical"].str.slice(0, 40), note=table["note"].str.slice(0, 60))
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     return int(table["note"].str.startswith("failed").any())
 

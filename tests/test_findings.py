@@ -10,7 +10,7 @@ import torch
 from scenes import disc, result, truth_of
 
 from cellseg_helpers import study as study_runs
-from cellseg_helpers.analysis import findings, reports, resampling, verdicts
+from cellseg_helpers.analysis import findings, plots, released_code, reports, resampling, verdicts
 from cellseg_helpers.config import ROOT
 from cellseg_helpers.data.readers import CellImage, open_dataset
 from cellseg_helpers.model.build import build_model
@@ -96,11 +96,11 @@ class TestRegistry:
 
 class TestModel:
     def test_parameters_of_report_b(self):
-        whole, mixed = (findings.model_parts(key)["parameters"] for key in ("b/v2_whole", "b/v2_backbone"))
+        whole, mixed = (released_code.model_parts(key)["parameters"] for key in ("b/v2_whole", "b/v2_backbone"))
         assert (round(whole["all"] / 1e6, 2), round(mixed["all"] / 1e6, 2)) == (45.90, 43.99)
         assert whole["RPN convolutions"] == 2 * mixed["RPN convolutions"] == 2 * 256 * (256 * 9 + 1)
         assert mixed["box head"] == (256 * 49 + 1) * 1024 + 1025 * 1024
-        assert (whole[findings.HEAD_NORMS], mixed[findings.HEAD_NORMS]) == (8 * 2 * 256, 0)
+        assert (whole[released_code.HEAD_NORMS], mixed[released_code.HEAD_NORMS]) == (8 * 2 * 256, 0)
         assert whole[:-1].sum() == whole["all"]
 
     @pytest.mark.parametrize("key", ["c/final", "c/final+coco_weights", "b/v2_backbone"])
@@ -120,19 +120,19 @@ class TestModel:
             model = build_model(config)
         loaded = set(model.load_report.loaded)
         parameters = dict(model.named_parameters())
-        parts = findings.model_parts(key)
+        parts = released_code.model_parts(key)
         assert parts.loc["all", "loaded"] == sum(p.numel() for name, p in parameters.items() if name in loaded)
         assert parts.loc["all", "trainable"] == sum(p.numel() for p in parameters.values() if p.requires_grad)
 
     def test_plateau(self):
-        assert findings.plateau_rates([1.0] * 6, 0.1, 0.5, 3) == [0.1] * 4 + [0.05] * 2
-        assert findings.plateau_rates(reports.LOSSES["C-Fig3"][1], 0.005, 0.1, 3) == [0.005] * 10
+        assert released_code.plateau_rates([1.0] * 6, 0.1, 0.5, 3) == [0.1] * 4 + [0.05] * 2
+        assert released_code.plateau_rates(reports.LOSSES["C-Fig3"][1], 0.005, 0.1, 3) == [0.005] * 10
 
     def test_normalised_values(self):
         image = np.zeros((3, 2, 2), np.uint8)
         image[:, 0] = 255
         dataset = [CellImage("a", None, image, np.zeros((4, 2, 2), np.int32))]
-        table = findings.normalised_values(dataset, ["imagenet", "imagenet_of_0_255", "imagenet_twice", "data"])
+        table = released_code.normalised_values(dataset, ["imagenet", "imagenet_of_0_255", "imagenet_twice", "data"])
         assert table.loc[("data", "R")].tolist() == pytest.approx([0, 1, -1, 1])
         assert table.loc[("imagenet", "R")].tolist() == pytest.approx(
             [(0.5 - 0.485) / 0.229, 0.5 / 0.229, -0.485 / 0.229, 0.515 / 0.229]
@@ -142,24 +142,24 @@ class TestModel:
         assert table.loc[("imagenet_twice", "B"), "greatest"] == pytest.approx((once - 0.406) / 0.225)
 
     def test_only_a_frozen_norm_lets_the_range_through(self):
-        table = findings.range_behind_a_norm(np.random.default_rng(0).integers(0, 256, (3, 40, 40), dtype=np.uint8))
+        table = released_code.range_behind_a_norm(np.random.default_rng(0).integers(0, 256, (3, 40, 40), dtype=np.uint8))
         ratio = table["0 to 255"] / table["0 to 1"]
         assert ratio.tolist() == pytest.approx([255, 1, 255], rel=1e-3)
 
     def test_norms_learn_only_in_training_mode(self):
-        table = findings.norms_after_validation(open_dataset("drawn"), images=2)
+        table = released_code.norms_after_validation(open_dataset("drawn"), images=2)
         assert table["norms"].tolist() == [20, 20]
         assert table["changed"].tolist() == [0, 20]
 
 
 class TestAnchorsAndProposals:
     def test_sizes_set_on_a_built_generator_change_no_anchor(self):
-        table = findings.reassign_sizes((32, 64), (8, 16))
+        table = released_code.reassign_sizes((32, 64), (8, 16))
         assert table["sizes after"].tolist() == [8, 16]
         assert table["anchor_px before"].tolist() == table["anchor_px after"].tolist() == [32, 64]
 
     def test_names_set_on_a_built_rpn_change_nothing(self):
-        table = findings.proposals_after_setting()
+        table = released_code.proposals_after_setting()
         assert table["before"].tolist() == table["after"].tolist() == [2000, 2000, 1000, 1000]
         assert table["set"].tolist() == [2000, 1000, 1000, 500]
 
@@ -167,23 +167,23 @@ class TestAnchorsAndProposals:
         cells = pd.DataFrame(
             {"width_px": [32, 10], "height_px": [32, 10], "image_height_px": [400, 400], "image_width_px": [500, 500]}
         )
-        scales = {"own": findings.input_scale(cells, 0), "enlarged": findings.input_scale(cells)}
+        scales = {"own": released_code.input_scale(cells, 0), "enlarged": released_code.input_scale(cells)}
         assert scales["enlarged"].tolist() == [2, 2]
-        table = findings.anchor_fit(cells, {"one": [32]}, scales)
+        table = released_code.anchor_fit(cells, {"one": [32]}, scales)
         assert table.loc[("own", "one")].tolist() == [0.5, 0.5]  # 10 px: IoU 100 / 1024
         assert table.loc[("enlarged", "one")].tolist() == [0, 0]  # 64 px: IoU 1024 / 4096; 20 px: 400 / 1024
 
     def test_input_scale_by_the_longer_side(self):
         cells = pd.DataFrame({"image_height_px": [500], "image_width_px": [1333]})
-        assert findings.input_scale(cells).tolist() == [1]
+        assert released_code.input_scale(cells).tolist() == [1]
 
 
 class TestCells:
     def test_uint8(self):
-        assert findings.as_uint8([1, 255, 256, 257, 512]).tolist() == [1, 255, 0, 1, 0]
+        assert released_code.as_uint8([1, 255, 256, 257, 512]).tolist() == [1, 255, 0, 1, 0]
 
     def test_ids_lost_and_shared(self):
-        row = findings.components_of_cells([cell_image(ids_in_squares(1, 256, 257, 512, 3))]).iloc[0]
+        row = released_code.components_of_cells([cell_image(ids_in_squares(1, 256, 257, 512, 3))]).iloc[0]
         assert row[["cells", "highest_id", "lost", "same_value"]].tolist() == [5, 512, 2, 2]
         assert row[["components", "joined", "split"]].tolist() == [3, 0, 0]
 
@@ -191,15 +191,15 @@ class TestCells:
         label_map = ids_in_squares(1, 2, 3)
         label_map[2:6, 6:8] = 2  # 2 now touches 1
         label_map[0, -1] = 3  # a second piece of 3
-        row = findings.components_of_cells([cell_image(label_map)]).iloc[0]
+        row = released_code.components_of_cells([cell_image(label_map)]).iloc[0]
         assert row[["cells", "components", "joined", "split"]].tolist() == [3, 3, 2, 1]
 
     def test_diagonal_contact_joins(self):
-        row = findings.components_of_cells([cell_image(np.array([[1, 0], [0, 2]], np.int32))]).iloc[0]
+        row = released_code.components_of_cells([cell_image(np.array([[1, 0], [0, 2]], np.int32))]).iloc[0]
         assert row[["components", "joined"]].tolist() == [1, 2]
 
     def test_no_cell(self):
-        row = findings.components_of_cells([cell_image(np.zeros((4, 4), np.int32))]).iloc[0]
+        row = released_code.components_of_cells([cell_image(np.zeros((4, 4), np.int32))]).iloc[0]
         assert row.drop("image_id").tolist() == [0] * 7
 
     def test_official_sample(self, sample_data, tmp_path):
@@ -207,13 +207,13 @@ class TestCells:
         place.mkdir(parents=True)
         for path in (sample_data / "hw3_sample").glob("*.tif"):
             shutil.copy(path, place)
-        row = findings.components_of_cells(open_dataset(tmp_path, cache_dir=tmp_path / "cache")).iloc[0]
+        row = released_code.components_of_cells(open_dataset(tmp_path, cache_dir=tmp_path / "cache")).iloc[0]
         assert row[["cells", "highest_id", "lost", "components"]].tolist() == [161, 161, 0, 145]  # 2 of them of class 1
 
     def test_missing_strip(self):
-        cells = findings.cell_table([cell_image(ids_in_squares(1, 2)), cell_image(np.eye(1, 6, 2, dtype=np.int32))])
+        cells = released_code.cell_table([cell_image(ids_in_squares(1, 2)), cell_image(np.eye(1, 6, 2, dtype=np.int32))])
         assert cells["image"].tolist() == [0, 0, 1]
-        table = findings.missing_strip(cells)
+        table = released_code.missing_strip(cells)
         assert table.loc["epithelial", ["cells", "vanished"]].tolist() == [3, 1]
         assert table.loc["all", "missing"] == pytest.approx((2 * 7 / 16 + 1) / 3)
         assert table.loc["all", "IoU"] == pytest.approx(2 * 9 / 16 / 3)
@@ -225,25 +225,25 @@ class TestCells:
         label_map[1:8, 11:18] = 2  # 6
         lonely = np.zeros((20, 40), np.int32)
         lonely[1:3, 1:30] = 1
-        table = findings.small_cells(findings.cell_table([cell_image(label_map), cell_image(lonely)]))
+        table = released_code.small_cells(released_code.cell_table([cell_image(label_map), cell_image(lonely)]))
         assert table.loc["all"].tolist() == [3, 2, pytest.approx(2 / 3), 2, 1]
 
     def test_edges_that_boxes_reach(self):
-        table = findings.unreachable_edges([(400, 400), (1000, 1000), (201, 243)])
+        table = released_code.unreachable_edges([(400, 400), (1000, 1000), (201, 243)])
         assert table["right"].tolist() == [True, True, False]
         assert table["bottom"].all()
 
     def test_edges_at_the_official_test_sizes(self, sample_data):
         listed = json.loads((sample_data / "hw3_sample" / "test_image_name_to_ids.json").read_text())
-        table = findings.unreachable_edges([(image["height"], image["width"]) for image in listed])
+        table = released_code.unreachable_edges([(image["height"], image["width"]) for image in listed])
         assert (len(table), int((~(table["right"] & table["bottom"])).sum())) == (101, 9)
 
     def test_coco_format_keeps_cells(self):
-        assert findings.changed_by_coco([cell_image(ids_in_squares(1, 7)), cell_image(ids_in_squares(3))]) == (3, 0)
+        assert released_code.changed_by_coco([cell_image(ids_in_squares(1, 7)), cell_image(ids_in_squares(3))]) == (3, 0)
 
     def test_image_sizes_of_drawn_data(self):
         dataset = open_dataset("drawn")
-        sizes, sentence = findings.image_sizes(dataset, "drawn")
+        sizes, sentence = released_code.image_sizes(dataset, "drawn")
         assert set(map(tuple, dataset.sizes.tolist())) <= set(sizes)
         assert "8 of test images" in sentence
 
@@ -251,15 +251,15 @@ class TestCells:
 class TestImages:
     def test_one_object_leaves_the_training_without_augmentation(self):
         images = [np.random.default_rng(i).integers(0, 256, (3, 4, 6), dtype=np.uint8) for i in range(10)]
-        table = findings.augmented_images(images)
+        table = released_code.augmented_images(images)
         assert table.loc["one object"].tolist() == [8, 0, 2, 0]
         assert table.loc["two objects"].tolist() == [8, 8, 2, 0]
 
     def test_shared_patients(self):
-        assert findings.shared_patients(["a", None], 0.5) is None
-        apart = findings.shared_patients(["a", "b", "c", "d"], 0.25)
+        assert released_code.shared_patients(["a", None], 0.5) is None
+        apart = released_code.shared_patients(["a", "b", "c", "d"], 0.25)
         assert apart == (0, 4, 0)
-        together = findings.shared_patients(["a"] * 5 + ["b"] * 5, 0.2)
+        together = released_code.shared_patients(["a"] * 5 + ["b"] * 5, 0.2)
         assert (together.patients, together.seen_share) == (2, 1)
         assert 1 < together.both_sides < 2
 
@@ -270,25 +270,25 @@ class TestDetections:
             return {"image_id": image_id, "category_id": class_id, "score": score, "bbox": [x, 0, 10, 10]}
 
         found = [box(1, 1, 0.5, 0), box(1, 1, 0.9, 2), box(1, 2, 0.5, 0), box(2, 1, 0.5, 0), box(1, 1, 0.4, 40)]  # IoU 2/3
-        assert findings.box_nms(found, 0.5) == found[1:]
-        assert findings.box_nms(found, 0.7) == found
-        assert findings.box_nms([], 0.5) == []
+        assert released_code.box_nms(found, 0.5) == found[1:]
+        assert released_code.box_nms(found, 0.7) == found
+        assert released_code.box_nms([], 0.5) == []
 
     def test_defaults(self):
-        assert findings.default_nms_thresholds() == {"rpn_nms_thresh": 0.7, "box_nms_thresh": 0.5}
+        assert released_code.default_nms_thresholds() == {"rpn_nms_thresh": 0.7, "box_nms_thresh": 0.5}
 
     def test_size_factors(self):
         found = [{"bbox": [0, 0, side, side], "segmentation": {"size": [100, 100]}} for side in (5, 9, 15, 50)]
-        assert findings.size_factors(found).to_dict() == {1.15: 0.5, 1.10: 0.25, 1.0: 0.25}
+        assert released_code.size_factors(found).to_dict() == {1.15: 0.5, 1.10: 0.25, 1.0: 0.25}
 
     def test_images_at_limit(self):
-        assert findings.images_at_limit([{"image_id": i} for i in (1, 1, 2)], 2) == 1
+        assert released_code.images_at_limit([{"image_id": i} for i in (1, 1, 2)], 2) == 1
 
     def test_near_edge(self, truth):
         found = found_in(truth)[:3]
         for detection, x in zip(found, (0, 0.005, 1), strict=True):
             detection["bbox"] = [x, 20, 10, 10]
-        assert findings.drop_near_edge(found, truth["images"]) == found[2:]
+        assert released_code.drop_near_edge(found, truth["images"]) == found[2:]
 
 
 class TestPairs:
@@ -466,10 +466,10 @@ class TestTable:
 
 
 def test_figures():
-    cells = findings.cell_table([cell_image(ids_in_squares(1, 2))])
-    scales = {"own": findings.input_scale(cells, 0), "enlarged": findings.input_scale(cells)}
-    fig = findings.anchors_against_cells(cells, scales, [8, 16], [32, 64])
+    cells = released_code.cell_table([cell_image(ids_in_squares(1, 2))])
+    scales = {"own": released_code.input_scale(cells, 0), "enlarged": released_code.input_scale(cells)}
+    fig = plots.anchors_against_cells(cells, scales, [8, 16], [32, 64])
     assert len(fig.axes) == 2 and len(fig.axes[0].lines) == 4
-    values = findings.normalised_values([cell_image(ids_in_squares(1))], ["imagenet", "imagenet_twice"])
-    (ax,) = findings.value_ranges(values).axes
+    values = released_code.normalised_values([cell_image(ids_in_squares(1))], ["imagenet", "imagenet_twice"])
+    (ax,) = plots.value_ranges(values).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["imagenet", "imagenet_twice"]

@@ -1,5 +1,8 @@
-"""Each fast path against its slow oracle on random small scenes: one-pixel cells, cells at every border, no cell, ids above 16 bits,
-cells of two classes on the same pixels, boxes partly and wholly outside the image."""
+"""Each fast path against its slow oracle on random small scenes.
+
+Among them: one-pixel cells, cells at every border, no cell, ids above 16 bits, two classes on the same pixels; boxes partly and
+wholly outside the image.
+"""
 
 import copy
 from types import SimpleNamespace
@@ -32,7 +35,6 @@ from cellseg_helpers.model.roi_align import GatherRoIAlign
 from cellseg_helpers.model.roi_heads import LabelMapRPN, LabelMapTransform, mask_targets
 
 IDS = (1, 2, 3, 255, 256, 65_535, 65_536, 70_000)
-LARGEST_ID = 2**24 - 1
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -47,169 +49,163 @@ def scenes(draw, min_side=1, ids=IDS):
     shape = draw(st.integers(min_side, 40)), draw(st.integers(min_side, 40))
     label_maps = np.zeros((draw(st.integers(1, 4)), *shape), np.int32)
     half = st.sampled_from((1, 1, 2, 3.5, 8, 20))
-    place = st.tuples(st.integers(0, shape[0] - 1), st.integers(0, shape[1] - 1), half, half)
-    for k, number, cell in draw(st.lists(st.tuples(st.integers(0, len(label_maps) - 1), st.sampled_from(ids), place), max_size=10)):
+    cells = st.tuples(*(st.integers(0, length - 1) for length in label_maps.shape), half, half, st.sampled_from(ids))
+    for k, *cell, number in draw(st.lists(cells, max_size=10)):
         label_maps[k][ellipse(shape, *cell)] = number
     return label_maps
 
 
 def borders():
-    """A pixel in every corner and on every side, a row and a column, cells of two classes with one id on the same pixels."""
+    """A pixel in every corner and on every side, a row and a column, a large cell, two classes on the same pixels."""
     label_maps = np.zeros((4, 24, 30), np.int32)
     label_maps[0, [0, 0, -1, -1, 0, -1, 9, 13], [0, -1, 0, -1, 15, 15, 0, -1]] = range(65_532, 65_540)
     label_maps[1, 8:17, 9:20] = label_maps[2, 8:17, 9:20] = 70_000
-    label_maps[2, 10, 10], label_maps[3, 5], label_maps[3, 7:, 4] = 7, 1, 2
+    label_maps[2, 10, 10], label_maps[3, 5], label_maps[3, 7:, 4], label_maps[3, 7:, 6:] = 7, 1, 2, 3
     return label_maps
 
 
-def on_scenes(max_examples, **bounds):
-    """Runs a test of (label maps, seed) on random scenes, on ``borders`` and on an empty image."""
+def on(images, *cases):
+    """Runs a test of (images, seed) on random ones and on these cases."""
 
     def decorate(test):
-        for label_maps in (borders(), np.zeros((4, 9, 7), np.int32)):
-            test = example(label_maps, 0)(test)
-        return settings(max_examples=max_examples, deadline=None)(given(scenes(**bounds), seeds)(test))
+        for case in cases:
+            test = example(case, 0)(test)
+        return settings(max_examples=30, deadline=None)(given(images, seeds)(test))
 
     return decorate
 
 
-def dense(label_maps) -> tuple[Tensor, Tensor, Tensor]:
-    """Classes and ids int64 [N] and masks bool [N, H, W] of the cells, by class, then id."""
+EMPTY = np.zeros((4, 9, 7), np.int32)
+on_scenes = on(scenes(), borders(), EMPTY)
+on_data_sets = on(st.lists(scenes(), min_size=1, max_size=3), [borders(), EMPTY], [EMPTY])
+
+
+def dense(label_maps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Classes, ids, masks (bool [N, H, W]) and boxes (to behind the last pixel) of the cells, by class, then id."""
     cells = [(k, int(number)) for k, label_map in enumerate(label_maps, 1) for number in np.unique(label_map) if number]
     masks = np.array([label_maps[k - 1] == number for k, number in cells], bool).reshape(-1, *label_maps.shape[1:])
     labels, ids = torch.tensor(cells, dtype=torch.int64).reshape(-1, 2).T
-    return labels, ids, torch.from_numpy(masks)
+    masks = torch.from_numpy(masks)
+    return labels, ids, masks, masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
 
 
-def boxes_behind_last_pixel(masks: Tensor) -> Tensor:
-    return masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
+def by_pycocos_encode(masks: Tensor) -> list[str]:
+    return [coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode() for mask in masks.numpy()]
 
 
-def moved(boxes: Tensor, seed: int, copies: int = 3) -> Tensor:
-    """The boxes, then copies of them moved a little, to the image's border, or out of it, and stretched."""
+def moved(boxes: Tensor, seed: int) -> Tensor:
+    """The boxes, then three copies of them moved a little, to the image's border, or out of it, and stretched."""
     rng = torch.Generator().manual_seed(seed)
-    again = boxes.repeat(copies, 1)
-    by = torch.randn(len(again), 2, generator=rng) * torch.tensor([0.3, 4, 40])[torch.randint(3, (len(again), 1), generator=rng)]
-    corner, side = again[:, :2] + by, (again[:, 2:] - again[:, :2]) * (0.3 + 2 * torch.rand(len(again), 2, generator=rng))
+    again = boxes.repeat(3, 1)
+    far = torch.tensor([0.3, 4, 40])[torch.randint(3, (len(again), 1), generator=rng)]
+    corner = again[:, :2] + far * torch.randn(len(again), 2, generator=rng)
+    side = (again[:, 2:] - again[:, :2]) * (0.3 + 2 * torch.rand(len(again), 2, generator=rng))
     return torch.cat([boxes, torch.cat([corner, corner + side], 1)])
 
 
-@on_scenes(80)
+@on_scenes
 def test_instances_equal_those_of_masks(label_maps, seed):
-    labels, ids, masks = dense(label_maps)
+    labels, ids, masks, boxes = dense(label_maps)
     found = find_instances(label_maps)
     edges = torch.cat([masks[:, [0, -1]].flatten(1), masks[:, :, [0, -1]].flatten(1)], 1).any(1)
-    expected = (boxes_behind_last_pixel(masks), labels, ids, masks.sum((1, 2)), edges)
+    expected = (boxes, labels, ids, masks.sum((1, 2)), edges)
     assert [values.tolist() for values in found] == [values.tolist() for values in expected]
-    rles = encode_instances(label_maps, found)
-    assert [rle["counts"].encode() for rle in rles] == [rle["counts"] for rle in by_pixels(masks)]
-
-
-def by_pixels(masks: Tensor) -> list[dict]:
-    return [coco_mask.encode(np.asfortranarray(mask.numpy(), np.uint8)) for mask in masks]
+    assert [rle["counts"] for rle in encode_instances(label_maps, found)] == by_pycocos_encode(masks)
 
 
 @pytest.mark.parametrize("boxes_miss_last_pixel", [False, True])
-@on_scenes(40)
+@on_scenes
 def test_targets_equal_those_of_masks(boxes_miss_last_pixel, label_maps, seed):
-    labels, ids, masks = dense(label_maps)
-    boxes = masks_to_boxes(masks) if boxes_miss_last_pixel else boxes_behind_last_pixel(masks)
+    labels, ids, masks, boxes = dense(label_maps)
+    boxes = masks_to_boxes(masks) if boxes_miss_last_pixel else boxes
     kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     target = make_target(torch.from_numpy(label_maps), boxes_miss_last_pixel)
     expected = {"boxes": boxes[kept], "labels": labels[kept], "ids": ids[kept].int(), "label_maps": torch.from_numpy(label_maps)}
     torch.testing.assert_close(target, expected, rtol=0, atol=0)
 
 
-@on_scenes(80)
+@on_scenes
 def test_mask_targets_equal_projected_masks(label_maps, seed):
-    labels, ids, masks = dense(label_maps)
-    boxes = clip_boxes_to_image(moved(boxes_behind_last_pixel(masks), seed), label_maps.shape[1:])  # as the RPN gives them
+    labels, ids, masks, own = dense(label_maps)
+    boxes = clip_boxes_to_image(moved(own, seed), label_maps.shape[1:])  # as the RPN gives them
     match = torch.arange(len(labels)).repeat(4)
     found = mask_targets(torch.from_numpy(label_maps), labels[match], ids[match], boxes, 28)
     torch.testing.assert_close(found, project_masks_on_boxes(masks, boxes, match, 28), rtol=0, atol=2e-4)
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.lists(scenes(), min_size=1, max_size=3), seeds, st.sampled_from([(0.7, 0.3), (0.5, 0.5)]), st.booleans())
-@example([borders(), np.zeros((4, 9, 7), np.int32)], 0, (0.7, 0.3), True)
-def test_anchors_match_as_in_torchvision(images, seed, thresholds, low_quality):
+@pytest.mark.parametrize("low_quality", [False, True])
+@on_data_sets
+def test_anchors_match_as_in_torchvision(low_quality, images, seed):
     """Some images without a cell, some anchors on cells, some out of the image and of every cell's reach."""
     targets = [make_target(torch.from_numpy(label_maps)) for label_maps in images]
     far = torch.tensor([[-90.0, -90, -60, -60], [200, 5, 216, 21], [3, 3, 3, 9]])
-    anchors = [torch.cat([moved(target["boxes"], seed, copies=12), far]) for target in targets]
-    rpn = SimpleNamespace(proposal_matcher=Matcher(*thresholds, low_quality), box_similarity=box_iou)
+    anchors = [torch.cat([moved(target["boxes"], seed)[len(target["boxes"]) :], far]) for target in targets]
+    rpn = SimpleNamespace(proposal_matcher=Matcher(0.7, 0.3, low_quality), box_similarity=box_iou)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roi_heads, "ANCHORS_PER_STRIP", 16)
         found = LabelMapRPN.assign_targets_to_anchors(rpn, anchors, targets)
     torch.testing.assert_close(found, RegionProposalNetwork.assign_targets_to_anchors(rpn, anchors, targets), rtol=0, atol=0)
 
 
-@on_scenes(60)
+@on_scenes
 def test_pasted_and_encoded_masks_equal_torchvisions(label_maps, seed):
     height, width = label_maps.shape[1:]
-    masks = dense(label_maps)[2]
+    _, _, masks, own = dense(label_maps)
     match = torch.arange(len(masks)).repeat(4)
-    own = boxes_behind_last_pixel(masks)
     masks, boxes = project_masks_on_boxes(masks, own[match], match, 28), moved(own, seed)
     grown = expand_boxes(boxes, 30 / 28).long()
     seen = ((grown[:, :2] < torch.tensor([width, height])) & (grown[:, 2:] >= 0)).all(1)  # else torchvision's may fail
     expected = torch.zeros(len(boxes), height, width, dtype=torch.bool)
     expected[seen] = paste_masks_in_image(masks[seen, None], boxes[seen], (height, width))[:, 0] >= 0.5
     found = encode_box_masks(paste_in_boxes(masks, boxes, height, width, 0.5), [(height, width)] * len(boxes))
-    assert [rle["counts"].encode() for rle in found] == [rle["counts"] for rle in by_pixels(expected)]
+    assert [rle["counts"] for rle in found] == by_pycocos_encode(expected)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name]])
-@on_scenes(25, min_side=4, ids=(*IDS, LARGEST_ID - 1, LARGEST_ID))
+@on(scenes(min_side=4, ids=(*IDS, 2**24 - 2, 2**24 - 1)), borders(), EMPTY)
 def test_recipes_move_label_maps_as_a_stack_of_masks(name, label_maps, seed):
     recipe = copy.deepcopy(RECIPES[name])
     for step in nn.ModuleList(recipe).modules():
-        if hasattr(step, "p"):
+        if isinstance(getattr(step, "p", None), float):  # RandomChoice has a list
             step.p = 1.0
     rng = torch.Generator().manual_seed(seed)
     image = torch.randint(256, (3, *label_maps.shape[1:]), generator=rng, dtype=torch.uint8)
-    labels, ids, masks = dense(label_maps)
-    masks = torch.cat([masks, masks.new_zeros(1, *masks.shape[1:])])  # some transforms refuse a stack of none
+    labels, ids, masks, _ = dense(label_maps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         expected_image, expected = v2.Compose(recipe)(tv_tensors.Image(image), tv_tensors.Mask(masks.byte()))
     found_image, found = augment(image, torch.from_numpy(label_maps), recipe, seed)
     assert torch.equal(found_image, expected_image)
-    assert torch.equal(found[labels - 1] == ids[:, None, None], expected[:-1].bool())
+    assert torch.equal(found[labels - 1] == ids[:, None, None], expected.bool())
     assert (found != 0).sum() == expected.sum()
 
 
-def coco_data(images, seed):
-    """COCO truth of label maps, and detections of all scores unequal: cells a pixel off or not, some of another class, some not."""
-    rng = np.random.default_rng(seed)
+def coco_data(images, seed, times=1):
+    """COCO truth of images, each so many times, and detections: cells as they are and a pixel off, some missed or of another class."""
     truth = {"images": [], "annotations": [], "categories": [{"id": k, "name": name} for k, name in enumerate(CLASS_NAMES, 1)]}
-    detections = []
-    for image_id, label_maps in enumerate(images, 1):
-        height, width = label_maps.shape[1:]
-        truth["images"].append({"id": image_id, "height": height, "width": width})
-        cells = find_instances(label_maps)
-        for k, area, rle in zip(cells.labels.tolist(), cells.area_px.tolist(), encode_instances(label_maps, cells), strict=True):
-            cell = {"id": len(truth["annotations"]) + 1, "image_id": image_id, "category_id": k, "segmentation": rle}
-            truth["annotations"].append({**cell, "area": area, "iscrowd": 0, "bbox": coco_mask.toBbox(rle).tolist()})
+    found = []
+    for image_id, place in enumerate(np.repeat(np.arange(len(images)), times), 1):
+        rng, label_maps = np.random.default_rng((seed, place)), images[place]
+        truth["images"].append({"id": image_id, "height": label_maps.shape[1], "width": label_maps.shape[2]})
+        truth["annotations"] += coco_cells(label_maps, image_id)
         share = rng.choice([0, 0.7, 1])
         for shift in ((0, 0), (0, 1), (1, 1)):
-            off = np.roll(label_maps, shift, (1, 2))
-            instances = find_instances(off)
-            for k, rle in zip(instances.labels.tolist(), encode_instances(off, instances), strict=True):
-                if rng.random() < share:
-                    k = int(rng.integers(1, 5)) if rng.random() < 0.2 else k
-                    detections.append({"image_id": image_id, "category_id": k, "score": rng.random(), "segmentation": rle})
-    return truth, detections
+            for cell in coco_cells(np.roll(label_maps, shift, (1, 2)), image_id):
+                changed = {"category_id": int(rng.integers(1, 5))} if rng.random() < 0.2 else {}
+                found += [{**cell, **changed, "score": rng.random()}] if rng.random() < share else []
+    for number, cell in enumerate(truth["annotations"], 1):
+        cell |= {"id": number, "iscrowd": 0}
+    return truth, found
 
 
-coco_cases = given(st.lists(scenes(), min_size=1, max_size=4), seeds)
-cases_without_cells = example([borders(), np.zeros((4, 9, 7), np.int32)], 5), example([np.zeros((4, 9, 7), np.int32)], 0)
+def coco_cells(label_maps, image_id):
+    cells = find_instances(label_maps)
+    columns = cells.labels.tolist(), cells.area_px.tolist(), encode_instances(label_maps, cells)
+    names = ("category_id", "area", "segmentation", "image_id")
+    return [dict(zip(names, (*cell, image_id), strict=True)) for cell in zip(*columns, strict=True)]
 
 
-@settings(max_examples=40, deadline=None)
-@coco_cases
-@cases_without_cells[0]
-@cases_without_cells[1]
+@on_data_sets
 def test_coco_scores_equal_pycocotools(images, seed):
     truth, detections = coco_data(images, seed)
     detections = [row | {"score": round(row["score"], 1)} for row in detections]  # equal scores too
@@ -218,44 +214,34 @@ def test_coco_scores_equal_pycocotools(images, seed):
         np.testing.assert_array_equal(values, with_nan(expected[key]))
 
 
-@settings(max_examples=25, deadline=None)
-@coco_cases
-@cases_without_cells[0]
-@cases_without_cells[1]
+@on_data_sets
 def test_bootstrap_scores_equal_pycocotools_on_images_written_out(images, seed):
     truth, detections = coco_data(images, seed)
     weights = draw_images(len(images), 1, seed)
     lines, ap50 = bootstrap_summary(truth, detections, weights, (1, 10, 100)), bootstrap_ap50(truth, detections, weights)
     for row, times in enumerate(weights):
-        old_ids = np.repeat(np.arange(1, len(images) + 1), times).tolist()
-        parts = {
-            key: [part | {"image_id": new} for new, old in enumerate(old_ids, 1) for part in rows if part["image_id"] == old]
-            for key, rows in (("annotations", truth["annotations"]), ("detections", detections))
-        }
-        cells = [cell | {"id": number} for number, cell in enumerate(parts["annotations"], 1)]
-        copies = [truth["images"][old - 1] | {"id": new} for new, old in enumerate(old_ids, 1)]
-        expected = with_nan(by_pycocotools(truth | {"images": copies, "annotations": cells}, parts["detections"]).stats)
+        expected = with_nan(by_pycocotools(*coco_data(images, seed, times)).stats)
         np.testing.assert_allclose([values[row] for values in lines.values()], expected, rtol=0, atol=1e-12)
         np.testing.assert_allclose(ap50[row], expected[1], rtol=0, atol=1e-6)
 
 
-@on_scenes(40)
+@on_scenes
 def test_roi_align_equals_torchvisions(label_maps, seed):
     """Of cells, and of boxes partly and wholly outside; the second image has no box."""
     shape = label_maps.shape[1:]
-    boxes = [moved(make_target(torch.from_numpy(label_maps))["boxes"], seed), torch.zeros(0, 4)]
+    boxes = [moved(dense(label_maps)[3], seed), torch.zeros(0, 4)]
     rng = torch.Generator().manual_seed(seed)
     levels = {str(i): torch.randn(2, 3, -(-shape[0] >> i) or 1, -(-shape[1] >> i) or 1, generator=rng) for i in range(3)}
     found, expected = (pool(["0", "1", "2"], 7, 2)(levels, boxes, [shape] * 2) for pool in (GatherRoIAlign, MultiScaleRoIAlign))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@on_scenes(40)
+@on_scenes
 def test_resized_label_maps_equal_resized_masks(label_maps, seed):
     rng = np.random.default_rng(seed)
     sizes = int(rng.integers(1, 60)), int(rng.integers(60, 120))
-    labels, ids, masks = dense(label_maps)
-    image, boxes = torch.rand(3, *label_maps.shape[1:]), boxes_behind_last_pixel(masks)
+    labels, ids, masks, boxes = dense(label_maps)
+    image = torch.rand(3, *label_maps.shape[1:])
     ours, theirs = (kind(*sizes, [0.5] * 3, [0.5] * 3) for kind in (LabelMapTransform, GeneralizedRCNNTransform))
     new_image, target = ours.resize(image, {"label_maps": torch.from_numpy(label_maps), "boxes": boxes})
     expected_image, expected = theirs.resize(image, {"masks": masks.byte(), "boxes": boxes})
@@ -270,19 +256,18 @@ class ReadsColours(nn.Module):
         return [self.find((image * 255).round().int()) for image in images]
 
     def find(self, colours):
-        target = make_target((colours[0] << 16 | colours[1] << 8 | colours[2])[None])
-        masks = mask_targets(target["label_maps"], target["labels"], target["ids"], target["boxes"], 28)
-        ids = target["ids"]
-        return {"boxes": target["boxes"], "labels": 1 + ids % 4, "scores": ids / 2**17, "masks": (masks > 0.49).float()}
+        boxes, labels, ids, label_maps = make_target((colours[0] << 16 | colours[1] << 8 | colours[2])[None]).values()
+        masks = mask_targets(label_maps, labels, ids, boxes, 28) > 0.49
+        return {"boxes": boxes, "labels": 1 + ids % 4, "scores": ids / 2**17, "masks": masks.float()}
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 80), st.integers(1, 80), st.integers(17, 50), st.sampled_from([0, 0.5, 1]), seeds)
+@settings(max_examples=40, deadline=None)
+@given(*[st.integers(1, 90) | st.integers(60, 90)] * 2, st.integers(32, 48), st.sampled_from([0, 0.5, 1, 1]), seeds)
 def test_joined_tiles_equal_the_whole_image(height, width, tile_size_px, share, seed):
     """Cells of up to 7 px, which some tile of 16 px overlap sees whole, from a pixel on and with space between them."""
     rng = np.random.default_rng(seed)
     label_map = np.zeros((height, width), np.int32)
-    for number, corner in enumerate(np.ndindex(7, 7)):
+    for number, corner in enumerate(np.ndindex(8, 8)):
         if rng.random() < share:
             y, x = np.multiply(corner, 12) + rng.integers(4, 8, 2)
             label_map[ellipse((height, width), y, x, *rng.integers(1, 5, 2))] = 65_510 + number
@@ -296,15 +281,11 @@ def test_more_cells_than_16_bits_can_count():
     """Each pixel a cell, in two classes."""
     rng = np.random.default_rng(0)
     label_maps = np.stack([1 + rng.permutation(66_300).reshape(255, 260) for _ in range(2)]).astype(np.int32)
-    found = make_target(torch.from_numpy(label_maps))
+    found = find_instances(label_maps)
     y, x = np.divmod(np.argsort(label_maps.reshape(2, -1), axis=1).ravel(), 260)
-    assert np.array_equal(found["boxes"].numpy(), np.column_stack([x, y, x + 1, y + 1]))
-    assert np.array_equal(found["ids"].numpy(), np.tile(np.arange(1, 66_301), 2))
-    assert np.array_equal(found["labels"].numpy(), np.repeat([1, 2], 66_300))
-    rows = torch.from_numpy(rng.choice(2 * 66_300, 100, replace=False))
-    labels, ids, boxes = (found[key][rows] for key in ("labels", "ids", "boxes"))
-    masks = torch.from_numpy(label_maps)[labels - 1] == ids[:, None, None]
-    targets = mask_targets(torch.from_numpy(label_maps), labels, ids, boxes, 28)
-    torch.testing.assert_close(targets, project_masks_on_boxes(masks, boxes, torch.arange(100), 28), rtol=0, atol=2e-4)
-    rles = encode_instances(label_maps, find_instances(label_maps))
-    assert [rles[row]["counts"].encode() for row in rows.tolist()] == [rle["counts"] for rle in by_pixels(masks)]
+    assert np.array_equal(found.boxes, np.column_stack([x, y, x + 1, y + 1])) and (found.area_px == 1).all()
+    assert np.array_equal(found.ids, np.tile(np.arange(1, 66_301), 2)) and found.labels.sum() == 3 * 66_300
+    rles = encode_instances(label_maps, found)
+    rows = rng.choice(2 * 66_300, 100, replace=False)
+    masks = label_maps[found.labels[rows] - 1] == found.ids[rows, None, None]
+    assert [rles[row]["counts"] for row in rows] == by_pycocos_encode(torch.from_numpy(masks))

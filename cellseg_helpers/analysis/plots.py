@@ -24,6 +24,7 @@ from cellseg_helpers.data.readers import CellImage
 
 # Okabe and Ito's colour-blind safe palette, those of its colours that show on stained tissue and on white.
 CLASS_COLORS = {"epithelial": "#E69F00", "lymphocyte": "#56B4E9", "neutrophil": "#009E73", "macrophage": "#D55E00"}
+BEFORE, AFTER = "#0072B2", "#D55E00"  # also Okabe and Ito's
 DPI = 80
 VIEW_PX = 320  # side of what is shown of a large image
 GALLERY_PX = 128  # side of what the gallery of augmentations shows
@@ -564,3 +565,62 @@ def _bare(ax: Axes, title: str) -> None:
 def _whole_epochs(*axes: Axes) -> None:
     for ax in axes:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def anchors_against_cells(
+    cells: pd.DataFrame, scales: dict[str, pd.Series], reported: Sequence[float], kept: Sequence[float]
+) -> Figure:
+    """Histograms of the cells' sizes as the model sees them, with the anchors of the text and those that the model keeps.
+
+    Args:
+        cells: of ``cell_table``.
+        scales: title -> of ``input_scale``; one panel each.
+        reported: sizes, px.
+        kept: sizes, px.
+    """
+    fig, axes = plt.subplots(
+        len(scales), 1, figsize=(6.4, 1.9 * len(scales) + 0.6), dpi=DPI, layout="constrained", sharex=True, squeeze=False
+    )
+    plt.close(fig)
+    sizes = {title: np.sqrt(cells["width_px"] * cells["height_px"]) * scale for title, scale in scales.items()}
+    every = np.concatenate([*sizes.values(), reported, kept])
+    bins = np.geomspace(every.min() / 1.1, every.max() * 1.1, 50)
+    for ax, (title, values) in zip(axes[:, 0], sizes.items(), strict=True):
+        ax.hist(values, bins, color="0.75", label="cells")
+        for sides, colour, style, label in (
+            (reported, BEFORE, "-", "anchors, text"),
+            (kept, AFTER, "--", "anchors, kept by the model"),
+        ):
+            for place, side in enumerate(sides):
+                ax.axvline(side, color=colour, linestyle=style, linewidth=1.6, label=label if not place else None)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.set_title(title, fontsize="medium")
+        ax.set_ylabel("cells")
+    axes[-1, 0].set_xlabel("square root of the box's area, or side of the anchor, px")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize="small")
+    return fig
+
+
+def value_ranges(table: pd.DataFrame) -> Figure:
+    """What the first layer sees, by normalisation and channel: least to greatest (line), mean (dot), standard deviation (bar).
+
+    Args:
+        table: of ``normalised_values``.
+    """
+    names = list(dict.fromkeys(table.index.get_level_values(0)))
+    fig, ax = plt.subplots(figsize=(6.4, 0.6 * len(names) + 1.2), dpi=DPI, layout="constrained")
+    plt.close(fig)
+    for channel, colour, mark, shift in zip("RGB", ("#D55E00", "#009E73", "#0072B2"), "os^", (-0.22, 0, 0.22), strict=True):
+        rows = table.xs(channel, level="channel").loc[names]
+        places = np.arange(len(names)) + shift
+        ax.hlines(places, rows["least"], rows["greatest"], color=colour, linewidth=1)
+        ax.hlines(places, rows["mean"] - rows["std"], rows["mean"] + rows["std"], color=colour, linewidth=4, alpha=0.5)
+        ax.plot(rows["mean"], places, mark, color=colour, markersize=5, label=channel)
+    ax.set_xscale("symlog", linthresh=1)
+    ax.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xlabel("value at the first layer (linear between -1 and 1, then logarithmic)")
+    ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
