@@ -24,7 +24,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image, masks_to_boxes
 from torchvision.transforms import v2
 
-from cellseg_helpers.analysis.metrics import score_coco, summarize
+from cellseg_helpers.analysis.metrics import score_coco
 from cellseg_helpers.analysis.resampling import bootstrap_ap50, bootstrap_summary, draw_images
 from cellseg_helpers.data.labels import encode_box_masks, encode_instances, find_instances
 from cellseg_helpers.data.recipes import RECIPES, augment
@@ -181,7 +181,7 @@ def test_recipes_move_label_maps_as_a_stack_of_masks(name, label_maps, seed):
 
 
 def coco_data(images, seed, times=1):
-    """COCO truth of images, each so many times, and detections: cells as they are and a pixel off, some missed or of another class."""
+    """COCO truth of images, each so many times, and detections: cells as they are and a pixel off, some missed or mislabelled."""
     truth = {"images": [], "annotations": [], "categories": [{"id": k, "name": name} for k, name in enumerate(CLASS_NAMES, 1)]}
     found = []
     for image_id, place in enumerate(np.repeat(np.arange(len(images)), times), 1):
