@@ -126,7 +126,7 @@ class TestModel:
 
     def test_plateau(self):
         assert released_code.plateau_rates([1.0] * 6, 0.1, 0.5, 3) == [0.1] * 4 + [0.05] * 2
-        assert released_code.plateau_rates(reports.LOSSES["C-Fig3"][1], 0.005, 0.1, 3) == [0.005] * 10
+        assert released_code.plateau_rates(reports.LOSSES["C-Fig3"], 0.005, 0.1, 3) == [0.005] * 10
 
     def test_normalised_values(self):
         image = np.zeros((3, 2, 2), np.uint8)
@@ -298,7 +298,7 @@ class TestPairs:
         found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "e-anchors")
         assert found.effect < -0.7 and found.high < 0 and found.verdict == findings.LOWER
         assert (found.base, found.other, found.seeds) == ("e/full", "e/base", 1)
-        assert found.context == {"data": "drawn", "split": "patient, validation side", "maxDets": 100, "scale": "quick"}
+        assert found.context == {"data": "drawn", "split": "patient, validation side", "maxDets": 100, "scale": "quick", "weights": "none"}
         assert "as reported, e/full" in found.sentence
 
     def test_same_detections(self, runs_dir, truth):

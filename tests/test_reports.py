@@ -132,12 +132,17 @@ class TestRegistry:
                 named = key in comment or any(first <= int(number) <= last for first, last in spans)
                 assert named, (key, row.label, comment)
 
+    def test_all_else_is_of_the_reports_own_system(self):
+        for report, key in reports.OWN_SYSTEM.items():
+            comment = (ROOT / runs_of_study.parameter_files(key, "full")[0]).read_text().splitlines()[0]
+            assert comment.startswith(f"# Report {report}, the system itself: ")
+
     def test_other_reported_values_are_those_of_the_reports(self):
         lines = [0.287, 0.461, 0.340, 0.209, 0.238, 0.119, 0.042, 0.214, 0.385, 0.353, 0.331, 0.162]
         assert list(reports.B_SUMMARY.values()) == lines
-        assert reports.LOSSES["B-T2"][1] == [1.8835, 1.4656, 1.2757, 1.2308, 1.1274]
+        assert reports.LOSSES["B-T2"] == [1.8835, 1.4656, 1.2757, 1.2308, 1.1274]
         ten = [0.7856, 0.7839, 0.7342, 0.7164, 0.6516, 0.6369, 0.6210, 0.6259, 0.6229, 0.5715]
-        assert reports.LOSSES["C-Fig3"][1] == ten
+        assert reports.LOSSES["C-Fig3"] == ten
         assert list(reports.E_THRESHOLDS.values()) == [0.25, 0.22, 0.20, 0.18]
         assert (reports.E_PRECISION, reports.E_RECALL) == ([0.83, 0.78, 0.74, 0.70], [0.72, 0.76, 0.79, 0.82])
         assert reports.E_GRID[0] == 0.10 and reports.E_GRID[-1] == 0.80 and len(reports.E_GRID) == 15
@@ -178,11 +183,20 @@ def test_torch_is_not_needed():
 @pytest.fixture(scope="module")
 def everything(whole_study):
     study = opened(whole_study)
-    ways = (reports.show, reports.show_figures)
-    return {part.key: part for report in reports.ORDER for show in ways for part in show(study, report)}
+    return {part.key: part for report in reports.ORDER for part in reports.show(study, report)}
 
 
 class TestWholeStudy:
+    def test_everything_is_in_the_reports_order(self, everything):
+        assert list(everything) == [key for keys in reports.ORDER.values() for key in keys]
+
+    def test_every_conclusion_and_score_says_what_its_runs_are_of(self, everything):
+        told = reports.verdict_table(list(everything.values()))
+        assert told[["seeds", "data", "split", "maxDets", "scale", "weights"]].notna().all(axis=None)
+        assert set(told["scale"]) == {"quick"} and set(told["weights"]) == {"none"}
+        overview = reports.overview(list(everything.values()))
+        assert set(overview["scale"]) == {"quick"} and set(overview["weights"]) == {"none"}
+
     def test_no_score_cell_is_empty(self, everything):
         for key in reports.SCORE_TABLES:
             table = everything[key].table
@@ -222,7 +236,7 @@ class TestWholeStudy:
         table = everything["B-T1"].table.set_index("metric")
         summary = metrics.load_metrics(run_of(whole_study, "b/v2_backbone") / "metrics.json")["coco"]["summary"]
         np.testing.assert_allclose(table["reproduced"], list(summary.values()), atol=1e-9)
-        assert table["maxDets"].eq(100).all()
+        assert table["maxDets"].tolist() == [100] * 6 + [1, 10] + [100] * 4
         assert table.loc["APl", "missing"] == "no such cell in the validation images"
 
     def test_losses_stand_beside_the_reported_ones(self, everything):
@@ -240,6 +254,20 @@ class TestWholeStudy:
         assert part.table["chosen_threshold"].isin(reports.E_GRID).all() and len(part.table) == 4
         assert any("3 images to choose on and 3 images to judge on" in sentence for sentence in part.sentences)
         assert part.judged[0][1].word == verdicts.CANNOT_TELL and "3 images are too few" in part.judged[0][1].sentence
+
+    def test_an_empty_score_of_detections_says_why(self, some_runs):
+        """No detection of a macrophage, and no macrophage to be found: precision and recall are ratios of nothing."""
+        for kind, reason in (("detections", reports.NOTHING_FOUND), ("truth", reports.NO_SUCH_CELL)):
+            path = run_of(some_runs, "e/full") / f"{kind}.json"
+            content = json.loads(path.read_text())
+            rows = content if kind == "detections" else content["annotations"]
+            rows[:] = [row for row in rows if row["category_id"] != 4]
+            path.write_text(json.dumps(content))
+            part = reports.build(opened(some_runs), "E-T3")
+            row = part.table.set_index("class").loc["macrophage"]
+            assert row["missing"] == reason and part.table["missing"].tolist()[0] == ""
+            assert part.page.loc["macrophage", "recall" if kind == "truth" else "precision"] == reason
+            assert reason in set(reports.build(opened(some_runs), "E-sweep").table["missing"])
 
     def test_the_sweep_has_every_threshold_and_class(self, everything):
         table = everything["E-sweep"].table
@@ -334,7 +362,7 @@ class TestMissingRuns:
     def test_without_any_run_every_table_says_so(self, tmp_path):
         study = opened(tmp_path)
         for report in reports.ORDER:
-            for part in [*reports.show(study, report), *reports.show_figures(study, report)]:
+            for part in reports.show(study, report):
                 assert "no run" in part.text or part.key in {*reports.NOT_NEEDED, *reports.SCORE_TABLES}
                 if part.key in reports.SCORE_TABLES:
                     assert part.table["missing"].str.startswith("no run").all() and part.table["reproduced"].isna().all()

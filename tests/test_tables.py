@@ -93,3 +93,11 @@ def test_annotations_are_of_all_images_or_else_of_the_runs_own():
     gone = run._replace(settings=run.settings | {"data": "outputs/no_such_data"})
     annotated, told = tables.annotations_of_run(gone)
     assert annotated is run.truth and told.startswith("Only the 12 validation images: ") and "no_such_data" in told
+
+
+def test_the_data_set_beside_report_cs(tmp_path):
+    (tmp_path / "test_release").mkdir()
+    (tmp_path / "test_release" / "a.tif").touch()
+    folder, coco = (tables.dataset_summary(Dataset(), str(place))["here"] for place in (tmp_path, tmp_path / "annotations.json"))
+    assert folder[["classes", "labelled images", "unlabelled images"]].tolist() == ["3", "2", "1"]
+    assert coco["unlabelled images"] == "1" and "COCO" in coco["format"] and "TIFF" in folder["format"]

@@ -39,8 +39,9 @@ from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.labels import CLASS_NAMES
 from cellseg_helpers.data.readers import DataError, open_dataset
 from cellseg_helpers.runs import Run
-from cellseg_helpers.study import parameter_files
+from cellseg_helpers.study import FINALS, parameter_files
 
+OWN_SYSTEM = {key[0].upper(): key for key in FINALS}  # of which all is that is no comparison of a report
 NOTHING_FOUND = "no detection scores as high as the threshold"
 THRESHOLD_COLUMNS = ["precision", "recall", "chosen_threshold", "chosen_precision", "chosen_recall"]
 NO_SUCH_CELL = "no such cell in the validation images"
@@ -54,6 +55,9 @@ SCORE_COLUMNS = [
     "row", "run", "variant", "reported", "reproduced", "seed_sd", "low", "high", "interval_over", "seeds", "data", "split",
     "maxDets", "scale", "weights", "epochs", "minutes", "parameters", "peak_memory_GB", "run_dir", "missing",
 ]  # fmt: skip
+
+RUN_COLUMNS = ["seeds", "data", "split", "maxDets", "scale", "weights"]
+VERDICT_COLUMNS = ["table", "claim", "verdict", "base", "other", "difference", "low", "high", "sentence", *RUN_COLUMNS]
 
 
 class Shown(NamedTuple):
@@ -99,17 +103,8 @@ class Shown(NamedTuple):
 
 
 def show(study: Study, report: str) -> Iterator[Shown]:
-    """Every table of a report, in the report's order."""
-    return (build(study, key) for key in ORDER[report] if not _is_figure(key))
-
-
-def show_figures(study: Study, report: str) -> Iterator[Shown]:
-    """Every figure of a report, in the report's order; of those that are not needed a sentence."""
-    return (build(study, key) for key in ORDER[report] if _is_figure(key))
-
-
-def _is_figure(key: str) -> bool:
-    return "Fig" in key and key != "C-Fig3"
+    """Every table and figure of a report, in the report's order; of those that are not needed a sentence."""
+    return (build(study, key) for key in ORDER[report])
 
 
 def build(study: Study, key: str) -> Shown:
@@ -129,7 +124,7 @@ def build(study: Study, key: str) -> Shown:
 
 
 def overview(shown: list[Shown]) -> pd.DataFrame:
-    """Every row with a score: table, row, reported, reproduced, 95 % interval, scale, and what its comparisons found or it lacks."""
+    """Every row with a score: reported, reproduced, 95 % interval, scale, weights, and what its comparisons found or it lacks."""
     rows = []
     for part in shown:
         if part.page is None or "95 % interval" not in part.page:
@@ -141,21 +136,22 @@ def overview(shown: list[Shown]) -> pd.DataFrame:
                 if compared.other == label
             ]
             found += [told["missing"]] if told.get("missing") else []
-            told = told[["reported", "reproduced", "95 % interval", "scale"]]
+            told = told[["reported", "reproduced", "95 % interval", "scale", "weights"]]
             rows.append({"table": part.key, "row": label, **told, "verdict on the claim": "; ".join(found)})
     return pd.DataFrame(rows).set_index("table").rename_axis(None)
 
 
 def verdict_table(shown: list[Shown]) -> pd.DataFrame:
-    """Every conclusion of a report: table, claim, verdict, base, other, difference, low, high, sentence."""
-    rows = [
-        {"table": part.key, "claim": compared.claim, "verdict": found.word, "base": found.base, "other": found.other}
-        | {"difference": found.difference.value, "low": found.difference.low, "high": found.difference.high}
-        | {"sentence": found.sentence}
-        for part in shown
-        for compared, found in part.judged
-    ]
-    return pd.DataFrame(rows, columns=["table", "claim", "verdict", "base", "other", "difference", "low", "high", "sentence"])
+    """Every conclusion of a report, with what its runs are of: see ``VERDICT_COLUMNS``."""
+    rows = []
+    for part in shown:
+        for compared, found in part.judged:
+            told = {"table": part.key, "claim": compared.claim, "verdict": found.word, "base": found.base, "other": found.other}
+            numbers = {"difference": found.difference.value, "low": found.difference.low, "high": found.difference.high}
+            of_runs = part.table[RUN_COLUMNS].dropna(how="all")
+            context = of_runs.iloc[0].to_dict() if len(of_runs) else {}
+            rows.append(told | numbers | {"sentence": found.sentence} | context)
+    return pd.DataFrame(rows, columns=VERDICT_COLUMNS)
 
 
 def describe(study: Study) -> str:
@@ -308,19 +304,20 @@ def _told(study: Study, key: str, trained: list[Trained]) -> str:
 
 def _coco_lines(study: Study, key: str) -> Shown:
     """B-T1: mean over seeds, at the usual ``maxDets`` as reported."""
-    key_of_run = "b/v2_backbone"
-    trained = study.trained(key_of_run)
+    run = OWN_SYSTEM[key[0]]
+    trained = study.trained(run)
     table = pd.DataFrame({"metric": list(B_SUMMARY), "reported": list(B_SUMMARY.values())})
     table = table.assign(reproduced=math.nan, seed_sd=math.nan, low=math.nan, high=math.nan)
     if trained:
         draw = resampling.draw_units(trained[0].run.truth)
-        limits, runs = metrics.COCO_MAX_DETS, [one.run for one in trained]
-        lines = [resampling.bootstrap_summary(run.truth, run.detections, draw.weights, limits) for run in runs]
+        limits, folders = metrics.COCO_MAX_DETS, [one.run for one in trained]
+        lines = [resampling.bootstrap_summary(folder.truth, folder.detections, draw.weights, limits) for folder in folders]
         estimates = [verdicts.estimate([line[name] for line in lines], draw.units) for name in B_SUMMARY]
         estimates = pd.DataFrame(estimates, columns=verdicts.Estimate._fields)
         table[["reproduced", "seed_sd"]] = estimates[["value", "seed_sd"]]
         table["low"], table["high"] = estimates["low"].clip(lower=0), estimates["high"].clip(upper=1)
-    table = _of_run(table, study, key_of_run, trained).assign(maxDets=metrics.COCO_MAX_DETS[-1])
+    table = _of_run(table, study, run, trained)
+    table["maxDets"] = [{"AR1": 1, "AR10": 10}.get(name, metrics.COCO_MAX_DETS[-1]) for name in table["metric"]]
     page = _score_page(table, "metric")
     if trained:
         undefined = table["reproduced"].isna().to_numpy()
@@ -328,11 +325,11 @@ def _coco_lines(study: Study, key: str) -> Shown:
         page.loc[undefined, "reproduced"] = NO_SUCH_CELL
     note = "The report does not say which images; its released code trains on all, so they were probably training images."
     usual = "Here the usual maxDets of 1, 10 and 100 are taken, whatever the dense one is."
-    return Shown(key, "", table, page, sentences=[note, usual, _told(study, key_of_run, trained)])
+    return Shown(key, "", table, page, sentences=[note, usual, _told(study, run, trained)])
 
 
 def _losses(study: Study, key: str) -> Shown:
-    run, reported = LOSSES[key]
+    run, reported = OWN_SYSTEM[key[0]], LOSSES[key]
     trained = study.trained(run)
     table = pd.DataFrame({"epoch": range(1, len(reported) + 1), "reported": reported})
     losses = [one.run.history.set_index("epoch")["loss"].reindex(table["epoch"]).to_numpy() for one in trained]
@@ -343,6 +340,8 @@ def _losses(study: Study, key: str) -> Shown:
     table.loc[table["reproduced"].isna(), "missing"] = epochs
     page = _page(table, "epoch", ["reported", "reproduced", "scale", "weights"]).rename(index="epoch {}".format)
     note = "Sum of the five losses, mean over an epoch's steps. It depends on data and crops, so only its course can be compared."
+    if key == "C-Fig3":
+        note += " The report names three losses (class, box, mask); whether its figure holds the two of the RPN is not said."
     figures = []
     if key == "C-Fig3":
         figures = [plots.losses_beside_reported(trained[0].run.history if trained else None, reported)]
@@ -350,7 +349,8 @@ def _losses(study: Study, key: str) -> Shown:
 
 
 def _data_set(study: Study, key: str) -> Shown:
-    run, trained = "c/final", study.trained("c/final")[:1]
+    run = OWN_SYSTEM[key[0]]
+    trained = study.trained(run)[:1]
     here, sentence = None, _told(study, run, trained)
     if trained:
         settings = trained[0].run.settings
@@ -367,18 +367,20 @@ def _data_set(study: Study, key: str) -> Shown:
 
 def _augmentation(study: Study, key: str) -> Shown:
     table = pd.DataFrame(D_AUGMENTATION, columns=["step", "reported", "here"])
-    trained = study.trained("d/fpn_cbam")[:1]
-    recipe = f"The run's recipe is {trained[0].run.settings['augmentation']}." if trained else _told(study, "d/fpn_cbam", [])
+    run = OWN_SYSTEM[key[0]]
+    trained = study.trained(run)[:1]
+    recipe = f"The run's recipe is {trained[0].run.settings['augmentation']}." if trained else _told(study, run, [])
     note = (
         "Here: the recipe joint_full. Of the colour jitter four values are legible; they are taken, in the order of the names, "
         "for brightness, contrast, saturation and hue, and its probability is a guess, the list's most frequent one."
     )
     page = table.set_index("step").rename_axis(None)
-    return Shown(key, "", _of_run(table, study, "d/fpn_cbam", trained), page, sentences=[note, recipe])
+    return Shown(key, "", _of_run(table, study, run, trained), page, sentences=[note, recipe])
 
 
 def _hyper_parameters(study: Study, key: str) -> Shown:
-    run, trained = "d/fpn_cbam", study.trained("d/fpn_cbam")[:1]
+    run = OWN_SYSTEM[key[0]]
+    trained = study.trained(run)[:1]
     full = RunConfig.from_yaml(*parameter_files(run, "full")).to_dict()
     here = trained[0].run.settings if trained else {}
     rows = [(label, reported, full[name], here.get(name)) for label, reported, name in D_SETTINGS]
@@ -391,7 +393,8 @@ def _hyper_parameters(study: Study, key: str) -> Shown:
 
 def _class_thresholds(study: Study, key: str) -> Shown:
     """E-T3: report E's thresholds here, and those chosen on one half of the images, both judged on the other half; mean over seeds."""
-    run, trained = "e/full", study.trained("e/full")
+    run = OWN_SYSTEM[key[0]]
+    trained = study.trained(run)
     reported = {"reported_threshold": E_THRESHOLDS.values(), "reported_precision": E_PRECISION, "reported_recall": E_RECALL}
     table = pd.DataFrame({"class": CLASS_NAMES, **reported})
     sentences, judged = [_told(study, run, trained)], []
@@ -405,17 +408,17 @@ def _class_thresholds(study: Study, key: str) -> Shown:
         chosen = [thresholds.choose_thresholds(one_half, E_GRID) for one_half, _ in matches]
         limit = metrics.dense_max_dets(judging.truth)[-1]
         found = [_threshold_scores(other_half, way, limit) for (_, other_half), way in zip(matches, chosen, strict=True)]
-        mean = pd.concat(found).groupby(level="class").mean().loc[list(CLASS_NAMES)]
+        mean = sum(found) / len(found)  # empty where it is for one training
         table[THRESHOLD_COLUMNS] = mean.to_numpy()
         sentences.append(f"{sentence} Chosen: those of best F1 on the one half; precision and recall here are of the other.")
-        verdict = _thresholds_verdict(matches, chosen, resampling.draw_units(judging.truth))
+        verdict = _thresholds_verdict(matches, chosen, resampling.draw_units(judging.truth), limit)
         sentences.append(verdict.sentence)
         judged = [(F1_COMPARISON, verdict)]
-        page = table.set_index("class").astype(object).fillna(NOTHING_FOUND).map(_text).assign(**_scale_and_weights(trained))
+        page = _with_reasons(table.set_index("class")).assign(**_scale_and_weights(trained))
     page = page.rename_axis(None).rename(columns=lambda name: name.replace("_", " "))
     table = _of_run(table, study, run, trained)
     if trained:
-        table["missing"] = table["missing"].mask(table[THRESHOLD_COLUMNS].isna().any(axis=1), NOTHING_FOUND)
+        table["missing"] = _reasons(table[THRESHOLD_COLUMNS])
     return Shown(key, "", table, page, sentences=sentences, judged=judged)
 
 
@@ -429,12 +432,12 @@ def _threshold_scores(judging: metrics.Matches, chosen: dict[str, float], max_de
 
 
 def _thresholds_verdict(
-    matches: list[list[metrics.Matches]], chosen: list[dict[str, float]], draw: resampling.Draw
+    matches: list[list[metrics.Matches]], chosen: list[dict[str, float]], draw: resampling.Draw, max_dets: int
 ) -> verdicts.Verdict:
     """Do class thresholds give a higher F1 than one for all, both chosen on one half and judged on the other, in each training?"""
     ones = []
     for one_half, _ in matches:
-        sweep = thresholds.sweep(one_half, E_GRID, 100).query("`class` == 'all'")
+        sweep = thresholds.sweep(one_half, E_GRID, max_dets).query("`class` == 'all'")
         ones.append(float(sweep["score_threshold"].iloc[int(sweep["F1"].fillna(0).argmax())]))
     label = f"{F1_COMPARISON.base}, {', '.join(f'{one:g}' for one in dict.fromkeys(ones))}"
     sides = []
@@ -445,13 +448,26 @@ def _thresholds_verdict(
     return verdicts.judge(F1_COMPARISON.claim, *sides, draw.units, draw.unit, same_weights=True, metric="F1")
 
 
+def _with_reasons(scores: pd.DataFrame) -> pd.DataFrame:
+    """Scores of detections above a threshold as text; where one is a ratio of nothing, why."""
+    reasons = {name: NOTHING_FOUND if "precision" in name else NO_SUCH_CELL for name in scores}
+    return scores.astype(object).fillna(reasons).map(_text)
+
+
+def _reasons(scores: pd.DataFrame) -> pd.Series:
+    """For each row the first reason of an empty score, or an empty text."""
+    no_cell, nothing = (scores.filter(like=name).isna().any(axis=1) for name in ("recall", "precision"))
+    return pd.Series("", scores.index).mask(nothing, NOTHING_FOUND).mask(no_cell, NO_SUCH_CELL)
+
+
 def _scale_and_weights(trained: list[Trained]) -> dict[str, str]:
     settings = trained[0].run.settings
     return {"scale": settings["scale"], "weights": Path(settings["weights"]).name}
 
 
 def _threshold_sweep(study: Study, key: str) -> Shown:
-    run, trained = "e/full", study.trained("e/full")[:1]
+    run = OWN_SYSTEM[key[0]]
+    trained = study.trained(run)[:1]
     if not trained:
         empty = pd.DataFrame({"score_threshold": E_GRID}).assign(**dict.fromkeys(("AP50", "precision", "recall", "F1"), math.nan))
         return Shown(key, "", _of_run(empty, study, run, []), sentences=[_told(study, run, [])])
@@ -460,18 +476,18 @@ def _threshold_sweep(study: Study, key: str) -> Shown:
     wide = sweep.pivot(index="score_threshold", columns="class", values="F1")[list(CLASS_NAMES)].rename(columns="F1 {}".format)
     overall = sweep[sweep["class"] == "all"].set_index("score_threshold")[["AP50", "precision", "recall", "F1"]]
     page = overall.join(wide).rename_axis(None).rename(index="score ≥ {:.2f}".format)
-    page = page.astype(object).fillna(NOTHING_FOUND).map(_text).assign(**_scale_and_weights(trained))
+    page = _with_reasons(page).assign(**_scale_and_weights(trained))
     sentences = [
         "The report describes this sweep and never shows it. Scores of all classes, then F1 of each; the CSV has all of each.",
         _told(study, run, trained),
     ]
     table = _of_run(sweep, study, run, trained)
-    table["missing"] = table["missing"].mask(sweep["precision"].isna(), NOTHING_FOUND)
+    table["missing"] = _reasons(sweep)
     return Shown(key, "", table, page, [plots.threshold_sweep(sweep)], sentences)
 
 
 def _image_and_map(study: Study, key: str) -> Shown:
-    run = {"A-Fig1": "a/resnet101", "C-Fig1": "c/final"}[key]
+    run = OWN_SYSTEM[key[0]]
     images, sentence = study.images(run)
     if not images:
         return Shown(key, "", sentences=[sentence])
@@ -483,7 +499,7 @@ def _image_and_map(study: Study, key: str) -> Shown:
 
 
 def _curves(study: Study, key: str) -> Shown:
-    run = {"A-Fig3": "a/resnet101", "D-Fig2": "d/fpn_cbam", "E-Fig1": "e/full"}[key]
+    run = OWN_SYSTEM[key[0]]
     trained = study.trained(run)[:1]
     sentences = [_told(study, run, trained)]
     if key == "E-Fig1":
@@ -495,7 +511,8 @@ def _curves(study: Study, key: str) -> Shown:
 
 
 def _score_histogram(study: Study, key: str) -> Shown:
-    run, trained = "b/v2_backbone", study.trained("b/v2_backbone")[:1]
+    run = OWN_SYSTEM[key[0]]
+    trained = study.trained(run)[:1]
     if not trained:
         return Shown(key, "", sentences=[_told(study, run, [])])
     matches = metrics.match_detections(trained[0].run.truth, trained[0].run.detections)
@@ -514,7 +531,7 @@ def _score_histogram(study: Study, key: str) -> Shown:
 
 
 def _border_cells(study: Study, key: str) -> Shown:
-    run = "b/v2_backbone"
+    run = OWN_SYSTEM[key[0]]
     images, sentence = study.images(run)
     if not images:
         return Shown(key, "", sentences=[sentence])
@@ -537,7 +554,7 @@ def _border_cells(study: Study, key: str) -> Shown:
 
 
 def _predictions(study: Study, key: str) -> Shown:
-    run = "e/full"
+    run = OWN_SYSTEM[key[0]]
     images, sentence = study.images(run)
     if not images:
         return Shown(key, "", sentences=[sentence])

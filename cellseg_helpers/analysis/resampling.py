@@ -145,7 +145,10 @@ def draw_units(truth: dict[str, Any], resamples: int = RESAMPLES, seed: int = DR
 
 
 def bootstrap_ap50(truth: dict[str, Any], detections: list[dict[str, Any]], image_weights: np.ndarray) -> np.ndarray:
-    """AP50 at the dense ``maxDets``, mean over classes that have a cell, of each row of weights: float64 [1 + B], 6 digits."""
+    """AP50 at the dense ``maxDets``, mean over classes that have a cell, of each row of weights: float64 [1 + B], 6 digits.
+
+    Each is pycocotools' AP50 of the images written out as often as the row's weights say, from one matching of all of them.
+    """
     per_class = average_precision(match_detections(truth, detections, 0.5), image_weights, dense_max_dets(truth)[-1])
     return _mean_of_defined(per_class).round(DIGITS)
 

@@ -51,15 +51,17 @@ def save_table(table: pd.DataFrame, name: str, **context: str | int) -> Path:
 
 def dataset_summary(dataset: CellDataset, data: str) -> pd.DataFrame:
     """Report C's data table beside the data at hand; rows: its items, columns: ``reported``, ``here``."""
-    folder = ROOT / "outputs" / "drawn" if data == "drawn" else resolve_path(data)
-    tests = [file for file in folder.glob("test_release/*") if file.suffix.lower() in (".tif", ".tiff")]
-    here = REPORT_C | {
+    is_coco = str(data).endswith(".json")
+    place = ROOT / "outputs" / "drawn" if data == "drawn" else resolve_path(data)
+    tests = [file for file in (place.parent if is_coco else place).glob("test_release/*") if file.suffix.lower() in (".tif", ".tiff")]
+    here = {
+        "image type": "RGB, drawn in H&E colours" if data == "drawn" else "read as RGB",
+        "annotation": "instance level",
         "classes": str((dataset.counts.sum(0) > 0).sum()),
         "labelled images": str(len(dataset)),
         "unlabelled images": str(len(tests)),
+        "format": "images beside a COCO file" if is_coco else REPORT_C["format"],
     }
-    if data == "drawn":
-        here["image type"] = "RGB, drawn in H&E colours"
     return pd.DataFrame({"reported": REPORT_C, "here": here}).rename_axis("item")
 
 
