@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -95,3 +97,11 @@ def test_the_training_notebook_has_every_setting_with_its_default():
     parameters = parameters_of(ROOT / "notebooks" / "02_train.ipynb")
     assert parameters == RunConfig().to_dict()
     assert list(parameters) == list(RunConfig().to_dict())
+
+
+@pytest.mark.parametrize("number", ["00", "03", "04", "05", "06", "08"])
+def test_an_analysis_starts_without_torch(number):
+    path = next(path for path in NOTEBOOKS if path.stem.startswith(number))
+    imports = source(next(cell for cell in cells_of(path) if cell["cell_type"] == "code"))
+    code = f"{imports}\nimport sys\nassert not {{'torch', 'torchvision'}} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -190,6 +190,13 @@ class TestWholeStudy:
     def test_everything_is_in_the_reports_order(self, everything):
         assert list(everything) == [key for keys in reports.ORDER.values() for key in keys]
 
+    def test_the_workflow_declares_every_table_that_is_saved(self, everything):
+        lines = re.findall(r"^REPORT_(?:TABLES|FIGURES) = .*$", (ROOT / "Snakefile").read_text(), re.MULTILINE)
+        declared = {}
+        exec("\n".join(lines), declared)
+        saved = {key for key, part in everything.items() if part.table is not None}
+        assert {*declared["REPORT_TABLES"], *declared["REPORT_FIGURES"]} == saved
+
     def test_every_conclusion_and_score_says_what_its_runs_are_of(self, everything):
         told = reports.verdict_table(list(everything.values()))
         assert told[["seeds", "data", "split", "maxDets", "scale", "weights"]].notna().all(axis=None)
