@@ -563,7 +563,8 @@ def _judged(
     word = words.get(found.word, HIGHER if found.difference.value > 0 else LOWER)
     effect, _, low, high = found.difference
     context = _context(trained)
-    return Measurement(key, metric, effect, low, high, word, found.sentence, measured_on, base, other, len(values[0]), context)
+    sentence = f"{found.sentence} {trained.caution}".strip()
+    return Measurement(key, metric, effect, low, high, word, sentence, measured_on, base, other, len(values[0]), context)
 
 
 def _context(trained: Trained) -> dict[str, Any]:

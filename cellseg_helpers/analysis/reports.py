@@ -245,9 +245,9 @@ def _judge(
     for row in (first, second):
         reported = row.reported if isinstance(row.reported, float) else None
         sides.append(verdicts.Side(row.label, [values[row.label][seed] for seed in common], reported))
-    return verdicts.judge(
-        comparison.claim, *sides, base.scores.units, base.scores.unit, comparison.expected, same_weights=first.run == second.run
-    )
+    units, same = (base.scores.units, base.scores.unit), first.run == second.run
+    found = verdicts.judge(comparison.claim, *sides, *units, comparison.expected, same_weights=same)
+    return found._replace(sentence=f"{found.sentence} {base.caution}".strip())
 
 
 def _page(table: pd.DataFrame, label: str, columns: list[str]) -> pd.DataFrame:
@@ -412,6 +412,7 @@ def _class_thresholds(study: Study, key: str) -> Shown:
         table[THRESHOLD_COLUMNS] = mean.to_numpy()
         sentences.append(f"{sentence} Chosen: those of best F1 on the one half; precision and recall here are of the other.")
         verdict = _thresholds_verdict(matches, chosen, resampling.draw_units(judging.truth), limit)
+        verdict = verdict._replace(sentence=f"{verdict.sentence} {trained[0].caution}".strip())
         sentences.append(verdict.sentence)
         judged = [(F1_COMPARISON, verdict)]
         page = _with_reasons(table.set_index("class")).assign(**_scale_and_weights(trained))

@@ -29,6 +29,15 @@ class Trained(NamedTuple):
     finished: dict[str, Any]
     scores: resampling.SavedScores
 
+    @property
+    def caution(self) -> str:
+        """At quick scale a sentence that says what a comparison is worth, else an empty text."""
+        settings = self.run.settings
+        if settings["scale"] != "quick":
+            return ""
+        steps = settings["epochs"] * settings["steps_per_epoch"]
+        return f"Quick scale, {steps} steps, weights {Path(settings['weights']).name}: nothing of models trained to the end."
+
 
 class Study:
     """The runs of a study, read when they are first asked for.
