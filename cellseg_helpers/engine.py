@@ -45,6 +45,7 @@ from cellseg_helpers.runs import (
 NO_MEMORY = (
     "allocate memory", "Unable to allocate", "out of memory", "ALLOC_FAILED", "killed by signal: Killed", "killed by signal: Bus error",
 )  # fmt: skip
+CHECKPOINT_EVERY_S = 30  # at least; after a validated epoch always, as then the best weights may have changed
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 
 
@@ -105,6 +106,7 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
             fabric.strategy.precision.load_state_dict(checkpoint["precision"])
             history = checkpoint["history"]
 
+    saved_at = time.perf_counter()
     progress = tqdm(total=config.epochs * steps, initial=len(history) * steps, desc="training", unit="step", mininterval=1,
                     disable=not fabric.is_global_zero)  # fmt: skip
     for epoch in range(len(history), config.epochs):
@@ -145,18 +147,20 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
                 write_json(run_dir / "detections.json", detections)
                 save_metrics(scores, run_dir / "metrics.json")
             write_text(run_dir / "history.csv", pd.DataFrame(history).to_csv(index=False))
-            save_checkpoint(
-                run_dir / "last.pt",
-                {
-                    "settings": config.to_dict(),
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "per_step_schedule": per_step_schedule.state_dict(),
-                    "plateau": plateau.state_dict(),
-                    "precision": fabric.strategy.precision.state_dict(),
-                    "history": history,
-                },
-            )
+            if validated or time.perf_counter() - saved_at > CHECKPOINT_EVERY_S:
+                save_checkpoint(
+                    run_dir / "last.pt",
+                    {
+                        "settings": config.to_dict(),
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "per_step_schedule": per_step_schedule.state_dict(),
+                        "plateau": plateau.state_dict(),
+                        "precision": fabric.strategy.precision.state_dict(),
+                        "history": history,
+                    },
+                )
+                saved_at = time.perf_counter()
         fabric.barrier()
         if on_epoch and fabric.is_global_zero:
             on_epoch(pd.DataFrame(history))

@@ -622,11 +622,15 @@ def test_validation_every_second_epoch_and_after_the_last(data):
     assert history["validation_ap50"].notna().tolist() == [False, True, False, True, True]
 
 
-def test_a_run_killed_before_its_first_validation_goes_on(data):
+@pytest.mark.parametrize("seconds", [0, engine.CHECKPOINT_EVERY_S])
+def test_a_run_killed_before_its_first_validation_goes_on(data, monkeypatch, seconds):
+    """A short epoch that was not validated leaves a checkpoint only where some time has passed since the last."""
+    monkeypatch.setattr(engine, "CHECKPOINT_EVERY_S", seconds)
     changes = {"validation_every_epochs": 3, "keep_every_epoch": True}
     whole = fit(tiny_settings(data, run_name="whole", **changes))
     with pytest.raises(Interrupt):
         fit(tiny_settings(data, **changes), on_epoch=interrupt_after(1))
+    assert (whole.parent / "tiny" / "last.pt").exists() == (not seconds)
     run_dir = fit(tiny_settings(data, **changes))
     assert_same_run(run_dir, whole)
     kept = [load_file(run_dir / f"epoch_{epoch}.safetensors") for epoch in (1, 2, 3)]
