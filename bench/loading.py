@@ -5,7 +5,6 @@ process. The peer is the usual dataset of torchvision's detection tutorial: one 
 """
 
 import os
-import statistics
 import tempfile
 from collections import deque
 from collections.abc import Iterator
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
-from bench.measure import ROOT, Pair, Row, megabytes, seconds
+from bench.measure import Pair, Row, medians_in_turn, megabytes, times_less, verdict
+from cellseg_helpers.config import resolve_path
 from cellseg_helpers.data.labels import CLASS_NAMES
 from cellseg_helpers.data.readers import CellDataset, locate_data, open_dataset
 from cellseg_helpers.data.transforms import SampleKey, TrainingSet
@@ -26,9 +26,9 @@ Sample = tuple[Tensor, Tensor, Tensor]  # image, boxes, labels
 
 
 def folder() -> Path:
-    """The folder of real images, or, where there is none, of drawn ones."""
-    real = ROOT / os.environ.get("BENCH_SAMPLE", "outputs/sample")
-    return real if (real / "train").is_dir() else locate_data("drawn")[0]
+    """The folder of real images, or, where none is named, of drawn ones."""
+    real = os.environ.get("BENCH_SAMPLE")
+    return resolve_path(real) if real else locate_data("drawn")[0]
 
 
 def cached_samples(dataset: CellDataset) -> Iterator[Sample]:
@@ -67,7 +67,7 @@ def compare(ours: Iterator[Sample], peer: Iterator[Sample]) -> str:
         peer_table = torch.column_stack([peer_labels, peer_boxes + torch.tensor([0, 0, 1, 1])]).tolist()
         alike &= torch.equal(image, peer_image) and sorted(table) == sorted(peer_table)
         images, cells = images + 1, cells + len(labels)
-    return f"{'the same' if alike else 'OTHER'} {images} images, {cells} boxes and labels (masks_to_boxes + 1 px)"
+    return verdict(alike, f"{images} images, {cells} boxes and labels compared (masks_to_boxes + 1 px)")
 
 
 def exhaust(samples: Iterator[Sample]) -> None:
@@ -82,14 +82,14 @@ def rows() -> list[Row]:
     with tempfile.TemporaryDirectory() as cache:
         dataset = open_dataset(folder(), cache_dir=Path(cache))
         alike = compare(cached_samples(dataset), tiff_samples())  # and a warm-up of both
-        peer = len(dataset) / seconds(first_epoch().peer)
-        calls = (first_epoch().ours, lambda: exhaust(cached_samples(dataset)))
-        first, warm = (len(dataset) / statistics.median(seconds(call) for _ in range(3)) for call in calls)
+        calls = (first_epoch().ours, lambda: exhaust(cached_samples(dataset)), first_epoch().peer)
+        first, warm, peer = (len(dataset) / taken for taken in medians_in_turn(calls, repeats=3))
     data = "drawn" if folder().name == "drawn" else "real"
     note = f"{len(dataset)} {data} images, whole, not augmented, one process; peer: a boolean mask a cell, every epoch anew"
     first_mb, peer_mb = (megabytes("bench.loading:first_epoch", side) for side in Pair._fields[:2])
+    memory = times_less(first_mb, peer_mb)
     return [
         Row("load: first epoch", first, peer, "images/s", first / peer, alike, f"goal 3x; with decoding into the cache; {note}"),
         Row("load: warm", warm, peer, "images/s", warm / peer, alike, f"goal 20x; any later epoch; {note}"),
-        Row("load: memory", first_mb, peer_mb, "MB", peer_mb / first_mb, alike, f"peak that a first epoch adds; {note}"),
+        Row("load: memory", first_mb, peer_mb, "MB", memory, alike, f"peak that a first epoch adds; {note}"),
     ]

@@ -4,11 +4,12 @@
 """
 
 import importlib
+import math
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +20,19 @@ MEGABYTE = 1e6
 
 
 class Pair(NamedTuple):
-    """Two functions without arguments that give the same, each called many times; ``identical`` compares what they gave, in words."""
+    """Two functions without arguments that give the same, each called many times.
+
+    ``identical`` compares what they gave, in words; ``device``: ``cpu`` or ``cuda``, where both work and take their memory.
+    """
 
     ours: Callable[[], Any]
     peer: Callable[[], Any]
     identical: Callable[[Any, Any], str]
+    device: str = "cpu"
 
 
 class Row(NamedTuple):
-    """A line of ``outputs/bench.csv``; ``ratio``: how many times better ours is."""
+    """A line of ``outputs/bench.csv``; ``ratio``: how many times better ours is; ``identical``: see ``verdict``."""
 
     benchmark: str
     ours: float
@@ -41,11 +46,24 @@ class Row(NamedTuple):
 def seconds_in_turn(pair: Pair, repeats: int) -> tuple[float, float, str]:
     """Median seconds of ours and of the peer, called in turn, and how alike their results are."""
     identical = pair.identical(pair.ours(), pair.peer())
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
-        for call, taken in zip((pair.ours, pair.peer), times, strict=True):
-            taken.append(seconds(call))
-    return statistics.median(times[0]), statistics.median(times[1]), identical
+    ours, peer = medians_in_turn((pair.ours, pair.peer), repeats)
+    return ours, peer, identical
+
+
+def medians_in_turn(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Median seconds of each call; they are made in turn, ``repeats`` times over."""
+    taken = [[seconds(call) for call in calls] for _ in range(repeats)]
+    return [statistics.median(of_call) for of_call in zip(*taken, strict=True)]
+
+
+def times_less(ours: float, peer: float) -> float:
+    """How many times less seconds or bytes ours takes; NaN where it takes none that can be measured."""
+    return peer / ours if ours > 0 else math.nan
+
+
+def verdict(same: bool, found: str) -> str:
+    """What a comparison found; where the results are not the same, it begins with OTHER, and ``make bench`` fails."""
+    return found if same else f"OTHER: {found}"
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -57,7 +75,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def megabytes(pair: str, side: str) -> float:
-    """What one call adds at its peak to its process's memory (on a GPU: to the tensors on it), in a fresh process.
+    """MB that one call adds at its peak to its process's memory (on a GPU: to the tensors on it), in a fresh process.
 
     Args:
         pair: ``module:function`` that makes a ``Pair``.
@@ -70,10 +88,10 @@ def megabytes(pair: str, side: str) -> float:
     return int(done.stdout.split()[-1]) / MEGABYTE
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
+def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
     """What a call adds at its peak to this process's memory, by Linux's resident high-water mark, or to the tensors on a GPU."""
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available():
+    if device == "cuda":
+        torch = sys.modules["torch"]
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -96,4 +114,4 @@ def _synchronize() -> None:
 if __name__ == "__main__":
     module, function = sys.argv[1].split(":")
     measured: Pair = getattr(importlib.import_module(module), function)()
-    print(peak_bytes(getattr(measured, sys.argv[2])))
+    print(peak_bytes(getattr(measured, sys.argv[2]), measured.device))

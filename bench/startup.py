@@ -3,7 +3,6 @@
 Every measurement is the wall time of a fresh process, from its start to its end.
 """
 
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 
-from bench.measure import ROOT, Row, seconds
+from bench.measure import ROOT, Row, medians_in_turn
 
 NOTEBOOKS = ROOT / "notebooks"
 ANALYSES = ("03", "04", "05", "06", "08")
@@ -46,8 +45,7 @@ def import_cell(notebook: Path) -> str:
 def in_turn(start: Callable[[str], str], codes: Sequence[str], repeats: int) -> tuple[list[float], str]:
     """Median seconds of each code, started in turn, and what the first said of torch."""
     said: list[str] = []
-    taken = [[seconds(lambda code=code: said.append(start(code))) for code in codes] for _ in range(repeats)]
-    return [statistics.median(of_code) for of_code in zip(*taken, strict=True)], said[0]
+    return medians_in_turn([lambda code=code: said.append(start(code)) for code in codes], repeats), said[0]
 
 
 def rows() -> list[Row]:

@@ -1,29 +1,35 @@
-"""Where the wall time of a quick training goes: the share spent outside the network's forward and backward.
+"""Where the wall time of a quick training goes: the share of a job of the study spent outside the network's forward and backward.
 
-    python -m bench.study        one training; prints the seconds of its parts as JSON
-
-The training is report C's at the study's quick size, in a process of its own from the interpreter's start, its run in a temporary
-folder. The network is the model's whole forward (with proposals, matching and NMS), in training and in prediction, and the
-backward. The package is not changed: calls are timed from outside.
+The job is the study's own (``jobs run`` on ``02_train``, with one thread), from the start of its process to its end, alone on
+the machine. Its notebook is a copy with a cell in front, ``install()``, and one behind, ``save()``: they time the package's calls
+from outside. The network is the model's whole forward (with proposals, matching and NMS), in training and in prediction, and the
+backward.
 """
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-import psutil
+import nbformat
 
 from bench.measure import ROOT, Row, seconds
-from cellseg_helpers.config import RunConfig
+from cellseg_helpers.config import resolve_path
 from cellseg_helpers.data.readers import open_dataset
-from cellseg_helpers.study import settings
+from cellseg_helpers.study import RUNS, parameter_files, settings
 
 NETWORK = ("forward", "backward")
-KEY = "c/final"
+KEY, SCALE, DATA, SEED = "c/final", "quick", "drawn", 0
+TABLES = "outputs/tables"
+PARTS_FILE = "BENCH_PARTS"  # environment variable: where the kernel's ``save`` writes
+ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")}  # as Snakefile's rule train
 
 
 class Parts:
@@ -51,56 +57,87 @@ class Parts:
         setattr(owner, name, timed)
 
 
-def quick_settings() -> RunConfig:
-    return settings(KEY, "quick", "drawn", seed=0)
+PARTS = Parts()
 
 
-def train() -> dict[str, float]:
-    """Seconds of each part of this process's life up to the end of a training, and ``total``."""
+def install() -> None:
+    """The notebook's first cell: time the parts of the training that follows."""
     from lightning_fabric import Fabric
     from torch import optim
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-    from cellseg_helpers import engine, runs
-    from cellseg_helpers.model.build import LabelMapMaskRCNN
+    from cellseg_helpers import engine
+    from cellseg_helpers.analysis import plots
+    from cellseg_helpers.model import build
 
-    started = psutil.Process().create_time()
-    parts = Parts()
-    parts.seconds["start and imports"] = time.time() - started
+    optimizer = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD}[settings(KEY, SCALE, DATA, SEED).optimizer]
     for owner, names, part in (
-        (LabelMapMaskRCNN, ["forward"], "forward"),
+        (build.LabelMapMaskRCNN, ["forward"], "forward"),
         (Fabric, ["backward"], "backward"),
         (Fabric, ["clip_gradients"], "optimizer"),
-        ({"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD}[quick_settings().optimizer], ["step"], "optimizer"),
+        (optimizer, ["step"], "optimizer"),
         (_BaseDataLoaderIter, ["__next__"], "samples"),
         (engine, ["open_data", "split_dataset", "to_coco"], "data"),
         (engine, ["build_model", "make_fabric", "make_optimizer"], "building"),
+        (build, ["build_model"], "building"),
         (engine, ["predict_images"], "pasting, tiles and RLE"),
         (engine, ["evaluate"], "evaluation"),
         (engine, ["start_run", "save_checkpoint", "save_weights", "save_metrics", "write_json", "write_text"], "saving"),
+        (plots, ["training_curves", "loss_parts", "truth_beside_predictions"], "figures, without their drawing"),
     ):
         for name in names:
-            parts.time(owner, name, part)
-    with tempfile.TemporaryDirectory() as folder:
-        runs.RUNS = folder
-        engine.fit(quick_settings())
-    total = time.time() - started
-    return parts.seconds | {"other": total - sum(parts.seconds.values()), "total": total}
+            PARTS.time(owner, name, part)
+    PARTS.seconds["installed"] = time.time()
+
+
+def save() -> None:
+    """The notebook's last cell."""
+    Path(os.environ[PARTS_FILE]).write_text(json.dumps(PARTS.seconds))
+
+
+def run_job(folder: Path) -> dict[str, float]:
+    """Seconds of each part of the job, and ``total``; nothing that it writes is left outside of ``folder``."""
+    notebook = nbformat.read(ROOT / "notebooks" / "02_train.ipynb", as_version=4)
+    first, last = (nbformat.v4.new_code_cell(f"import bench.study\n\nbench.study.{name}()") for name in ("install", "save"))
+    notebook.cells = [first, *notebook.cells, last]
+    nbformat.write(notebook, folder / "02_train.ipynb")
+    name = f"bench-{os.getpid()}"
+    command = [sys.executable, "-m", "cellseg_helpers.jobs", "run", folder / "02_train.ipynb", folder / f"{name}.ipynb"]
+    command += ["--log", folder / "jobs.csv", "--gpu", "--train", "-f", *parameter_files(KEY, SCALE)]
+    command += ["-r", "data", DATA, "-r", "run_name", name, "-p", "seed", SEED]
+    ours = {PARTS_FILE: str(folder / "parts.json"), "PYTHONPATH": str(ROOT), "STUDY_PROCESS": str(os.getpid())}
+    try:
+        begun = time.time()
+        subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | ONE_THREAD | ours, check=True, stdout=sys.stderr)
+        total = time.time() - begun
+    finally:
+        clean_up(name)
+    parts = json.loads((folder / "parts.json").read_text())
+    parts["start, papermill and imports"] = parts.pop("installed") - begun
+    return parts | {"other": total - sum(parts.values()), "total": total}
+
+
+def clean_up(run_name: str) -> None:
+    """Remove the run's folder and table, and what then is empty."""
+    shutil.rmtree(resolve_path(RUNS) / run_name, ignore_errors=True)
+    (resolve_path(TABLES) / f"02_{run_name}.csv").unlink(missing_ok=True)
+    for folder in (RUNS, TABLES):
+        with suppress(OSError):
+            resolve_path(folder).rmdir()
 
 
 def rows() -> list[Row]:
-    config = quick_settings()
+    config = settings(KEY, SCALE, DATA, SEED)
     open_dataset(config.data)  # drawn and decoded once for all the study's trainings
-    done = subprocess.run([sys.executable, "-m", "bench.study"], cwd=ROOT, capture_output=True, text=True, check=True)
-    parts = json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        parts = run_job(Path(folder))
     total = parts.pop("total")
     shares = {part: 100 * taken / total for part, taken in sorted(parts.items(), key=lambda item: -item[1])}
     outside = sum(share for part, share in shares.items() if part not in NETWORK)
     listed = ", ".join(f"{part} {share:.1f}" for part, share in shares.items())
-    size = f"{KEY}, {config.epochs} x {config.steps_per_epoch} steps, {total:.0f} s in all"
+    note = (
+        f"goal < 25 %; one run of {KEY}, {config.epochs} x {config.steps_per_epoch} steps, one thread, "
+        f"{total:.0f} s from the job's start to its end; of it, in %: {listed}"
+    )
     nan = float("nan")
-    return [Row("study: share outside the network", outside, nan, "%", nan, "", f"goal < 25 %; of it, in %: {listed}; {size}")]
-
-
-if __name__ == "__main__":
-    print(json.dumps(train()))
+    return [Row("study: share of a training job outside the network", outside, nan, "%", nan, "", note)]

@@ -378,3 +378,17 @@ class TestMissingRuns:
     def test_an_unknown_table_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="the reports have no 'A-T9'; they have A-Fig1, "):
             reports.build(opened(tmp_path), "A-T9")
+
+
+def test_the_committed_quick_study_leaves_no_score_cell_empty():
+    """A cell holds a number, or why there can be none; ``missing`` is for runs that are not there."""
+    study = reports.Study("outputs/reference/quick_study", STUDY)
+    keys = [key for keys in reports.ORDER.values() for key in keys if "Fig" not in key or key == "C-Fig3"]
+    for key in keys:
+        page = reports.build(study, key).page
+        if "reproduced" in page:
+            assert page["reproduced"].ne("").all(), key
+            told = page["reproduced"].str.fullmatch(r"-?[\d.]+").to_numpy()
+            assert told.all() or set(page["reproduced"][~told]) == {reports.NO_SUCH_CELL}, key
+        elif key in ("E-T3", "E-sweep"):
+            assert page.ne("").all(axis=None), key
