@@ -237,6 +237,9 @@ def _append(log: Path, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
+PAGE_STYLE = ".dataframe tbody th { white-space: nowrap } .jp-RenderedHTMLCommon .dataframe { font-size: 11px }"
+
+
 def page(notebook: Path, output: Path) -> None:
     """An executed notebook as one HTML file: text, tables and pictures, without the code."""
     _skip_slow_import()
@@ -245,6 +248,7 @@ def page(notebook: Path, output: Path) -> None:
     html, _ = HTMLExporter(
         exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True
     ).from_filename(str(notebook))
+    html = html.replace("</head>", f"<style>{PAGE_STYLE}</style></head>", 1)
     temporary = output.with_suffix(".part")
     temporary.write_text(html, encoding="utf-8")
     temporary.replace(output)

@@ -36,7 +36,7 @@ class Trained(NamedTuple):
         if settings["scale"] != "quick":
             return ""
         steps = settings["epochs"] * settings["steps_per_epoch"]
-        return f"Quick scale, {steps} steps, weights {Path(settings['weights']).name}: nothing of models trained to the end."
+        return f"Quick scale ({steps} steps, weights {Path(settings['weights']).name}): it says nothing of models trained to the end."
 
 
 class Study:
