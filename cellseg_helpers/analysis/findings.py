@@ -63,7 +63,7 @@ FINDINGS = [
         "the mask head; built without weights, then loads an own earlier checkpoint, which is not public",
         "b/v2_whole",
         "b/v2_backbone",
-        "Fresh heads of the v1 kind in place of the v2 model's, with their weights, change nothing to be seen",
+        "Fresh heads of the v1 kind in place of the v2 model's own change nothing to be seen",
     ),
     Finding(
         "b-cells",

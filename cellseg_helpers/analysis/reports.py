@@ -167,8 +167,19 @@ def describe(study: Study) -> str:
     if "quick" in scales:
         steps = sorted({one["epochs"] * one["steps_per_epoch"] for one in settings})
         how = f"Quick scale: weights {', '.join(weights)}, {_span(steps)} steps"
-        told = f"**{how}: a smoke test, not a reproduction of the scores.** {told}"
+        told = f"**{how}: a smoke test, not a reproduction of the scores.** {told} {_scaled(settings)}"
     return told
+
+
+def _scaled(settings: list[dict[str, Any]]) -> str:
+    """What a scale gives all runs, whatever their reports say, in a sentence."""
+    names = ("optimizer", "learning_rate", "scheduler", "crop_size_px", "min_size", "detections_per_image")
+    alike = {name: settings[0][name] for name in names if all(one[name] == settings[0][name] for one in settings)}
+    listed = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in alike.items())
+    return (
+        f"Whatever its report says, every run has {listed} (min_size 0: images are not enlarged); its own are backbone, neck, "
+        "attention, anchors, proposals, augmentation and normalisation."
+    )
 
 
 def _span(numbers: list[float]) -> str:
@@ -507,6 +518,8 @@ def _curves(study: Study, key: str) -> Shown:
     if not trained:
         return Shown(key, "", sentences=sentences)
     table = trained[0].run.history[["epoch", "loss", "validation_loss", "validation_ap50"]]
+    if table["validation_loss"].notna().sum() == 1:
+        sentences.append("Validated once, after the last epoch: a point, no curve.")
     return Shown(key, "", _of_run(table, study, run, trained), None, [plots.training_curves(trained[0].run.history)], sentences)
 
 
