@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
-from bench.measure import Pair, Row, medians_in_turn, megabytes, times_less, verdict
+from bench.measure import Pair, Row, medians_in_turn, megabytes, seconds, times_less, verdict
 from cellseg_helpers.config import resolve_path
 from cellseg_helpers.data.labels import CLASS_NAMES
 from cellseg_helpers.data.readers import CellDataset, locate_data, open_dataset
@@ -82,8 +82,9 @@ def rows() -> list[Row]:
     with tempfile.TemporaryDirectory() as cache:
         dataset = open_dataset(folder(), cache_dir=Path(cache))
         alike = compare(cached_samples(dataset), tiff_samples())  # and a warm-up of both
-        calls = (first_epoch().ours, lambda: exhaust(cached_samples(dataset)), first_epoch().peer)
-        first, warm, peer = (len(dataset) / taken for taken in medians_in_turn(calls, repeats=3))
+        calls = (first_epoch().ours, lambda: exhaust(cached_samples(dataset)))
+        first, warm = (len(dataset) / taken for taken in medians_in_turn(calls, repeats=3))
+        peer = len(dataset) / seconds(first_epoch().peer)
     data = "drawn" if folder().name == "drawn" else "real"
     note = f"{len(dataset)} {data} images, whole, not augmented, one process; peer: a boolean mask a cell, every epoch anew"
     first_mb, peer_mb = (megabytes("bench.loading:first_epoch", side) for side in Pair._fields[:2])
