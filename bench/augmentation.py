@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from bench.measure import Pair, Row, megabytes, seconds_in_turn, times_less, verdict
+from bench.measure import Pair, Row, both_megabytes, seconds_in_turn, times_less, verdict
 from bench.scenes import dense_image, dense_label_maps
 from cellseg_helpers.data.labels import find_instances
 from cellseg_helpers.data.recipes import RECIPES, augment
@@ -66,7 +66,7 @@ def rows() -> list[Row]:
     parts = "every part applied, once with elastic and once with grid distortion, turned by 90 and 270 degrees"
     note = f"recipe {RECIPE}, {parts}; {SIDE_PX} px, {CELLS} drawn cells; peer: a tv_tensors.Mask of each cell, uint8"
     pair = "bench.augmentation:label_maps_and_stack"
-    ours_mb, peer_mb = (megabytes(pair, side) for side in Pair._fields[:2])
+    ours_mb, peer_mb = both_megabytes(pair)
     return [
         Row("augmentation: time", ours, peer, "s", times_less(ours, peer), identical, f"goal 5x; {note}"),
         Row("augmentation: memory", ours_mb, peer_mb, "MB", times_less(ours_mb, peer_mb), identical, f"goal 10x; peak; {note}"),

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from bench.large_run import draw_run
-from bench.measure import Pair, Row, megabytes, times_less, verdict
+from bench.measure import Pair, Row, both_megabytes, times_less, verdict
 from cellseg_helpers.analysis.metrics import COCO_MAX_DETS, CocoScores, at_max_dets, score_coco, summarize
 
 IMAGES, FEWER_IMAGES = 100, 20
@@ -73,6 +73,6 @@ def rows() -> list[Row]:
         Row(f"evaluation: {kind}", ours[part], peer[part], "s", times_less(ours[part], peer[part]), identical, f"{goal}; {note}")
         for part, (kind, goal) in enumerate(kinds)
     ]
-    ours_mb, peer_mb = (megabytes("bench.evaluation:score_both", side) for side in Pair._fields[:2])
+    ours_mb, peer_mb = both_megabytes("bench.evaluation:score_both")
     note = f"peak that one call adds; {FEWER_IMAGES} such images"
     return [*table, Row("evaluation: memory", ours_mb, peer_mb, "MB", times_less(ours_mb, peer_mb), identical, note)]

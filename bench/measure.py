@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +88,13 @@ def megabytes(pair: str, side: str) -> float:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip().splitlines()[-1:]}")
     return int(done.stdout.split()[-1]) / MEGABYTE
+
+
+def both_megabytes(pair: str) -> tuple[float, float]:
+    """``megabytes`` of ours and of the peer, at the same time: other than seconds, they do not mind."""
+    with ThreadPoolExecutor(2) as pool:
+        ours, peer = pool.map(partial(megabytes, pair), ("ours", "peer"))
+    return ours, peer
 
 
 def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:

@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from bench.measure import MEGABYTE, Pair, Row, megabytes, peak_bytes, seconds, seconds_in_turn, times_less, verdict
+from bench.measure import MEGABYTE, Pair, Row, both_megabytes, megabytes, peak_bytes, seconds, seconds_in_turn, times_less, verdict
 from bench.scenes import CELLS_PER_PX, dense_label_maps, dense_target, detections_of
 from cellseg_helpers.data.labels import encode_box_masks
 from cellseg_helpers.inference import paste_in_boxes, predict
@@ -27,7 +27,7 @@ THRESHOLD = 0.5
 SAME_IOU = 0.95
 SIDES_PX = (1000, 2500, 5000)
 REPEATS = 3
-SHARE_OF_FREE_MEMORY, TIME_LIMIT_S = 0.8, 15  # of the peer in its largest field
+SHARE_OF_FREE_MEMORY, TIME_LIMIT_S = 0.8, 10  # of the peer in its largest field
 TILE_PX, OVERLAP_PX = 512, 128
 Rles = list[dict[str, Any]]
 
@@ -144,7 +144,7 @@ def rows() -> list[Row]:
 
 def rows_of_an_image() -> list[Row]:
     ours, peer, alike = seconds_in_turn(masks_to_rles(), REPEATS)
-    ours_mb, peer_mb = both_megabytes("masks_to_rles")
+    ours_mb, peer_mb = both_megabytes("bench.prediction:masks_to_rles")
     note = f"{DETECTIONS} drawn cells, {HEIGHT} x {WIDTH} px; paste_masks_in_image, threshold, pycocotools' encode"
     cells = many_masks()
     cells.ours()
@@ -159,14 +159,10 @@ def rows_of_an_image() -> list[Row]:
     ]
 
 
-def both_megabytes(pair: str) -> tuple[float, float]:
-    return megabytes(f"bench.prediction:{pair}", "ours"), megabytes(f"bench.prediction:{pair}", "peer")
-
-
 def rows_of_fields() -> list[Row]:
     small, large = SIDES_PX[0], SIDES_PX[-1]
     _, peer, alike = seconds_in_turn(smallest_field(), REPEATS)
-    ours_mb, peer_mb = both_megabytes("smallest_field")
+    ours_mb, peer_mb = both_megabytes("bench.prediction:smallest_field")
     most = largest_side_px(small, peer, peer_mb)
     peers = {most: peer_once(most), small: (peer, alike, f"in one piece, median of {REPEATS}")}
     taken = {side: seconds_of_field(side) for side in sorted({*SIDES_PX, most})}

@@ -17,7 +17,7 @@ from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image
 
-from bench.measure import Pair, Row, megabytes, seconds, seconds_in_turn, times_less, verdict
+from bench.measure import Pair, Row, both_megabytes, megabytes, seconds, seconds_in_turn, times_less, verdict
 from bench.scenes import MASK_SIDE, dense_image, dense_label_maps, dense_target, with_dense_masks
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.labels import CLASS_NAMES
@@ -186,18 +186,14 @@ step_of_few = partial(step, FEW_CELLS, masks_are_there=False)
 matches_of_eight_ratios = partial(anchor_matches, REPORT_A, iou_in_chunks)
 
 
-def both_megabytes(pair: str) -> tuple[float, float]:
-    return megabytes(f"bench.training:{pair}", "ours"), megabytes(f"bench.training:{pair}", "peer")
-
-
 def rows() -> list[Row]:
-    repeats, steps = (5, 5) if DEVICE.type == "cuda" else (3, 1)
+    repeats, steps = (5, 5) if DEVICE.type == "cuda" else (3, 2)
     return [*rows_of_mask_targets(repeats), *rows_of_matching(repeats), row_of_roi_align(repeats), *rows_of_steps(steps)]
 
 
 def rows_of_mask_targets(repeats: int) -> list[Row]:
     ours, peer, alike = seconds_in_turn(targets_of_boxes(), repeats)
-    ours_mb, peer_mb = both_megabytes("targets_with_masks")
+    ours_mb, peer_mb = both_megabytes("bench.training:targets_with_masks")
     note = f"{POSITIVES} boxes, {SCENE}; project_masks_on_boxes"
     time, memory = f"goal: not slower; {note}, without making its masks", f"goal 20x; {note}, with its masks"
     return [
@@ -207,15 +203,15 @@ def rows_of_mask_targets(repeats: int) -> list[Row]:
 
 
 def rows_of_matching(repeats: int) -> list[Row]:
-    ours, peer, alike = seconds_in_turn(anchor_matches(), repeats)
-    ours_mb, peer_mb = both_megabytes("anchor_matches")
+    ours, peer, alike = seconds_in_turn(anchor_matches(), 1)
+    ours_mb, peer_mb = both_megabytes("bench.training:anchor_matches")
     eight = matches_of_eight_ratios()
     matched = eight.ours()
     alike_eight = eight.identical(matched, eight.peer())
     anchors = len(matched[0][0])
     eight_seconds = statistics.median(seconds(eight.ours) for _ in range(repeats))
     eight_mb = megabytes("bench.training:matches_of_eight_ratios", "ours")
-    note = f"three ratios, {SCENE}; torchvision's assign_targets_to_anchors; median of {repeats}"
+    note = f"three ratios, {SCENE}; torchvision's assign_targets_to_anchors; one timed after a warm-up"
     matrix = f"{4e-9 * CELLS * anchors:.1f} GB of IoUs alone, on the way to them 8 times that"
     oracle = f"peer too large to measure ({matrix}); same matches as torchvision's Matcher on the matrix filled chunk by chunk"
     eight_note = f"eight ratios, report A's anchors, {SCENE}; {oracle}"
@@ -236,7 +232,7 @@ def row_of_roi_align(repeats: int) -> Row:
 
 def rows_of_steps(steps: int) -> list[Row]:
     ours, peer, alike = seconds_in_turn(step(CELLS), steps)
-    many, few = both_megabytes("step_of_many"), both_megabytes("step_of_few")
+    many, few = both_megabytes("bench.training:step_of_many"), both_megabytes("bench.training:step_of_few")
     ours_mb, peer_mb = many[0] - few[0], many[1] - few[1]
     note = f"goal 2.5x; ResNet-50, {SCENE}, SGD; {steps} timed after a warm-up; maskrcnn_resnet50_fpn without its resizing"
     peaks = f"ours {many[0]:.0f} - {few[0]:.0f} MB, peer {many[1]:.0f} - {few[1]:.0f} MB"
