@@ -366,6 +366,11 @@ class TestMissingRuns:
         row = part.table.set_index("row").loc["ResNet50_FPN"]
         assert row["seeds"] == 1 and row["missing"] == "no run quick-drawn-a-resnet50-seed1" and row["reproduced"] > 0
 
+    @pytest.mark.parametrize("key", ["E-T3", "E-sweep"])
+    def test_a_missing_seed_is_told_beside_thresholds_too(self, some_runs, key):
+        shutil.rmtree(run_of(some_runs, "e/full", 1))
+        assert "no run quick-drawn-e-full-seed1" in set(reports.build(opened(some_runs, 2), key).table["missing"])
+
     def test_without_any_run_every_table_says_so(self, tmp_path):
         study = opened(tmp_path)
         for report in reports.ORDER:

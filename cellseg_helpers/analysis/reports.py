@@ -429,7 +429,7 @@ def _class_thresholds(study: Study, key: str) -> Shown:
     page = page.rename_axis(None).rename(columns=lambda name: name.replace("_", " "))
     table = _of_run(table, study, run, trained)
     if trained:
-        table["missing"] = _reasons(table[THRESHOLD_COLUMNS])
+        table["missing"] = _reasons(table[THRESHOLD_COLUMNS], table["missing"])
     return Shown(key, "", table, page, sentences=sentences, judged=judged)
 
 
@@ -465,10 +465,10 @@ def _with_reasons(scores: pd.DataFrame) -> pd.DataFrame:
     return scores.astype(object).fillna(reasons).map(_text)
 
 
-def _reasons(scores: pd.DataFrame) -> pd.Series:
-    """For each row the first reason of an empty score, or an empty text."""
+def _reasons(scores: pd.DataFrame, missing: pd.Series) -> pd.Series:
+    """For each row the first reason of an empty score; where none is empty, which seeds are ``missing``."""
     no_cell, nothing = (scores.filter(like=name).isna().any(axis=1) for name in ("recall", "precision"))
-    return pd.Series("", scores.index).mask(nothing, NOTHING_FOUND).mask(no_cell, NO_SUCH_CELL)
+    return missing.mask(nothing, NOTHING_FOUND).mask(no_cell, NO_SUCH_CELL)
 
 
 def _scale_and_weights(trained: list[Trained]) -> dict[str, str]:
@@ -493,7 +493,7 @@ def _threshold_sweep(study: Study, key: str) -> Shown:
         _told(study, run, trained),
     ]
     table = _of_run(sweep, study, run, trained)
-    table["missing"] = _reasons(sweep)
+    table["missing"] = _reasons(sweep, table["missing"])
     return Shown(key, "", table, page, [plots.threshold_sweep(sweep)], sentences)
 
 
