@@ -22,7 +22,7 @@ from cellseg_helpers.data.transforms import EpochSampler, TrainingSet
 from cellseg_helpers.engine import make_loader, make_optimizer, resolve_precision, to_device
 from cellseg_helpers.model.build import build_model
 
-CONFIG = RunConfig(backbone="resnet50", crop_size_px=256, precision="32")
+CONFIG = RunConfig(backbone="resnet50", crop_size_px=256, precision="32", learning_rate=1e-5)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS, ROUNDS = 5, 3
 THREADS = torch.get_num_threads()
@@ -33,7 +33,7 @@ class Setting(NamedTuple):
 
     name: str
     note: str = ""
-    channels_last: bool = False
+    channels_last: bool = True
     compiled: bool = False
     fused: bool = True
     bf16: bool = False
@@ -42,8 +42,8 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("baseline", f"32 bit, fused optimizer, no worker, {THREADS} threads, {DEVICE.type}"),
-    Setting("channels last", channels_last=True),
+    Setting("baseline", f"32 bit, channels last, fused optimizer, no worker, {THREADS} threads, {DEVICE.type}"),
+    Setting("channels first", channels_last=False),
     Setting("compiled backbone", "torch.compile; its compilation is not in the time", compiled=True),
     Setting("optimizer not fused", fused=False),
     *(Setting(f"{n} threads", threads=n) for n in (1, 2) if n != THREADS and DEVICE.type == "cpu"),
@@ -62,8 +62,8 @@ def make_epoch(setting: Setting) -> Callable[[], float]:
     samples = TrainingSet(dataset, indices, config.crop_size_px, config.class_balance, config.augmentation, config.seed)
     loader = make_loader(samples, config, EpochSampler(indices, STEPS * config.batch_size, config.seed))
     model = build_model(config).to(DEVICE).train()
-    if setting.channels_last:
-        model.to(memory_format=torch.channels_last)
+    if not setting.channels_last:
+        model.to(memory_format=torch.contiguous_format)
     optimizer = make_optimizer(model, config if setting.fused else replace(config, precision="16-mixed"))  # which fuses none
     if setting.compiled:
         model.backbone.compile()

@@ -1,6 +1,6 @@
 """Training on a dense image: mask targets, matching of anchors, RoIAlign, and a whole step, against torchvision's Mask R-CNN.
 
-Both sides have the same weights, anchors, sampled proposals and losses; torchvision takes a dense mask for each cell.
+Both sides have the same weights, anchors, proposals, samples and losses; torchvision takes a dense mask for each cell.
 """
 
 import math
@@ -50,7 +50,7 @@ def targets_of_boxes(masks_are_there: bool = True) -> Pair:
     """Mask targets of boxes near cells; unless ``masks_are_there`` before the call, the peer's call makes the dense masks."""
     target = scene_target(CELLS)
     dense = with_dense_masks(target)["masks"] if masks_are_there else None
-    match, boxes = boxes_near_cells(target)
+    match, boxes = boxes_near_cells(target, POSITIVES)
 
     def peer() -> Tensor:
         return project_masks_on_boxes(with_dense_masks(target)["masks"] if dense is None else dense, boxes, match, MASK_SIDE)
@@ -63,11 +63,11 @@ def targets_of_boxes(masks_are_there: bool = True) -> Pair:
     )
 
 
-def boxes_near_cells(target: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Cells int64 [``POSITIVES``], some drawn more than once, and a box float32 [``POSITIVES``, 4] px near each."""
+def boxes_near_cells(target: dict[str, Tensor], count: int, spread_px: float = 3) -> tuple[Tensor, Tensor]:
+    """Cells int64 [``count``], some drawn more than once, and a box float32 [``count``, 4] px near each."""
     rng = torch.Generator().manual_seed(0)
-    match = torch.randint(len(target["boxes"]), (POSITIVES,), generator=rng).to(DEVICE)
-    moved = target["boxes"][match] + 3 * torch.randn(POSITIVES, 4, generator=rng).to(DEVICE)
+    match = torch.randint(len(target["boxes"]), (count,), generator=rng).to(DEVICE)
+    moved = target["boxes"][match] + spread_px * torch.randn(count, 2, generator=rng).repeat(1, 2).to(DEVICE)
     return match, clip_boxes_to_image(moved, (SIDE_PX, SIDE_PX))
 
 
@@ -79,7 +79,7 @@ def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> str:
 
 def roi_align() -> Pair:
     """RoIAlign of boxes near cells on the CPU, as for the box head: the pooled values and each level's gradient."""
-    _, boxes = boxes_near_cells(scene_target(CELLS))
+    _, boxes = boxes_near_cells(scene_target(CELLS), POSITIVES)
     rng = torch.Generator().manual_seed(0)
     sides = [SIDE_PX // stride for stride in STRIDES[:4]]
     levels = {str(level): torch.randn(1, 256, side, side, generator=rng) for level, side in enumerate(sides)}
@@ -145,11 +145,18 @@ def torchvision_model() -> nn.Module:
 
 
 def step(cells: int, masks_are_there: bool = True) -> Pair:
-    """Forward, backward and SGD step on one image; ``masks_are_there`` as in ``targets_of_boxes``."""
+    """Forward, backward and SGD step on one image; ``masks_are_there`` as in ``targets_of_boxes``.
+
+    Both RPNs make their proposals, but the same boxes go on to both models' heads: of two boxes that overlap, a rounding decides
+    which one is left.
+    """
     image = torch.from_numpy(dense_image(dense_label_maps(SIDE_PX, cells))).to(DEVICE) / 255
     target = scene_target(cells)
     dense = with_dense_masks(target) if masks_are_there else None
     ours, theirs = our_model(), torchvision_model()
+    proposals = boxes_near_cells(target, AS_TORCHVISION["rpn_post_nms_top_n_train"], spread_px=10)[1]
+    for model in (ours, theirs):
+        model.rpn.register_forward_hook(lambda module, inputs, output: ([proposals], output[1]))
     for part in (theirs.rpn, theirs.roi_heads):
         part.fg_bg_sampler = SeededSampler(part.fg_bg_sampler.batch_size_per_image, part.fg_bg_sampler.positive_fraction)
         part.fg_bg_sampler.seeds = [SEED]

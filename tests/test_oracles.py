@@ -30,9 +30,10 @@ from cellseg_helpers.data.labels import encode_box_masks, encode_instances, find
 from cellseg_helpers.data.recipes import RECIPES, augment
 from cellseg_helpers.data.transforms import make_target
 from cellseg_helpers.inference import paste_in_boxes, predict
-from cellseg_helpers.model import roi_heads
+from cellseg_helpers.model import rpn as rpn_module
 from cellseg_helpers.model.roi_align import GatherRoIAlign
-from cellseg_helpers.model.roi_heads import LabelMapRPN, LabelMapTransform, mask_targets
+from cellseg_helpers.model.roi_heads import LabelMapTransform, mask_targets
+from cellseg_helpers.model.rpn import LabelMapRPN
 
 IDS = (1, 2, 3, 255, 256, 65_535, 65_536, 70_000)
 seeds = st.integers(0, 2**32 - 1)
@@ -142,7 +143,7 @@ def test_anchors_match_as_in_torchvision(low_quality, images, seed):
     anchors = [torch.cat([moved(target["boxes"], seed)[len(target["boxes"]) :], far]) for target in targets]
     rpn = SimpleNamespace(proposal_matcher=Matcher(0.7, 0.3, low_quality), box_similarity=box_iou)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roi_heads, "ANCHORS_PER_STRIP", 16)
+        patch.setattr(rpn_module, "ANCHORS_PER_STRIP", 16)
         found = LabelMapRPN.assign_targets_to_anchors(rpn, anchors, targets)
     torch.testing.assert_close(found, RegionProposalNetwork.assign_targets_to_anchors(rpn, anchors, targets), rtol=0, atol=0)
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 from torchvision.models.detection import MaskRCNN, MaskRCNN_ResNet50_FPN_V2_Weights, MaskRCNN_ResNet50_FPN_Weights
@@ -26,7 +27,8 @@ from cellseg_helpers.model.backbones import (
     resnet_fpn,
 )
 from cellseg_helpers.model.roi_align import GatherRoIAlign
-from cellseg_helpers.model.roi_heads import LabelMapRoIHeads, LabelMapRPN, LabelMapTransform, SeededSampler, full_precision
+from cellseg_helpers.model.roi_heads import LabelMapRoIHeads, LabelMapTransform, SeededSampler, full_precision
+from cellseg_helpers.model.rpn import LabelMapRPN
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -67,6 +69,7 @@ class LabelMapMaskRCNN(MaskRCNN):
         for part in (self.rpn, self.roi_heads):
             sampler = part.fg_bg_sampler
             part.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
+        self.to(memory_format=torch.channels_last)  # which every convolution hands on to its output
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
         seeded = targets is not None and all("seed" in target for target in targets)

@@ -9,14 +9,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
-from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import box_iou
 
 PATCH_ELEMENTS = 2**24
-ANCHORS_PER_STRIP = 2**12
 
 
 @torch.no_grad()
@@ -111,75 +108,6 @@ def mean_over_processes(total: Tensor, count: int) -> Tensor:
         distributed.all_reduce(counts)
         count = counts.item() / distributed.get_world_size()
     return total / max(count, 1)
-
-
-@torch.no_grad()
-def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor) -> Tensor:
-    """``matcher(box_iou(boxes, anchors))``, the same matches without the matrix of all IoUs.
-
-    Anchors come row by row of each pyramid level, so some thousand in turn cover a strip of the image; boxes that do not reach
-    into it have IoU 0 with all of them. An anchor's match needs only its own column of the matrix. The low-quality rule, by
-    which anchor j keeps its best box, however poor, where ``IoU_ij = max_k IoU_ik`` for any box i, needs whole rows: these
-    maxima are taken on the way, and then only the strips that hold one are searched for the anchors that reach it.
-
-    Args:
-        matcher: torchvision's, with its thresholds.
-        boxes: float32 [M, 4], x1, y1, x2, y2 px, none of them without area.
-        anchors: float [N, 4], likewise, in any order; x1 <= x2, y1 <= y2.
-
-    Returns:
-        int64 [N], the box of each anchor, or ``matcher.BELOW_LOW_THRESHOLD``, or ``matcher.BETWEEN_THRESHOLDS``.
-    """
-    best_iou, best_box = boxes.new_zeros(len(anchors)), torch.zeros(len(anchors), dtype=torch.int64, device=boxes.device)
-    highest_iou = boxes.new_zeros(len(boxes))
-    strips = []
-    length = ANCHORS_PER_STRIP * (1 if boxes.device.type == "cpu" else 8)  # a GPU's time goes into starting kernels
-    for first in range(0, len(anchors), length):
-        strip = slice(first, first + length)
-        start, end = anchors[strip, :2].amin(0), anchors[strip, 2:].amax(0)
-        rows = torch.where(((boxes[:, :2] < end) & (boxes[:, 2:] > start)).all(1))[0]
-        if len(rows):
-            iou = box_iou(boxes[rows], anchors[strip])
-            best_iou[strip], row = iou.max(0)
-            best_box[strip] = rows[row] * (best_iou[strip] > 0)
-            row_maxima = iou.amax(1)
-            highest_iou[rows] = highest_iou[rows].maximum(row_maxima)
-            strips.append((strip, rows, row_maxima))
-    kept = best_iou >= matcher.high_threshold
-    if matcher.allow_low_quality_matches:
-        kept |= (highest_iou == 0).any()  # a box out of every anchor's reach ties with all anchors
-        for strip, rows, row_maxima in strips:
-            rows = rows[row_maxima == highest_iou[rows]]
-            kept[strip] |= (box_iou(boxes[rows], anchors[strip]) == highest_iou[rows, None]).any(0)
-    below = best_iou < matcher.low_threshold
-    return best_box.where(kept, torch.where(below, matcher.BELOW_LOW_THRESHOLD, matcher.BETWEEN_THRESHOLDS))
-
-
-class LabelMapRPN(RegionProposalNetwork):
-    """torchvision's region proposal network with seeded sampling and losses that are the same over any number of processes.
-
-    Anchors and cells are matched without the matrix of all their pairs.
-    """
-
-    def assign_targets_to_anchors(self, anchors, targets):
-        labels, boxes = [], []
-        for places, target in zip(anchors, targets, strict=True):
-            if not len(target["boxes"]):
-                labels.append(places.new_zeros(len(places), dtype=torch.float32))
-                boxes.append(torch.zeros_like(places, dtype=torch.float32))
-                continue
-            matches = match_anchors(self.proposal_matcher, target["boxes"], places)
-            labels.append((matches.clamp(max=0) + 1).float())  # 1 a cell, 0 background (-1), -1 neither (-2)
-            boxes.append(target["boxes"][matches.clamp(min=0)])
-        return labels, boxes
-
-    def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
-        sampled = [torch.where(torch.cat(chosen))[0] for chosen in self.fg_bg_sampler(labels)]
-        positive, both = sampled[0], torch.cat(sampled)
-        labels, regression_targets = torch.cat(labels), torch.cat(regression_targets)
-        box_loss = F.smooth_l1_loss(pred_bbox_deltas[positive], regression_targets[positive], beta=1 / 9, reduction="sum")
-        objectness_loss = F.binary_cross_entropy_with_logits(objectness.flatten()[both], labels[both], reduction="sum")
-        return mean_over_processes(objectness_loss, len(both)), mean_over_processes(box_loss, len(both))
 
 
 def full_precision(module, inputs, outputs: tuple) -> tuple:

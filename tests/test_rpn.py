@@ -1,4 +1,4 @@
-"""Matches of anchors and cells, strip by strip, against torchvision's from the matrix of all IoUs."""
+"""The region proposal network against torchvision's: matches strip by strip, predictions and gradients at sampled anchors alone."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
 from torchvision.ops import box_iou
 
 from cellseg_helpers.config import RunConfig
-from cellseg_helpers.model import roi_heads
+from cellseg_helpers.model import rpn as rpn_module
 from cellseg_helpers.model.build import build_model
-from cellseg_helpers.model.roi_heads import match_anchors
+from cellseg_helpers.model.rpn import match_anchors, predictions_at
 
 
 def random_boxes(count: int, side_px: int, least_px: int, rng: torch.Generator) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_matches_equal_torchvisions(seed, cells, num_anchors, side_px, threshold
         anchors = anchors[anchors[:, 1].argsort()]
     matcher = Matcher(*thresholds, allow_low_quality_matches=low_quality)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roi_heads, "ANCHORS_PER_STRIP", 16)
+        patch.setattr(rpn_module, "ANCHORS_PER_STRIP", 16)
         found = match_anchors(matcher, boxes, anchors)
     assert torch.equal(found, matcher(box_iou(boxes, anchors)))
 
@@ -58,10 +58,55 @@ def test_targets_of_a_models_anchors_equal_torchvisions(cells):
     rpn = build_model(RunConfig(anchor_ratios=(0.25, 0.5, 1.0, 3.0))).rpn
     features = [torch.zeros(1, 1, 256 // stride, 256 // stride) for stride in (4, 8, 16, 32, 64)]
     anchors = rpn.anchor_generator(ImageList(torch.zeros(1, 3, 256, 256), [(256, 256)]), features)
-    assert len(anchors[0]) > 2 * roi_heads.ANCHORS_PER_STRIP
+    assert len(anchors[0]) > 2 * rpn_module.ANCHORS_PER_STRIP
     boxes = random_boxes(cells, 190, 8, torch.Generator().manual_seed(0)).clamp(min=0)
     targets = [{"boxes": boxes[(boxes[:, 2:] - boxes[:, :2] >= 4).all(1)]}]
     labels, matched = rpn.assign_targets_to_anchors(anchors, targets)
     expected_labels, expected = RegionProposalNetwork.assign_targets_to_anchors(rpn, anchors, targets)
     torch.testing.assert_close([labels, matched], [expected_labels, expected], rtol=0, atol=0)
     assert set(labels[0].tolist()) == {0: {0}, 1: {-1, 0, 1}, 300: {-1, 0, 1}}[cells]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 3),
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 40),
+)
+def test_predictions_and_gradients_at_anchors_are_the_whole_heads(seed, images, sizes, depth, anchors_per_place, count):
+    torch.manual_seed(seed)
+    head = RPNHead(6, anchors_per_place, depth).double()
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    features = [torch.randn(images, 6, *size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    objectness, deltas = concat_box_prediction_layers(*head(features))
+    sampled = torch.randint(len(deltas), (count,))
+    expected = objectness[sampled, 0].float(), deltas[sampled].float()
+    found = predictions_at(head, features, sampled)
+    torch.testing.assert_close(found, expected)
+    leaves = [*features, *head.parameters()]
+    upstream = [torch.randn_like(output) for output in found]
+    torch.testing.assert_close(torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(expected, leaves, upstream))
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["one convolution", "two"])
+def test_mixed_precision_keeps_the_heads_gradients(v2):
+    """What autocast casts without a graph, for the proposals, must not be taken for the losses."""
+    torch.manual_seed(0)
+    model = build_model(RunConfig(heads="v2" if v2 else "v1")).train()
+    assert len(model.rpn.head.conv) == 1 + v2
+    images = ImageList(torch.zeros(1, 3, 64, 64), [(64, 64)])
+    features = {str(level): torch.randn(1, 256, 64 // stride, 64 // stride) for level, stride in enumerate((4, 8, 16, 32, 64))}
+    gradients = []
+    for precision in (None, torch.bfloat16):
+        model.rpn.fg_bg_sampler.seeds = [3]
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            _, losses = model.rpn(images, features, [{"boxes": torch.tensor([[4.0, 6, 20, 30]])}])
+        model.zero_grad()
+        sum(losses.values()).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.rpn.head.parameters()])
+    for exact, rounded in zip(*gradients, strict=True):
+        assert exact.norm() > 0 and (exact - rounded).norm() < 0.05 * exact.norm()
