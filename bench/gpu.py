@@ -2,9 +2,9 @@
 
 Same samples, batches, losses and precision; the peer's samples hold dense masks. Each measurement has a process of its own:
 
-    python -m bench.gpu 512 2 ours|peer|channels_last|compiled        side of the crops, px, batch, and what trains
+    python -m bench.gpu 512 2 ours|peer|channels_first|compiled        side of the crops, px, batch, and what trains
 
-prints images a second and the share, %; the last two are ours with weights in that order, and ours with its backbone compiled.
+prints images a second and the share, %; the last two are ours with its images in that order, and ours with its backbone compiled.
 """
 
 import subprocess
@@ -18,14 +18,14 @@ from torch.utils.data import Dataset
 
 from bench.measure import ROOT, Row, times_less
 from bench.scenes import dense_image, dense_label_maps, with_dense_masks
-from bench.training import AS_TORCHVISION, CELLS, DEVICE, SIDE_PX, our_model, torchvision_model
+from bench.training import AS_TORCHVISION, CELLS, DEVICE, SIDE_PX, channels_first, our_model, torchvision_model
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.readers import CellImage
 from cellseg_helpers.data.transforms import EpochSampler, TrainingSet
 from cellseg_helpers.engine import make_loader, make_optimizer, resolve_precision, to_device
 
 SIDES_PX, BATCHES = (512, 1024), (2, 4, 8, 16)
-VARIANTS = {"channels_last": "channels_last", "compiled": "compiled backbone"}
+VARIANTS = {"channels_first": "channels first", "compiled": "compiled backbone"}
 VARIANTS_SIDE_PX, VARIANTS_BATCH = 1024, 4
 WORKERS = 2
 AHEAD = 2 * WORKERS  # batches that the workers prepare ahead
@@ -59,8 +59,8 @@ class WithDenseMasks(Dataset):
 
 def make_model(way: str) -> nn.Module:
     model = torchvision_model() if way == "peer" else our_model()
-    if way == "channels_last":
-        model.to(memory_format=torch.channels_last)
+    if way == "channels_first":
+        channels_first(model)
     if way == "compiled":
         model.backbone.compile()
     return model

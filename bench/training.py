@@ -15,6 +15,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image
 
 from bench.measure import Pair, Row, both_megabytes, megabytes, seconds, seconds_in_turn, times_less, verdict
@@ -127,6 +128,11 @@ def our_model() -> nn.Module:
     """A Mask R-CNN of the package, ResNet-50, that samples as torchvision's does."""
     torch.manual_seed(0)
     return build_model(RunConfig(backbone="resnet50", **AS_TORCHVISION)).to(DEVICE).train()
+
+
+def channels_first(model: nn.Module) -> None:
+    """Leave a package's model its images in the order that torchvision's has them in."""
+    model.transform.batch_images = partial(GeneralizedRCNNTransform.batch_images, model.transform)
 
 
 def torchvision_model() -> nn.Module:

@@ -173,13 +173,16 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
 
 
 def resolve_precision(config: RunConfig) -> str:
-    """The precision of a run on this machine: ``auto`` is bf16-mixed where the device computes in bfloat16, else 32."""
+    """The precision of a run on this machine: ``auto`` is bf16-mixed where that is faster, on a GPU or CPU with bfloat16 matrix units.
+
+    A CPU that only has AVX-512's bfloat16 instructions trains faster in 32 bit (measured, ``bench/README.md``).
+    """
     if config.precision != "auto":
         return config.precision
     if _accelerator(config) == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        native = torch.cpu._is_amx_tile_supported()
     return "bf16-mixed" if native else "32"
 
 

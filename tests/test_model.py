@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.models.detection.rpn import AnchorGenerator
@@ -59,8 +60,17 @@ def test_mask_targets_of_no_box():
     assert mask_targets(torch.zeros(4, 8, 8, dtype=torch.int32), empty, empty, torch.zeros(0, 4), 28).shape == (0, 28, 28)
 
 
+def smooth(model: nn.Module) -> None:
+    """Activate the heads' convolutions smoothly: of millions of units some are so near 0 that a ReLU makes a gradient of a rounding."""
+    for part in (model.rpn, model.roi_heads):
+        for module in list(part.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.ReLU):
+                    setattr(module, name, nn.SiLU())
+
+
 def paired_models(min_size: int, max_size: int):
-    """Ours, and torchvision's own Mask R-CNN with the same weights and samplers."""
+    """Ours, and torchvision's own Mask R-CNN with the same weights, samplers and memory layout, so the same kernels."""
     torch.manual_seed(0)
     config = RunConfig(min_size=min_size, max_size=max_size, mask_batch_size_per_image=0)
     ours = build_model(config)
@@ -80,6 +90,9 @@ def paired_models(min_size: int, max_size: int):
         box_detections_per_img=config.detections_per_image,
     )
     theirs.load_state_dict(ours.state_dict())
+    batch_images = theirs.transform.batch_images
+    theirs.transform.batch_images = lambda *args, **kwargs: batch_images(*args, **kwargs).contiguous(memory_format=torch.channels_last)
+    smooth(ours), smooth(theirs)
     theirs.rpn.fg_bg_sampler = SeededSampler(256, 0.5)
     theirs.roi_heads.fg_bg_sampler = SeededSampler(config.box_batch_size_per_image, 0.25)
     return ours, theirs
@@ -108,7 +121,7 @@ def assert_same_losses_and_gradients(ours, theirs, images, label_maps):
     sum(losses.values()).backward()
     sum(expected.values()).backward()
     for (name, mine), theirs_parameter in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert (mine.grad - theirs_parameter.grad).norm() <= 1e-3 * theirs_parameter.grad.norm() + 1e-6, name
+        assert (mine.grad - theirs_parameter.grad).norm() <= 2e-5 * theirs_parameter.grad.norm() + 1e-6, name
 
 
 @pytest.mark.parametrize(("min_size", "max_size"), [(96, 96), (160, 200)], ids=["native", "resized"])
@@ -144,6 +157,7 @@ def test_min_size_zero_keeps_the_images_size():
     ours, theirs = paired_models(96, 96)
     native = build_model(RunConfig(mask_batch_size_per_image=0))
     native.load_state_dict(ours.state_dict())
+    smooth(native)
     assert_same_losses_and_gradients(native, theirs, [torch.rand(3, 96, 96)], [crowded_label_maps(96, 96)])
 
 

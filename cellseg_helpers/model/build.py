@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 from torchvision.models.detection import MaskRCNN, MaskRCNN_ResNet50_FPN_V2_Weights, MaskRCNN_ResNet50_FPN_Weights
@@ -69,7 +68,6 @@ class LabelMapMaskRCNN(MaskRCNN):
         for part in (self.rpn, self.roi_heads):
             sampler = part.fg_bg_sampler
             part.fg_bg_sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
-        self.to(memory_format=torch.channels_last)  # which every convolution hands on to its output
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
         seeded = targets is not None and all("seed" in target for target in targets)

@@ -104,7 +104,7 @@ class LabelMapRPN(RegionProposalNetwork):
         features = list(features.values())
         anchors = self.anchor_generator(images, features)
         losses = self._losses(features, anchors, targets) if self.training else {}
-        with torch.no_grad():  # after the losses: autocast would keep weights that it casts here, without a graph, for them
+        with torch.no_grad():  # the losses came first: older torch's autocast keeps a weight that it casts here, without its graph
             objectness, deltas = self.head(features)
             counts = [level[0].numel() for level in objectness]
             objectness, deltas = concat_box_prediction_layers(objectness, deltas)
