@@ -46,6 +46,7 @@ NO_MEMORY = (
     "allocate memory", "Unable to allocate", "out of memory", "ALLOC_FAILED", "killed by signal: Killed", "killed by signal: Bus error",
 )  # fmt: skip
 CHECKPOINT_EVERY_S = 30  # at least; after a validated epoch always, as then the best weights may have changed
+KEPT = f"the last epoch's checkpoint is kept, or one from less than {CHECKPOINT_EVERY_S} s before"
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 
 
@@ -464,7 +465,8 @@ def _explaining() -> Iterator[None]:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in NO_MEMORY):
             raise TrainingError(
                 "out of memory; lower batch_size, crop_size_px (or max_size), box_batch_size_per_image, rpn_post_nms_top_n_train, "
-                "num_workers or, in prediction, tile_size_px, or use precision 'bf16-mixed'; the last epoch's checkpoint is kept"
+                "num_workers or, in prediction, tile_size_px, or use precision 'bf16-mixed'; "
+                f"{KEPT}"
             ) from None
         if "Expected more than 1 value per channel when training" in str(error):
             raise TrainingError(
@@ -483,7 +485,7 @@ def _finite_losses(losses: dict[str, Tensor], targets: list[dict]) -> Tensor:
     images = ", ".join(target["image_id"] for target in targets)
     raise TrainingError(
         f"training stopped: {bad} in a batch of images {images}; lower learning_rate, lengthen warmup_steps or set "
-        "gradient_clip_norm; the last epoch's checkpoint is kept"
+        f"gradient_clip_norm; {KEPT}"
     )
 
 

@@ -1,7 +1,6 @@
 """The drawn tissue: the HW3 layout with its quirks, the same bytes from the same seed, and what is planted in it."""
 
 import csv
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 import tifffile
 from scipy import ndimage
 
+from bench import drawn_vs_real
 from cellseg_helpers.config import ROOT
 from cellseg_helpers.data import synthetic
 from cellseg_helpers.data.labels import find_instances
@@ -27,14 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn") / "tissue"
     draw_dataset(folder, TRAIN, TEST, seed=5)
     return folder
-
-
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("drawn_vs_real", ROOT / "bench" / "drawn_vs_real.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -220,22 +212,22 @@ def test_impossible_settings_are_refused_before_anything_is_written(tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_touching_counts_diagonal_neighbours_of_any_class(bench) -> None:
+def test_touching_counts_diagonal_neighbours_of_any_class() -> None:
     maps = np.zeros((4, 20, 20), np.int32)
     maps[0, 2:5, 2:5] = 1
     maps[0, 5:8, 5:8] = 2  # meets 1 at a corner
     maps[1, 8:10, 5:8] = 1  # meets 2 of class 1
     maps[1, 15:18, 15:18] = 2
-    assert bench.touches_another(maps, find_instances(maps)).tolist() == [True, True, True, False]
+    assert drawn_vs_real.touches_another(maps, find_instances(maps)).tolist() == [True, True, True, False]
 
 
-def test_a_data_set_lies_at_distance_zero_from_itself(bench, folder: Path) -> None:
+def test_a_data_set_lies_at_distance_zero_from_itself(folder: Path) -> None:
     from cellseg_helpers.data.readers import open_dataset
 
     dataset = open_dataset(folder)
-    table = bench.compare(dataset, dataset)
+    table = drawn_vs_real.compare(dataset, dataset)
     assert (table.distance[table.measure == "sd"] == 0).all()
     assert (table.distance[table.measure == "ratio"].dropna() == 1).all()
     swapped = [cells._replace(image=cells.image[::-1]) for cells in dataset]
-    assert bench.holds_bgr(swapped) and not bench.holds_bgr(dataset)
-    assert bench.compare(swapped, dataset).equals(table)
+    assert drawn_vs_real.holds_bgr(swapped) and not drawn_vs_real.holds_bgr(dataset)
+    assert drawn_vs_real.compare(swapped, dataset).equals(table)
