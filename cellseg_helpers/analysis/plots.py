@@ -211,6 +211,7 @@ def score_histograms(matches: Matches) -> Figure:
         ax.set_title(f"{name}: {len(parts[1])} matched, {len(parts[0])} not", fontsize="medium")
         ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.set_xlim(0, 1)
+        ax.set_ylim(0, max(1, ax.get_ylim()[1]))
     handles = [Patch(color="0.75", label="matches no annotated cell"), Patch(color="0.3", label="colours: matches one")]
     fig.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize="small")
     fig.supxlabel("score", fontsize="medium")
