@@ -1,13 +1,14 @@
 """What torch's own switches do to a training step: ``python -m bench.settings`` writes ``outputs/bench_settings.csv``.
 
 A step is that of a ResNet-50 on two 256 px crops of the drawn images that are not smaller, from loading to the optimizer's step,
-otherwise with the package's defaults. Every setting starts from the same weights; epochs of a few steps are run in turn. The loss
-that is compared is that of the second step: later ones let rounding grow, from random weights.
+otherwise with the package's defaults, but at a small learning rate; the order of channels also on a dense image. Every setting
+starts from the same weights; epochs of a few steps are run in turn. The loss that is compared is that of the second step: later
+ones let rounding grow, from random weights.
 """
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ import pandas as pd
 import torch
 
 from bench.measure import ROOT, seconds
-from bench.training import channels_first
+from bench.scenes import dense_image, dense_label_maps
+from bench.training import CELLS, SCENE, SEED, SIDE_PX, channels_first, our_model, scene_target, stepper
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.readers import open_dataset
 from cellseg_helpers.data.transforms import EpochSampler, TrainingSet
@@ -25,7 +27,7 @@ from cellseg_helpers.model.build import build_model
 
 CONFIG = RunConfig(backbone="resnet50", crop_size_px=256, precision="32", learning_rate=1e-5)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-STEPS, ROUNDS = 5, 3
+STEPS, ROUNDS = 4, 6
 THREADS = torch.get_num_threads()
 
 
@@ -40,6 +42,7 @@ class Setting(NamedTuple):
     bf16: bool = False
     threads: int = THREADS
     workers: int = 0
+    dense: bool = False  # an image of 1024 px with 772 cells, nothing loaded
 
 
 SETTINGS = (
@@ -52,10 +55,16 @@ SETTINGS = (
     Setting("1 thread, 1 worker", "two cores, one for the samples", threads=1, workers=1),
     Setting("bf16 autocast", bf16=True),
 )
+DENSE = (
+    Setting("dense image", f"{SCENE}, SGD", dense=True),
+    Setting("dense image, channels first", dense=True, channels_last=False),
+)
 
 
 def make_epoch(setting: Setting) -> Callable[[], float]:
     """A function that trains for ``STEPS`` steps and gives the second one's loss."""
+    if setting.dense:
+        return make_dense_epoch(setting)
     torch.manual_seed(0)
     config = replace(CONFIG, num_workers=setting.workers)
     dataset = open_dataset(config.data)
@@ -84,9 +93,26 @@ def make_epoch(setting: Setting) -> Callable[[], float]:
     return epoch
 
 
+def make_dense_epoch(setting: Setting) -> Callable[[], float]:
+    label_maps = dense_label_maps(SIDE_PX, CELLS)
+    model = our_model()
+    if not setting.channels_last:
+        channels_first(model)
+    take_step = stepper(model, torch.from_numpy(dense_image(label_maps)).to(DEVICE) / 255)
+    target = scene_target(CELLS) | {"seed": SEED}
+    return lambda: [sum(take_step(target).values()) for _ in range(STEPS)][1]
+
+
 def main() -> None:
+    table = pd.concat([compare(SETTINGS, ROUNDS), compare(DENSE, 1)])
+    table.to_csv(ROOT / "outputs" / "bench_settings.csv", index=False, float_format="%.4g")
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+
+
+def compare(settings: Sequence[Setting], rounds: int) -> pd.DataFrame:
+    """Times and losses of settings, beside the first one's."""
     epochs, second_losses, failed = {}, {}, {}
-    for setting in SETTINGS:
+    for setting in settings:
         try:
             epochs[setting] = make_epoch(setting)
             second_losses[setting] = epochs[setting]()
@@ -96,12 +122,12 @@ def main() -> None:
             epochs.pop(setting)
             failed[setting] = f"not to be had here: {' '.join(str(error).split())[:120]}"
     times = {setting: [] for setting in epochs}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for setting, epoch in epochs.items():
             times[setting].append(seconds(epoch))
     milliseconds = {setting: 1000 * statistics.median(taken) / STEPS for setting, taken in times.items()}
-    baseline = SETTINGS[0]
-    table = pd.DataFrame(
+    baseline = settings[0]
+    return pd.DataFrame(
         {
             "setting": setting.name,
             "ms_per_step": milliseconds.get(setting, math.nan),
@@ -109,10 +135,8 @@ def main() -> None:
             "loss_difference": abs(second_losses.get(setting, math.nan) - second_losses[baseline]),
             "note": failed.get(setting, setting.note),
         }
-        for setting in SETTINGS
+        for setting in settings
     )
-    table.to_csv(ROOT / "outputs" / "bench_settings.csv", index=False, float_format="%.4g")
-    print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from cellseg_helpers.runs import (
 NO_MEMORY = (
     "allocate memory", "Unable to allocate", "out of memory", "ALLOC_FAILED", "killed by signal: Killed", "killed by signal: Bus error",
 )  # fmt: skip
-CHECKPOINT_EVERY_S = 30  # at least; after a validated epoch always, as then the best weights may have changed
+CHECKPOINT_EVERY_S = 60  # at least; after a validated epoch always, as then the best weights may have changed
 KEPT = f"the last epoch's checkpoint is kept, or one from less than {CHECKPOINT_EVERY_S} s before"
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 

@@ -191,3 +191,12 @@ def test_a_ratio_of_nothing_is_a_dash_in_the_title(cell_image, detections):
     truth = to_coco([cell_image])
     title = plots.found_and_missed(cell_image, 1, truth, detections, match_detections(truth, detections), 1.0).get_suptitle()
     assert title == f"image {cell_image.image_id[:8]} at score ≥ 1.00; all images: precision –, recall 0.00, F1 0.00"
+
+
+def test_a_live_picture_is_drawn_at_once_and_then_seldom(monkeypatch):
+    clock, drawn = [0.0], []
+    monkeypatch.setattr(plots.time, "monotonic", lambda: clock[0])
+    draw = plots.seldom(drawn.append, every_s=10)
+    for clock[0], history in [(0.0, "first"), (5.0, "soon"), (11.0, "later"), (20.0, "soon again")]:
+        draw(history)
+    assert drawn == ["first", "later"]

@@ -1,8 +1,10 @@
 """Figures of images, instances, detections and scores. Each function returns a closed ``Figure``: a notebook shows it once."""
 
 import colorsys
+import math
 import textwrap
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -91,6 +93,19 @@ def sizes_against_anchors(instances: pd.DataFrame, anchor_sizes: Sequence[float]
     fig.supxlabel("size of a cell, sqrt(area), px; dashed: anchor sizes", fontsize="medium")
     fig.supylabel("cells", fontsize="medium")
     return fig
+
+
+def seldom(draw: Callable[[pd.DataFrame], None], every_s: float = 15.0) -> Callable[[pd.DataFrame], None]:
+    """``draw``, left out where it ended less than ``every_s`` seconds ago: a picture can take as long as a training step."""
+    drawn = -math.inf
+
+    def call(history: pd.DataFrame) -> None:
+        nonlocal drawn
+        if time.monotonic() - drawn > every_s:
+            draw(history)
+            drawn = time.monotonic()
+
+    return call
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
