@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from bench.measure import ROOT, Row, times_less
 from bench.scenes import dense_image, dense_label_maps, with_dense_masks
-from bench.training import AS_TORCHVISION, CELLS, DEVICE, SIDE_PX, channels_first, our_model, torchvision_model
+from bench.training import AS_TORCHVISION, CELLS, DEVICE, SIDE_PX, give_images, our_model, torchvision_model
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.readers import CellImage
 from cellseg_helpers.data.transforms import EpochSampler, TrainingSet
@@ -60,7 +60,7 @@ class WithDenseMasks(Dataset):
 def make_model(way: str) -> nn.Module:
     model = torchvision_model() if way == "peer" else our_model()
     if way == "channels_first":
-        channels_first(model)
+        give_images(model, torch.contiguous_format)
     if way == "compiled":
         model.backbone.compile()
     return model

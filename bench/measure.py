@@ -3,6 +3,7 @@
     python -m bench.measure bench.training:mask_targets ours|peer        one call; prints the bytes it added at its peak
 """
 
+import ctypes
 import importlib
 import math
 import statistics
@@ -107,6 +108,7 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # else the call could use again what was freed before it (malloc_trim(3))
     Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now (proc(5))
     before = psutil.Process().memory_info().rss
     call()

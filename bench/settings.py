@@ -18,7 +18,7 @@ import torch
 
 from bench.measure import ROOT, seconds
 from bench.scenes import dense_image, dense_label_maps
-from bench.training import CELLS, SCENE, SEED, SIDE_PX, channels_first, our_model, scene_target, stepper
+from bench.training import CELLS, SCENE, SEED, SIDE_PX, give_images, our_model, scene_target, stepper
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.readers import open_dataset
 from cellseg_helpers.data.transforms import EpochSampler, TrainingSet
@@ -36,7 +36,7 @@ class Setting(NamedTuple):
 
     name: str
     note: str = ""
-    channels_last: bool = True
+    order: torch.memory_format | None = None  # of the images' channels; None: the package's own
     compiled: bool = False
     fused: bool = True
     bf16: bool = False
@@ -46,8 +46,8 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("baseline", f"32 bit, channels last, fused optimizer, no worker, {THREADS} threads, {DEVICE.type}"),
-    Setting("channels first", channels_last=False),
+    Setting("baseline", f"32 bit, fused optimizer, no worker, {THREADS} threads, {DEVICE.type}"),
+    Setting("channels last", order=torch.channels_last),
     Setting("compiled backbone", "torch.compile; its compilation is not in the time", compiled=True),
     Setting("optimizer not fused", fused=False),
     *(Setting(f"{n} threads", threads=n) for n in (1, 2) if n != THREADS and DEVICE.type == "cpu"),
@@ -56,8 +56,8 @@ SETTINGS = (
     Setting("bf16 autocast", bf16=True),
 )
 DENSE = (
-    Setting("dense image", f"{SCENE}, SGD", dense=True),
-    Setting("dense image, channels first", dense=True, channels_last=False),
+    Setting("dense image", f"{SCENE}, SGD; channels last", dense=True),
+    Setting("dense image, channels first", dense=True, order=torch.contiguous_format),
 )
 
 
@@ -72,8 +72,8 @@ def make_epoch(setting: Setting) -> Callable[[], float]:
     samples = TrainingSet(dataset, indices, config.crop_size_px, config.class_balance, config.augmentation, config.seed)
     loader = make_loader(samples, config, EpochSampler(indices, STEPS * config.batch_size, config.seed))
     model = build_model(config).to(DEVICE).train()
-    if not setting.channels_last:
-        channels_first(model)
+    if setting.order:
+        give_images(model, setting.order)
     optimizer = make_optimizer(model, config if setting.fused else replace(config, precision="16-mixed"))  # which fuses none
     if setting.compiled:
         model.backbone.compile()
@@ -96,8 +96,8 @@ def make_epoch(setting: Setting) -> Callable[[], float]:
 def make_dense_epoch(setting: Setting) -> Callable[[], float]:
     label_maps = dense_label_maps(SIDE_PX, CELLS)
     model = our_model()
-    if not setting.channels_last:
-        channels_first(model)
+    if setting.order:
+        give_images(model, setting.order)
     take_step = stepper(model, torch.from_numpy(dense_image(label_maps)).to(DEVICE) / 255)
     target = scene_target(CELLS) | {"seed": SEED}
     return lambda: [sum(take_step(target).values()) for _ in range(STEPS)][1]

@@ -17,7 +17,7 @@ from bench.measure import ROOT, Row, medians_in_turn
 NOTEBOOKS = ROOT / "notebooks"
 ANALYSES = ("03", "04", "05", "06", "08")
 TORCH = "import torch, torchvision\n"
-SAY_TORCH = "\nimport sys; print('torch loaded' if 'torch' in sys.modules else 'torch not loaded')"
+SAY_TORCH = "\nimport sys; print('OTHER: torch loaded' if 'torch' in sys.modules else 'torch not loaded')"
 
 
 def run(code: str) -> str:

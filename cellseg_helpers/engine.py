@@ -174,9 +174,9 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
 
 
 def resolve_precision(config: RunConfig) -> str:
-    """The precision of a run on this machine: ``auto`` is bf16-mixed where that is faster, on a GPU or CPU with bfloat16 matrix units.
+    """The precision of a run on this machine: ``auto`` is bf16-mixed on a GPU or a CPU (AMX) with bfloat16 matrix units, else 32.
 
-    A CPU that only has AVX-512's bfloat16 instructions trains faster in 32 bit (measured, ``bench/README.md``).
+    A CPU that only has AVX-512's bfloat16 instructions trains faster in 32 bit: measured on one of Intel's, ``bench/README.md``.
     """
     if config.precision != "auto":
         return config.precision
@@ -465,8 +465,7 @@ def _explaining() -> Iterator[None]:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in NO_MEMORY):
             raise TrainingError(
                 "out of memory; lower batch_size, crop_size_px (or max_size), box_batch_size_per_image, rpn_post_nms_top_n_train, "
-                "num_workers or, in prediction, tile_size_px, or use precision 'bf16-mixed'; "
-                f"{KEPT}"
+                "num_workers or, in prediction, tile_size_px, or use precision 'bf16-mixed'; " + KEPT
             ) from None
         if "Expected more than 1 value per channel when training" in str(error):
             raise TrainingError(

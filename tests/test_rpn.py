@@ -1,5 +1,7 @@
 """The region proposal network against torchvision's: matches strip by strip, predictions and gradients at sampled anchors alone."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,9 +94,49 @@ def test_predictions_and_gradients_at_anchors_are_the_whole_heads(seed, images, 
     torch.testing.assert_close(torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(expected, leaves, upstream))
 
 
+@pytest.mark.parametrize("heads", ["v1", "v2"])
+@pytest.mark.parametrize("neck", ["fpn", "none"])
+@pytest.mark.parametrize("cells", [(20, 20), (0, 20), (0, 0)], ids=["cells", "an image without", "no cells"])
+def test_losses_proposals_and_gradients_are_torchvisions(heads, neck, cells):
+    torch.manual_seed(0)
+    rpn = build_model(RunConfig(heads=heads, neck=neck, anchor_ratios=(0.5, 1.0, 3.0))).train().rpn
+    assert len(rpn.head.conv) == {"v1": 1, "v2": 2}[heads]
+    images = ImageList(torch.zeros(2, 3, 128, 128), [(128, 96), (100, 128)])
+    targets = [{"boxes": random_boxes(count, 80, 8, torch.Generator().manual_seed(count)).clamp(min=0)} for count in cells]
+    results = []
+    for forward in (rpn.forward, partial(RegionProposalNetwork.forward, rpn)):
+        rng = torch.Generator().manual_seed(0)
+        sides = [128 // stride for stride in ((4, 8, 16, 32, 64) if neck == "fpn" else (16,))]
+        features = {str(side): torch.randn(2, 256, side, side, generator=rng).requires_grad_() for side in sides}
+        rpn.fg_bg_sampler.seeds = [3, 4]
+        boxes, losses = forward(images, features, targets)
+        gradients = torch.autograd.grad(sum(losses.values()), [*features.values(), *rpn.head.parameters()])
+        results.append((boxes, losses, gradients))
+    (boxes, losses, gradients), (expected_boxes, expected_losses, expected_gradients) = results
+    torch.testing.assert_close((boxes, losses), (expected_boxes, expected_losses))
+    for found, expected in zip(gradients, expected_gradients, strict=True):
+        assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_two_threads_give_the_same_gradients_every_time():
+    """The windows of neighbouring anchors share features, whose gradients are sums: always in one order."""
+    torch.manual_seed(0)
+    head = RPNHead(256, 3)
+    features = [torch.randn(2, 256, side, side, requires_grad=True) for side in (48, 24, 12, 6, 3)]
+    sampled = torch.randint(60, (512,))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        upstream = [torch.randn(512), torch.randn(512, 4)]
+        runs = [torch.autograd.grad(predictions_at(head, features, sampled), features, upstream) for _ in range(10)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(level, first) for run in runs for level, first in zip(run, runs[0], strict=True))
+
+
 @pytest.mark.parametrize("v2", [False, True], ids=["one convolution", "two"])
 def test_mixed_precision_keeps_the_heads_gradients(v2):
-    """What autocast casts without a graph, for the proposals, must not be taken for the losses."""
+    """They are those of 32 bit, rounded, although the proposals' predictions are made without a graph."""
     torch.manual_seed(0)
     model = build_model(RunConfig(heads="v2" if v2 else "v1")).train()
     assert len(model.rpn.head.conv) == 1 + v2

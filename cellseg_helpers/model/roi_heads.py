@@ -14,6 +14,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
 PATCH_ELEMENTS = 2**24
+CHANNELS_LAST_FROM_PX = 512
 
 
 @torch.no_grad()
@@ -208,8 +209,10 @@ class LabelMapTransform(GeneralizedRCNNTransform):
         return image, target | {"label_maps": label_maps, "boxes": resize_boxes(target["boxes"], (height, width), size)}
 
     def batch_images(self, images, size_divisible=32):
-        """Channels last, which each layer hands on to the next: convolutions are faster so."""
-        return super().batch_images(images, size_divisible).contiguous(memory_format=torch.channels_last)
+        """torchvision's; large ones channels last, which each layer hands on: convolutions are faster so (``bench/README.md``)."""
+        batch = super().batch_images(images, size_divisible)
+        large = min(batch.shape[2:]) >= CHANNELS_LAST_FROM_PX
+        return batch.contiguous(memory_format=torch.channels_last) if large else batch
 
     def postprocess(self, result, image_shapes, original_image_sizes):
         if not self.training:

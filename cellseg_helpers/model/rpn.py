@@ -10,6 +10,7 @@ from torchvision.ops import box_iou
 from cellseg_helpers.model.roi_heads import mean_over_processes
 
 ANCHORS_PER_STRIP = 2**12
+IOUS_PER_STRIP = 2**22
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor) -> Tensor:
     best_iou, best_box = boxes.new_zeros(len(anchors)), torch.zeros(len(anchors), dtype=torch.int64, device=boxes.device)
     highest_iou = boxes.new_zeros(len(boxes))
     strips = []
-    length = ANCHORS_PER_STRIP * (1 if boxes.device.type == "cpu" else 8)  # a GPU's time goes into starting kernels
+    length = max(1, min(ANCHORS_PER_STRIP, IOUS_PER_STRIP // max(1, len(boxes))))
     for first in range(0, len(anchors), length):
         strip = slice(first, first + length)
         start, end = anchors[strip, :2].amin(0), anchors[strip, 2:].amax(0)
@@ -55,10 +56,11 @@ def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor) -> Tensor:
 
 
 def predictions_at(head: RPNHead, features: list[Tensor], sampled: Tensor) -> tuple[Tensor, Tensor]:
-    """``head(features)`` at some anchors, its convolutions taken around their places alone.
+    """``head(features)`` at some anchors alone; its oracle, in ``tests/test_rpn.py``.
 
-    A prediction of a head of d 3 x 3 convolutions depends on the (2 d + 1) x (2 d + 1) features around its place, zeros outside the
-    map. These are gathered, and every convolution takes one ring off them.
+    With d convolutions of 3 x 3, what the head (Ren et al., "Faster R-CNN", 2015) predicts at a place depends on the
+    (2 d + 1) x (2 d + 1) features around it, zeros outside the map. These are gathered, and each convolution, as a product of
+    windows and weights, takes one ring off them.
 
     Args:
         head: torchvision's.
@@ -68,28 +70,27 @@ def predictions_at(head: RPNHead, features: list[Tensor], sampled: Tensor) -> tu
     Returns:
         float32 [S], the objectness, a logit; float32 [S, 4], the box's deltas.
     """
-    anchors_per_place = head.cls_logits.out_channels
-    counts = [anchors_per_place * level.shape[2] * level.shape[3] for level in features]
-    image, place = sampled // sum(counts), sampled % sum(counts) // anchors_per_place
-    ring = torch.arange(-len(head.conv), len(head.conv) + 1, device=sampled.device)
-    around = features[0].new_empty(len(sampled), len(ring), len(ring), features[0].shape[1])
-    inside = torch.empty(around.shape[:3], dtype=torch.bool, device=sampled.device)
-    for level in features:
-        height, width = level.shape[2:]
-        here = torch.where((place >= 0) & (place < height * width))[0]
-        y = (place[here] // width)[:, None, None] + ring[:, None]
-        x = (place[here] % width)[:, None, None] + ring
-        inside[here] = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        around[here] = level.permute(0, 2, 3, 1)[image[here, None, None], y.clamp(0, height - 1), x.clamp(0, width - 1)]
-        place = place - height * width
-    around, inside = around.permute(0, 3, 1, 2), inside[:, None]
+    device, anchors_per_place = sampled.device, head.cls_logits.out_channels
+    height, width = torch.tensor([level.shape[2:] for level in features], device=device).unbind(1)
+    ends = (height * width).cumsum(0)
+    image, place = sampled // (anchors_per_place * ends[-1]), sampled % (anchors_per_place * ends[-1]) // anchors_per_place
+    level = torch.bucketize(place, ends, right=True)
+    before = (ends - height * width)[level]
+    height, width = height[level, None, None], width[level, None, None]
+    ring = torch.arange(-len(head.conv), len(head.conv) + 1, device=device)
+    y = (place - before)[:, None, None] // width + ring[:, None]
+    x = (place - before)[:, None, None] % width + ring
+    inside = ((y >= 0) & (y < height) & (x >= 0) & (x < width))[..., None]
+    first_row = (before * len(features[0]))[:, None, None] + image[:, None, None] * height * width
+    row = first_row + y.clamp(min=0).minimum(height - 1) * width + x.clamp(min=0).minimum(width - 1)
+    around = F.embedding(row, torch.cat([level.permute(0, 2, 3, 1).flatten(0, 2) for level in features]))
     for convolution, activation in head.conv:
-        around = activation(F.conv2d(around * inside, convolution.weight, convolution.bias))
-        inside = inside[..., 1:-1, 1:-1]
-    row, anchor = torch.arange(len(sampled), device=sampled.device), sampled % anchors_per_place
-    objectness = head.cls_logits(around)[row, anchor, 0, 0]
-    deltas = head.bbox_pred(around)[..., 0, 0].unflatten(1, (-1, 4))[row, anchor]
-    return objectness.float(), deltas.float()
+        windows = (around * inside).unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)
+        around = activation(F.linear(windows, convolution.weight.flatten(1), convolution.bias))
+        inside = inside[:, 1:-1, 1:-1]
+    each, anchor = torch.arange(len(sampled), device=device), sampled % anchors_per_place
+    objectness, deltas = (F.linear(around[:, 0, 0], last.weight.flatten(1), last.bias) for last in (head.cls_logits, head.bbox_pred))
+    return objectness[each, anchor].float(), deltas.unflatten(1, (-1, 4))[each, anchor].float()
 
 
 class LabelMapRPN(RegionProposalNetwork):
@@ -97,14 +98,15 @@ class LabelMapRPN(RegionProposalNetwork):
 
     Anchors and cells are matched without the matrix of all their pairs. Losses are of some hundred anchors of an image's 10^5, and
     proposals carry no gradient: so all anchors are predicted without a graph, and the sampled ones once more with one. The losses
-    and gradients are torchvision's, without a backward pass through the head at every place.
+    and gradients are torchvision's, without a backward pass through the head at every place, which on a large image is a seventh of
+    a step's arithmetic.
     """
 
     def forward(self, images, features, targets=None):
         features = list(features.values())
         anchors = self.anchor_generator(images, features)
         losses = self._losses(features, anchors, targets) if self.training else {}
-        with torch.no_grad():  # the losses came first: older torch's autocast keeps a weight that it casts here, without its graph
+        with torch.no_grad():  # after the losses: before pytorch's pull request 165068, autocast kept weights that it cast here
             objectness, deltas = self.head(features)
             counts = [level[0].numel() for level in objectness]
             objectness, deltas = concat_box_prediction_layers(objectness, deltas)
