@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from cellseg_helpers.data.labels import find_instances
+from cellseg_helpers.data.labels import find_boxes
 from cellseg_helpers.data.readers import CellDataset, CellImage
 from cellseg_helpers.data.recipes import RECIPES, augment
 
@@ -96,8 +96,8 @@ class TrainingSet(Dataset):
         per_image = self.counts[:, class_index]
         cell_image = self.dataset[self.indices[rng.choice(len(per_image), p=per_image / per_image.sum())]]
         label_map = cell_image.label_maps[class_index]
-        instances = find_instances(label_map[None])
-        x1, y1, x2, y2 = instances.boxes[rng.integers(len(instances.boxes))]
+        boxes, _, _ = find_boxes(label_map[None])
+        x1, y1, x2, y2 = boxes[rng.integers(len(boxes))]
         return cell_image, (int(y1 + y2) // 2, int(x1 + x2) // 2)
 
 
@@ -143,8 +143,7 @@ def make_target(label_maps: Tensor, boxes_miss_last_pixel: bool = False) -> dict
     With ``boxes_miss_last_pixel`` a box ends at its cell's last pixel row and column instead of behind them, and cells of one row or
     column are left out, as in the released code of reports B, C and E.
     """
-    instances = find_instances(label_maps.numpy())
-    boxes, labels, ids = instances.boxes, instances.labels, instances.ids
+    boxes, labels, ids = find_boxes(label_maps.numpy())
     if boxes_miss_last_pixel:
         boxes = boxes - np.float32([0, 0, 1, 1])
         kept = (boxes[:, 2:] > boxes[:, :2]).all(1)

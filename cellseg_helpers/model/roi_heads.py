@@ -14,7 +14,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
 PATCH_ELEMENTS = 2**24
-CHANNELS_LAST_FROM_PX = 512
+CHANNELS_LAST_FROM_PX = 256
 
 
 @torch.no_grad()
