@@ -275,6 +275,7 @@ def reliability_diagram(table: pd.DataFrame, errors: pd.Series) -> Figure:
     below.set(xlabel="score (mean of a bin)", ylabel="detections")
     if (table["detections"] >= FEWEST_IN_BIN).any():
         below.set_yscale("log")
+        below.yaxis.set_minor_formatter(NullFormatter())
     ax.legend(frameon=False, title="expected calibration error", loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     return fig
 
