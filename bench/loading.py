@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
-from bench.measure import Pair, Row, medians_in_turn, both_megabytes, seconds, times_less, verdict
+from bench.measure import Pair, Row, both_megabytes, medians_in_turn, seconds, times_less, verdict
 from cellseg_helpers.config import resolve_path
 from cellseg_helpers.data.labels import CLASS_NAMES
 from cellseg_helpers.data.readers import CellDataset, locate_data, open_dataset
