@@ -295,7 +295,7 @@ def train_epoch(fabric: Fabric, model, optimizer, schedule, loader: DataLoader, 
     sums = torch.zeros(len(LOSSES), device=fabric.device)
     for images, targets in loader:
         images, targets = to_device(images, targets, fabric.device)
-        losses = _finite_losses(model(images, targets), targets)
+        losses, values = _finite_losses(model(images, targets), targets)
         optimizer.zero_grad()
         fabric.backward(losses.sum())
         if config.gradient_clip_norm:
@@ -303,8 +303,8 @@ def train_epoch(fabric: Fabric, model, optimizer, schedule, loader: DataLoader, 
         optimizer.step()
         schedule.step()
         sums += losses.detach()
-        parts = zip(("objectness", "rpn_box", "class", "box", "mask"), losses.tolist(), strict=True)
-        progress.set_postfix({"loss": f"{losses.sum().item():.2f}"} | {n: f"{v:.2f}" for n, v in parts}, refresh=False)
+        parts = zip(("loss", "objectness", "rpn_box", "class", "box", "mask"), (sum(values), *values), strict=True)
+        progress.set_postfix({name: f"{value:.2f}" for name, value in parts}, refresh=False)
         progress.update()
     means = fabric.all_reduce(sums / len(loader), reduce_op="mean")
     return dict(zip(LOSSES, means.tolist(), strict=True))
@@ -332,7 +332,8 @@ def validation_loss(fabric: Fabric, model, dataset: CellDataset, indices: list[i
     with fabric.autocast():
         for images, targets in make_loader(samples, replace(config, num_workers=0), keys):
             images, targets = to_device(images, targets, fabric.device)
-            totals += [_finite_losses(model.module(images, targets), targets).sum().item()] * len(images)
+            losses, _ = _finite_losses(model.module(images, targets), targets)
+            totals += [losses.sum().item()] * len(images)
     return sum(totals) / len(totals)
 
 
@@ -475,12 +476,13 @@ def _explaining() -> Iterator[None]:
         raise
 
 
-def _finite_losses(losses: dict[str, Tensor], targets: list[dict]) -> Tensor:
-    """The losses as float32 [5], in the order of ``LOSSES``."""
+def _finite_losses(losses: dict[str, Tensor], targets: list[dict]) -> tuple[Tensor, list[float]]:
+    """The losses as float32 [5], in the order of ``LOSSES``, and their values: read once a step, before a GPU has the backward to do."""
     stacked = torch.stack([losses[name].float() for name in LOSSES])
-    if stacked.isfinite().all():
-        return stacked
-    bad = ", ".join(f"{n} = {v}" for n, v in zip(LOSSES, stacked.tolist(), strict=True) if not math.isfinite(v))
+    values = stacked.tolist()
+    if all(map(math.isfinite, values)):
+        return stacked, values
+    bad = ", ".join(f"{n} = {v}" for n, v in zip(LOSSES, values, strict=True) if not math.isfinite(v))
     images = ", ".join(target["image_id"] for target in targets)
     raise TrainingError(
         f"training stopped: {bad} in a batch of images {images}; lower learning_rate, lengthen warmup_steps or set "
