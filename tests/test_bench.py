@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
 from bench import gpu, measure
-from bench.scenes import dense_image, dense_label_maps
+from bench.scenes import dense_image, dense_label_maps, dense_target, with_dense_masks
+from bench.training import torchvision_model
 from cellseg_helpers.config import ROOT
 from cellseg_helpers.data.labels import find_boxes
-from cellseg_helpers.data.recipes import RECIPES, augment
-from cellseg_helpers.data.transforms import make_target
+from cellseg_helpers.data.transforms import SampleKey, TrainingSet, collate
 
 BYTES = 50_000_000
 
@@ -41,8 +42,8 @@ def test_other_results_are_called_so() -> None:
 
 
 def test_work_side_by_side_on_a_gpu_counts_once() -> None:
-    assert gpu.covered_us([(6, 8), (0, 2), (1, 3), (7, 7.5)]) == 5
-    assert gpu.covered_us([]) == 0
+    assert gpu.covered([(6, 8), (0, 2), (1, 3), (7, 7.5)]) == 5
+    assert gpu.covered([]) == 0
 
 
 @given(
@@ -52,26 +53,64 @@ def test_work_side_by_side_on_a_gpu_counts_once() -> None:
 )
 @settings(max_examples=100, deadline=None)
 def test_boxes_made_on_the_device_are_find_boxes(label_maps) -> None:
-    made = gpu.boxes_there(torch.from_numpy(label_maps).to(gpu.DEVICE))
+    made = gpu.boxes_on_device(torch.from_numpy(label_maps).to(gpu.DEVICE))
     for name, expected in zip(("boxes", "labels", "ids"), find_boxes(label_maps), strict=True):
         torch.testing.assert_close(made[name].cpu(), torch.from_numpy(expected), rtol=0, atol=0)
 
 
-def test_crops_augmented_on_the_device_are_those_of_the_workers() -> None:
-    label_maps = torch.from_numpy(dense_label_maps(96, 20))
-    image = torch.from_numpy(dense_image(label_maps.numpy()))
-    [augmented], [target] = gpu.augment_there(([image], [make_target(label_maps) | {"seed": 3}]))
-    expected_image, expected_maps = augment(image, label_maps, RECIPES[gpu.RECIPE], 3)
-    assert (expected_image != image).any()
-    torch.testing.assert_close(augmented.cpu(), expected_image, rtol=0, atol=1)  # rounding of the colours
-    for name, expected in make_target(expected_maps).items():
-        torch.testing.assert_close(target[name].cpu(), expected, rtol=0, atol=0)
+def test_crops_augmented_on_the_device_are_the_workers_samples() -> None:
+    scenes = gpu.Scenes(256)
+    samples = TrainingSet(scenes, [0, 1, 2, 3], 128, 0.5, gpu.RECIPE, seed=3, drop_cut_cells=True)
+    keys = [SampleKey(0, position, position % 4) for position in range(8)]
+    expected_images, expected = collate([samples[key] for key in keys])
+    images, targets = gpu.augment_on_device(collate([gpu.Crops(samples)[key] for key in keys]))
+    assert sum(len(target["boxes"]) for target in expected) > 40
+    for image, expected_image in zip(images, expected_images, strict=True):
+        differs = (image.cpu().int() - expected_image.int()).abs() > 1  # the colours may be rounded otherwise
+        assert differs.float().mean() < 1e-3
+    for target, expected_target in zip(targets, expected, strict=True):
+        assert target.keys() == expected_target.keys()
+        for name, value in expected_target.items():
+            found = target[name]
+            assert torch.equal(found.cpu(), value) if isinstance(value, torch.Tensor) else found == value
 
 
-@pytest.mark.parametrize("way", ["ours", "peer", "augmented_there"])
+@pytest.mark.parametrize("way", ["ours", "peer", "channels_first", "augmented_on_gpu"])
 def test_training_for_the_gpus_table_runs_to_its_end(way, monkeypatch) -> None:
     """On the device at hand, a CPU too: its operations then count as the device's work."""
-    for name, steps in (("WARM_UP", 1), ("STEPS", 2), ("PROFILED", 1), ("AHEAD", 1)):
+    for name, steps in (("WARM_UP", 1), ("TIMED", 2), ("PROFILED", 1), ("AHEAD", 1)):
         monkeypatch.setattr(gpu, name, steps)
-    speed, waiting, busy = gpu.train(64, 1, way)
-    assert speed > 0 and 0 <= waiting < 100 and 0 < busy
+    measured = gpu.train(64, 1, way)
+    assert measured.images_per_s > 0 and 0 <= measured.waiting < 100 and measured.working > 0
+
+
+def test_reference_loop_finds_the_masks_of_over_256_cells_in_bfloat16(monkeypatch) -> None:
+    """torchvision's own, under autocast, takes the numbers of cells as bfloat16, which are exact to 256."""
+    seen = []
+
+    class Batches(list):
+        def update(self) -> None:
+            pass
+
+    def project(masks, boxes, match, size):
+        seen.append((boxes.dtype, match.max().item()))
+        return project_masks_on_boxes(masks, boxes, match, size)
+
+    monkeypatch.setattr("torchvision.models.detection.roi_heads.project_masks_on_boxes", project)
+    target = with_dense_masks(dense_target(dense_label_maps(256, 300)))
+    model = torchvision_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    image = torch.from_numpy(dense_image(dense_label_maps(256, 300)))
+    gpu.train_reference(model, optimizer, schedule, Batches([([image], [target])]), mixed=True)
+    assert seen and all(dtype == torch.float32 for dtype, _ in seen) and seen[0][1] > 256
+
+
+def test_rows_of_a_gpu_say_what_failed(capsys) -> None:
+    reason = gpu.reason(1, "x\nOutOfMemoryError: CUDA out of memory\nhint")
+    failed = gpu.Measured(gpu.NAN, gpu.NAN, gpu.NAN, f"peer failed: {reason}")
+    table = gpu.rows_of(512, 2, "", gpu.Measured(8.0, 0.0, 0.0), failed)
+    assert [row.ours for row in table] == [8.0, 0.0, 0.0] and all(math.isnan(row.ratio) for row in table)
+    assert all(row.note.endswith("peer failed: OutOfMemoryError: CUDA out of memory") for row in table)
+    assert gpu.reason(-9, "") == "SIGKILL" and gpu.reason(3, "") == "exit status 3"
+    assert "8.0" in capsys.readouterr().err

@@ -134,6 +134,20 @@ def test_two_threads_give_the_same_gradients_every_time():
     assert all(torch.equal(level, first) for run in runs for level, first in zip(run, runs[0], strict=True))
 
 
+def test_anchors_keep_their_place_under_mixed_precision():
+    """torchvision's take the features' dtype: in bfloat16, an anchor from 256 px on stands up to a pixel off, from 512 px on two."""
+    model = build_model(RunConfig()).train()
+    images = ImageList(torch.zeros(1, 3, 640, 640), [(640, 640)])
+    features = {str(level): torch.randn(1, 256, 640 // stride, 640 // stride) for level, stride in enumerate((4, 8, 16, 32, 64))}
+    exact = torch.cat(model.rpn.anchor_generator(images, list(features.values())))
+    seen = []
+    model.rpn.anchor_generator.register_forward_hook(lambda module, inputs, output: seen.append(torch.cat(output)))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.rpn(images, {name: level.bfloat16() for name, level in features.items()}, [{"boxes": torch.tensor([[4.0, 6, 20, 30]])}])
+    torch.testing.assert_close(seen[0], exact, rtol=0, atol=0)
+    assert (exact - exact.bfloat16()).abs().max() >= 2
+
+
 @pytest.mark.parametrize("v2", [False, True], ids=["one convolution", "two"])
 def test_mixed_precision_keeps_the_heads_gradients(v2):
     """They are those of 32 bit, rounded, although the proposals' predictions are made without a graph."""

@@ -78,17 +78,18 @@ class TrainingSet(Dataset):
         self.counts = np.asarray(dataset.counts)[indices]
 
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, dict[str, Tensor]]:
+        image, label_maps, image_id, (model_seed, recipe_seed) = self.draw_crop(key)
+        image, label_maps = augment(image, label_maps, self.recipe, recipe_seed)
+        return image, make_target(label_maps, self.boxes_miss_last_pixel) | {"image_id": image_id, "seed": model_seed}
+
+    def draw_crop(self, key: SampleKey) -> tuple[Tensor, Tensor, str, list[int]]:
+        """A sample before its augmentation: image, label maps, the image's name, and the seeds of the model and of the recipe."""
         rng = np.random.default_rng((self.seed, key.epoch, key.position))
         cell_image, center = self.dataset[key.image_index], None
         if rng.random() < self.class_balance and self.counts.any():
             cell_image, center = self._draw_instance(rng)
         image, label_maps = crop(cell_image, self.crop_size_px, center, rng, self.drop_cut_cells)
-        model_seed, recipe_seed = rng.integers(2**63, size=2).tolist()
-        image, label_maps = augment(image, label_maps, self.recipe, recipe_seed)
-        return image, make_target(label_maps, self.boxes_miss_last_pixel) | {
-            "image_id": cell_image.image_id,
-            "seed": model_seed,
-        }
+        return image, label_maps, cell_image.image_id, rng.integers(2**63, size=2).tolist()
 
     def _draw_instance(self, rng: np.random.Generator) -> tuple[CellImage, tuple[int, int]]:
         """An image and the (row, column) of the middle of one of its instances' boxes, balanced over the classes."""

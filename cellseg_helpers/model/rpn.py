@@ -11,6 +11,7 @@ from cellseg_helpers.model.roi_heads import mean_over_processes
 
 ANCHORS_PER_STRIP = 2**12
 IOUS_PER_STRIP = 2**22
+LONGER_ON_GPU = 8  # times: there each strip's some 50 kernels would take longer to launch than to run
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor) -> Tensor:
     best_iou, best_box = boxes.new_zeros(len(anchors)), torch.zeros(len(anchors), dtype=torch.int64, device=boxes.device)
     highest_iou = boxes.new_zeros(len(boxes))
     strips = []
-    length = max(1, min(ANCHORS_PER_STRIP, IOUS_PER_STRIP // max(1, len(boxes))))
+    length = max(1, min(ANCHORS_PER_STRIP, IOUS_PER_STRIP // max(1, len(boxes)))) * (LONGER_ON_GPU if anchors.is_cuda else 1)
     for first in range(0, len(anchors), length):
         strip = slice(first, first + length)
         start, end = anchors[strip, :2].amin(0), anchors[strip, 2:].amax(0)
@@ -104,7 +105,8 @@ class LabelMapRPN(RegionProposalNetwork):
 
     def forward(self, images, features, targets=None):
         features = list(features.values())
-        anchors = self.anchor_generator(images, features)
+        grids = [level.new_empty(0, *level.shape[2:], dtype=torch.float32) for level in features]
+        anchors = self.anchor_generator(images, grids)  # in the features' bfloat16 they would be whole pixels off
         losses = self._losses(features, anchors, targets) if self.training else {}
         with torch.no_grad():  # after the losses: before pytorch's pull request 165068, autocast kept weights that it cast here
             objectness, deltas = self.head(features)
