@@ -6,6 +6,7 @@ pinned memory, bytes to copy in place of floats, and anchors in 32 bit (``train_
 own:
 
     python -m bench.gpu 512 2 ours        side of the crops, px; batch; one of WAYS
+    python -m bench.gpu                   all of them, each row as soon as it is measured
 
 prints images a second, and of the time, in %, the share in which the loop waits for a batch and the share in which the GPU works.
 Ours asks for a batch while the GPU still has the last step to do, so that it may wait and the GPU not.
@@ -288,11 +289,13 @@ def rows_of(side_px: int, batch_size: int, variant: str, ours: Measured, peer: M
         Row(f"{name}: waiting for the loader", waiting, peer.waiting, "%", times_less(waiting, peer.waiting), "", note),
         Row(f"{name}: GPU works", working, peer.working, "%", times_less(peer.working, working), "", f"goal 95 %; {note}"),
     ]
-    print(*table, sep="\n", file=sys.stderr, flush=True)  # what is measured stays, whatever comes after
+    print(*table, sep="\n", file=sys.stderr, flush=True)
     return table
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.exit("" if rows() else "torch finds no CUDA GPU")
     _, side, batch, chosen = sys.argv
     if chosen not in WAYS:
         sys.exit(f"{chosen!r} is none of {', '.join(WAYS)}")

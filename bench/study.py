@@ -4,6 +4,8 @@ The job is the study's own (``jobs run`` on ``02_train``, with one thread), from
 the machine. Its notebook is a copy with a cell in front, ``install()``, and one behind, ``save()``: they time the package's calls
 from outside. The network is the model's whole forward (with proposals, matching and NMS), in training and in prediction, and the
 backward.
+
+    python -m bench.study        all training jobs of the quick study, one for each core at a time, into outputs/bench_study.csv
 """
 
 import json
@@ -14,19 +16,22 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 
 from bench.measure import ROOT, Row, seconds
 from cellseg_helpers.config import resolve_path
 from cellseg_helpers.data.readers import open_dataset
-from cellseg_helpers.study import RUNS, parameter_files, settings
+from cellseg_helpers.study import RUNS, parameter_files, run_keys, settings
 
 NETWORK = ("forward", "backward")
-KEY, SCALE, DATA, SEED = "c/final", "quick", "drawn", 0
+SCALE, DATA, SEED = "quick", "drawn", 0
+KEY = "c/final"  # the job that stands for them in `make bench`
 TABLES = "outputs/tables"
 PARTS_FILE = "BENCH_PARTS"  # environment variable: where the kernel's ``save`` writes
 ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")}  # as Snakefile's rule train
@@ -70,12 +75,11 @@ def install() -> None:
     from cellseg_helpers.analysis import plots
     from cellseg_helpers.model import build
 
-    optimizer = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD}[settings(KEY, SCALE, DATA, SEED).optimizer]
     for owner, names, part in (
         (build.LabelMapMaskRCNN, ["forward"], "forward"),
         (Fabric, ["backward"], "backward"),
         (Fabric, ["clip_gradients"], "optimizer"),
-        (optimizer, ["step"], "optimizer"),
+        (optim.AdamW, ["step"], "optimizer"),  # of every run of this scale
         (_BaseDataLoaderIter, ["__next__"], "samples"),
         (engine, ["open_data", "split_dataset", "to_coco"], "data"),
         (engine, ["build_model", "make_fabric", "make_optimizer"], "building"),
@@ -95,15 +99,15 @@ def save() -> None:
     Path(os.environ[PARTS_FILE]).write_text(json.dumps(PARTS.seconds))
 
 
-def run_job(folder: Path) -> dict[str, float]:
-    """Seconds of each part of the job, and ``total``; nothing that it writes is left outside of ``folder``."""
+def run_job(key: str, folder: Path) -> dict[str, float]:
+    """Seconds of each part of the job of a run, and ``total``; nothing that it writes is left outside of ``folder``."""
     notebook = nbformat.read(ROOT / "notebooks" / "02_train.ipynb", as_version=4)
     first, last = (nbformat.v4.new_code_cell(f"import bench.study\n\nbench.study.{name}()") for name in ("install", "save"))
     notebook.cells = [first, *notebook.cells, last]
     nbformat.write(notebook, folder / "02_train.ipynb")
-    name = f"bench-{os.getpid()}"
+    name = f"bench-{os.getpid()}-{key.replace('/', '-')}"
     command = [sys.executable, "-m", "cellseg_helpers.jobs", "run", folder / "02_train.ipynb", folder / f"{name}.ipynb"]
-    command += ["--log", folder / "jobs.csv", "--gpu", "--train", "-f", *parameter_files(KEY, SCALE)]
+    command += ["--log", folder / "jobs.csv", "--gpu", "--train", "-f", *parameter_files(key, SCALE)]
     command += ["-r", "data", DATA, "-r", "run_name", name, "-p", "seed", SEED]
     ours = {PARTS_FILE: str(folder / "parts.json"), "PYTHONPATH": str(ROOT), "STUDY_PROCESS": str(os.getpid())}
     try:
@@ -126,18 +130,40 @@ def clean_up(run_name: str) -> None:
             resolve_path(folder).rmdir()
 
 
+def measure(key: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        return run_job(key, Path(folder))
+
+
+def share_outside(parts: Any) -> Any:
+    """%; of a dictionary of seconds, or of a table with a row for each job."""
+    return 100 - 100 * sum(parts[part] for part in NETWORK) / parts["total"]
+
+
 def rows() -> list[Row]:
     config = settings(KEY, SCALE, DATA, SEED)
     open_dataset(config.data)  # drawn and decoded once for all the study's trainings
-    with tempfile.TemporaryDirectory() as folder:
-        parts = run_job(Path(folder))
-    total = parts.pop("total")
-    shares = {part: 100 * taken / total for part, taken in sorted(parts.items(), key=lambda item: -item[1])}
-    outside = sum(share for part, share in shares.items() if part not in NETWORK)
-    listed = ", ".join(f"{part} {share:.1f}" for part, share in shares.items())
+    parts = measure(KEY)
+    outside, total = share_outside(parts), parts.pop("total")
+    listed = ", ".join(f"{part} {100 * taken / total:.1f}" for part, taken in sorted(parts.items(), key=lambda item: -item[1]))
     note = (
         f"goal < 25 %; one run of {KEY}, {config.epochs} x {config.steps_per_epoch} steps, one thread, "
         f"{total:.0f} s from the job's start to its end; of it, in %: {listed}"
     )
     nan = float("nan")
     return [Row("study: share of a training job outside the network", outside, nan, "%", nan, "", note)]
+
+
+def main() -> None:
+    open_dataset(DATA)
+    keys = run_keys(SCALE)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        table = pd.DataFrame(pool.map(measure, keys), index=pd.Index(keys, name="run"))
+    table.loc["all"] = table.sum()
+    table.insert(0, "outside_percent", share_outside(table))
+    table.to_csv(ROOT / "outputs" / "bench_study.csv", float_format="%.2f")
+    print(table.round(1).to_string())
+
+
+if __name__ == "__main__":
+    main()
