@@ -41,6 +41,11 @@ TOLD_ELSEWHERE = ("CalledProcessError", "At least one job did not complete succe
 TABLE_RULES = ("tables", "findings", "page")
 NOTHING_TO_DO = "Nothing to do: everything is there, and newer than what it comes from."
 PR_SET_PDEATHSIG = 1
+KERNEL_OPTIONS = [
+    "--IPKernelApp.log_level=CRITICAL",
+    # With its own threshold, Python looks for garbage a thousand times while torch is imported: a sixth of the time to the first cell.
+    "--IPKernelApp.exec_lines=import gc; gc.set_threshold(10_000); del gc",
+]
 
 
 class StudyError(ValueError):
@@ -198,7 +203,7 @@ def _execute(notebook: Path, running: Path, parameters: dict[str, Any]) -> tuple
         try:
             executed = papermill.execute_notebook(
                 notebook, running, parameters, cwd=ROOT / "notebooks", progress_bar=False, kernel_manager_class=KernelManager,
-                shutdown_kernel="immediate", extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+                shutdown_kernel="immediate", extra_arguments=KERNEL_OPTIONS,
             )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             return None, _sentence(error.ename, error.evalue)

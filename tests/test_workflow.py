@@ -200,6 +200,14 @@ def test_a_job_writes_its_notebook_whole_or_not_at_all(tmp_path):
     assert output.with_suffix(".failed.ipynb").exists() and not output.with_suffix(".running.ipynb").exists()
 
 
+def test_a_jobs_kernel_looks_for_garbage_more_seldom_and_has_no_names_of_ours(tmp_path):
+    notebook, output = tmp_path / "note.ipynb", tmp_path / "out.ipynb"
+    write_notebook(notebook, "print('gc' in globals())\nimport gc\nprint(gc.get_threshold()[0])")
+    assert call(ROOT, "cellseg_helpers.jobs", "run", str(notebook), str(output)).returncode == 0
+    (shown,) = nbformat.read(output, 4).cells[-1].outputs
+    assert shown.text == "False\n10000\n"
+
+
 def test_gpus_are_taken_one_a_job(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5")

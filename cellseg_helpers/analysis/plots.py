@@ -95,7 +95,7 @@ def sizes_against_anchors(instances: pd.DataFrame, anchor_sizes: Sequence[float]
     return fig
 
 
-def seldom(draw: Callable[[pd.DataFrame], None], every_s: float = 15.0) -> Callable[[pd.DataFrame], None]:
+def seldom(draw: Callable[[pd.DataFrame], None], every_s: float = 30.0) -> Callable[[pd.DataFrame], None]:
     """``draw``, left out where it ended less than ``every_s`` seconds ago: a picture can take as long as a training step."""
     drawn = -math.inf
 
