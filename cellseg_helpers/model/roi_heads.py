@@ -21,16 +21,16 @@ CHANNELS_LAST_FROM_PX = 256
 def mask_targets(label_maps: Tensor, labels: Tensor, ids: Tensor, boxes: Tensor, size: int) -> Tensor:
     """Mask R-CNN's mask targets, read from label maps.
 
-    Equal to torchvision's ``project_masks_on_boxes``, which RoI-aligns (sampling_ratio -1, aligned False) the dense mask of each
-    box's instance. RoIAlign averages bilinear samples on a regular grid, so it is separable: with A_y, A_x [size, span] the
-    averaged bilinear weights of a box's rows and columns, its target is ``A_y 1[label_map = id] A_x^T``. Only the label map
-    under the box is read, and boxes of like span are done together.
+    Its oracle is torchvision's ``project_masks_on_boxes``, which RoI-aligns (He et al., "Mask R-CNN", 2017; here sampling_ratio -1,
+    aligned False) the dense mask of each box's instance. RoIAlign averages bilinear samples on a regular grid, so it is separable:
+    with A_y, A_x [size, span] the averaged bilinear weights of a box's rows and columns, its target is
+    ``A_y 1[label_map = id] A_x^T``. Only the label map under the box is read, and boxes of like span are done together.
 
     Args:
         label_maps: int [K, H, W].
         labels: int64 [P], class 1..K of each box's instance.
         ids: int [P], its instance id in that class's map.
-        boxes: float32 [P, 4], x1, y1, x2, y2 px, inside the image.
+        boxes: float32 [P, 4], x1, y1, x2, y2 px; what lies outside the image is background.
         size: target side, 28 in Mask R-CNN.
 
     Returns:
@@ -72,7 +72,7 @@ def _axis_weights(start: Tensor, end: Tensor, size: int, span: int, length: int)
     first = start.floor().clamp(0, length - 1)
     pixels = first[:, None] + torch.arange(span, device=start.device, dtype=start.dtype)
     bilinear = (1 - (position.clamp(0, length - 1)[..., None] - pixels[:, None, None, :]).abs()).clamp(min=0)
-    counts = (sample < samples[:, None, None]) & (position <= length)
+    counts = (sample < samples[:, None, None]) & (position >= -1) & (position <= length)
     weights = (bilinear * counts[..., None]).sum(2) / samples[:, None, None]
     return pixels.long().clamp(max=length - 1), weights
 
