@@ -25,6 +25,7 @@ import psutil
 
 from bench.measure import ROOT, Row
 from cellseg_helpers.config import resolve_path
+from cellseg_helpers.runs import provenance
 
 BENCHMARKS = ("loading", "augmentation", "training", "prediction", "evaluation", "study", "startup", "gpu")
 PACKAGES = (
@@ -54,6 +55,7 @@ def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return {
+        "code_version": provenance()["code_version"],
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),

@@ -1,7 +1,7 @@
 """Where the wall time of a quick training goes: the share of a job of the study spent outside the network's forward and backward.
 
-The job is the study's own (``jobs run`` on ``02_train``, with one thread), from the start of its process to its end, alone on
-the machine. Its notebook is a copy with a cell in front, ``install()``, and one behind, ``save()``: they time the package's calls
+The job is the study's own (``jobs run`` on ``02_train``, with one thread), from the start of its process to its end; in
+``make bench`` one, alone on the machine. Its notebook is a copy with a cell in front, ``install()``, and one behind, ``save()``: they time the package's calls
 from outside. The network is the model's whole forward (with proposals, matching and NMS), in training and in prediction, and the
 backward.
 
@@ -148,7 +148,7 @@ def rows() -> list[Row]:
     listed = ", ".join(f"{part} {100 * taken / total:.1f}" for part, taken in sorted(parts.items(), key=lambda item: -item[1]))
     note = (
         f"goal < 25 %; one run of {KEY}, {config.epochs} x {config.steps_per_epoch} steps, one thread, "
-        f"{total:.0f} s from the job's start to its end; of it, in %: {listed}"
+        f"{total:.0f} s from the job's start to its end; of it, in %: {listed}; reasons and what was tried: bench/README.md"
     )
     nan = float("nan")
     return [Row("study: share of a training job outside the network", outside, nan, "%", nan, "", note)]

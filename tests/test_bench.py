@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
+from bench import __main__ as bench_main
 from bench import gpu, measure
 from bench.scenes import dense_image, dense_label_maps, dense_target, with_dense_masks
 from bench.training import torchvision_model
@@ -75,7 +77,7 @@ def test_crops_augmented_on_the_device_are_the_workers_samples() -> None:
             assert torch.equal(found.cpu(), value) if isinstance(value, torch.Tensor) else found == value
 
 
-@pytest.mark.parametrize("way", ["ours", "peer", "channels_first", "augmented_on_gpu"])
+@pytest.mark.parametrize("way", ["ours", "peer", "channels_first", "augmented_on_gpu", "float32"])
 def test_training_for_the_gpus_table_runs_to_its_end(way, monkeypatch) -> None:
     """On the device at hand, a CPU too: its operations then count as the device's work."""
     for name, steps in (("WARM_UP", 1), ("TIMED", 2), ("PROFILED", 1), ("AHEAD", 1)):
@@ -114,3 +116,14 @@ def test_rows_of_a_gpu_say_what_failed(capsys) -> None:
     assert all(row.note.endswith("peer failed: OutOfMemoryError: CUDA out of memory") for row in table)
     assert gpu.reason(-9, "") == "SIGKILL" and gpu.reason(3, "") == "exit status 3"
     assert "8.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("identical", "note", "code"), [("5 of 5", "", 0), ("OTHER: 4 of 5", "", 1), ("", "failed: no memory", 1)])
+def test_bench_writes_its_table_and_fails_where_results_differ(identical, note, code, tmp_path, monkeypatch, capsys) -> None:
+    row = measure.Row("a thing", 1.0, 20.0, "s", 20.0, identical, note)
+    monkeypatch.setattr(bench_main, "run", lambda name, sample: [row])
+    monkeypatch.setattr(sys, "argv", ["bench", "prediction", "--out", str(tmp_path / "bench.csv")])
+    assert bench_main.main() == code
+    (written,) = pd.read_csv(tmp_path / "bench.csv", keep_default_na=False).to_dict("records")
+    assert written == row._asdict()
+    assert "a thing" in capsys.readouterr().out and (tmp_path / "bench.json").exists()

@@ -209,6 +209,24 @@ def test_boxes_stay_float32_under_mixed_precision():
     assert found["masks"].dtype == found["scores"].dtype == torch.float32
 
 
+def test_channels_last_images_give_the_same_features_and_gradients():
+    """Both orders of memory, at a size at which the model takes its images channels last; in double, or roundings turn some ReLU."""
+    model = build_model(RunConfig()).double().train()
+    image = torch.rand(3, 256, 256, dtype=torch.float64)
+    batch = model.transform([image])[0].tensors
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    results = []
+    for images in (batch.contiguous(), batch):
+        model.zero_grad()
+        features = model.backbone(images)
+        sum((level * torch.linspace(-1, 1, level.numel()).view_as(level)).sum() for level in features.values()).backward()
+        gradients = [parameter.grad.clone() for parameter in model.backbone.parameters() if parameter.grad is not None]
+        results.append([level.detach() for level in features.values()] + gradients)
+    assert len(results[0]) > 50
+    for first, last in zip(*results, strict=True):
+        assert (first - last).norm() <= 1e-9 * first.norm()
+
+
 def test_mask_batch_size_bounds_the_mask_heads_work():
     model = build_model(RunConfig(mask_batch_size_per_image=3)).train()
     seen = []
