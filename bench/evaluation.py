@@ -18,7 +18,7 @@ from bench.large_run import draw_run
 from bench.measure import Pair, Row, both_megabytes, times_less, verdict
 from cellseg_helpers.analysis.metrics import COCO_MAX_DETS, CocoScores, at_max_dets, score_coco, summarize
 
-IMAGES, FEWER_IMAGES = 100, 20
+IMAGES, FEWER_IMAGES = 100, 10
 DETECTIONS_PER_IMAGE = 500
 TOLERANCE = 1e-9
 

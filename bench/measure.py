@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,10 +91,14 @@ def megabytes(pair: str, side: str) -> float:
 
 
 def both_megabytes(pair: str) -> tuple[float, float]:
-    """``megabytes`` of ours and of the peer, at the same time: other than seconds, they do not mind."""
+    """``megabytes`` of ours and of the peer."""
+    return all_megabytes([(pair, "ours"), (pair, "peer")])
+
+
+def all_megabytes(calls: Sequence[tuple[str, str]]) -> tuple[float, ...]:
+    """``megabytes`` of each pair and side, two at a time: other than seconds, they do not mind."""
     with ThreadPoolExecutor(2) as pool:
-        ours, peer = pool.map(partial(megabytes, pair), ("ours", "peer"))
-    return ours, peer
+        return tuple(pool.map(megabytes, *zip(*calls, strict=True)))
 
 
 def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:

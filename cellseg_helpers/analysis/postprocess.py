@@ -116,6 +116,7 @@ def smooth_masks(detections: list[dict[str, Any]], sigma_px: float) -> list[dict
     _check_length("sigma_px", sigma_px)
 
     def smooth(stack: np.ndarray) -> np.ndarray:
+        """scipy's ``gaussian_filter``, its oracle: a Gaussian is separable, so ``G_x mask G_y``, the filter of a unit matrix each."""
         along_x, along_y = (ndimage.gaussian_filter(np.eye(size), (sigma_px, 0), mode="constant") for size in stack.shape[1:])
         return along_x @ stack @ along_y >= 0.5
 
@@ -259,7 +260,12 @@ def _erode(stack: np.ndarray, radius_px: float) -> np.ndarray:
 
 
 def _combine_in_disk(stack: np.ndarray, radius_px: float, combine: np.ufunc) -> np.ndarray:
-    """Each pixel combined with those at a distance of at most ``radius_px``; in a margin also with those of other rows."""
+    """Each pixel combined with those at a distance of at most ``radius_px``; in a margin also with those of other rows.
+
+    Dilation is the union of the mask shifted by every offset of a disk, erosion the intersection (Serra, Image Analysis and
+    Mathematical Morphology, 1982); a shift by (dx, dy) is one by ``dx h + dy`` in the line of all pixels. The oracles are
+    skimage's ``closing`` and ``opening`` of each mask (``tests/test_postprocess.py``).
+    """
     reach = math.floor(radius_px)
     offsets = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     dx, dy = offsets[:, (offsets**2).sum(axis=0) <= radius_px**2]
@@ -272,12 +278,13 @@ def _combine_in_disk(stack: np.ndarray, radius_px: float, combine: np.ufunc) -> 
 
 
 def _fill(stack: np.ndarray) -> np.ndarray:
+    """scipy's ``binary_fill_holes`` of each plane, its oracle: what is not connected with the outside is filled."""
     background, _ = ndimage.label(~stack.reshape(-1, stack.shape[2]))
     return background.reshape(stack.shape) != 1  # the margins join all planes' outsides to one component, the first
 
 
 def _largest_components(stack: np.ndarray) -> np.ndarray:
-    """Of each plane, none of which is empty; of more than one plane the margins are needed."""
+    """Of each plane, none of which is empty; of more than one plane the margins are needed. Oracle: ``measure.label``, mask by mask."""
     components = connected_components(stack.reshape(-1, stack.shape[2])).reshape(stack.shape)
     areas_px = np.bincount(components.ravel())
     if len(areas_px) == len(stack) + 1:

@@ -84,7 +84,11 @@ def sweep(matches: Matches, score_thresholds: Sequence[float], max_dets: int) ->
 
 
 def count_by_threshold(matches: Matches, score_thresholds: Sequence[float]) -> CountsByThreshold:
-    """Detections, matched detections and cells of each image, class and threshold."""
+    """Detections, matched detections and cells of each image, class and threshold.
+
+    Each row counts once, at the number of thresholds that its score reaches; those at threshold t are the sum of all that reach t or
+    more. The same as ``keep_scores`` at each threshold, its oracle.
+    """
     images, classes, steps = len(matches.image_ids), len(matches.class_names), len(score_thresholds)
     order = np.argsort(score_thresholds)
 

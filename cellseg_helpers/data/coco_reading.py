@@ -127,7 +127,7 @@ def read_masks(image: CocoImage) -> tuple[list[dict[str, Any]], list[tuple[str, 
 
 
 def draw_label_maps(image: CocoImage, rles: list[dict[str, Any]]) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """The masks of an image, as ``read_masks`` gives them, as label maps.
+    """The masks of an image, as ``read_masks`` gives them, as label maps: the largest is drawn first, so that a smaller one lies on it.
 
     Returns:
         int32 [K, H, W]: the n-th annotation of a class has the id n; and (where, problem) of annotations that kept no pixel.

@@ -99,7 +99,11 @@ def encode_box_mask(mask: np.ndarray, x0: int, y0: int, height: int, width: int)
 
 
 def encode_box_masks(masks: Sequence[tuple[np.ndarray, int, int]], sizes: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """``encode_box_mask`` of N masks, at once and so much faster than one by one; equal to pycocotools' ``encode`` of whole masks.
+    """``encode_box_mask`` of N masks, at once and so much faster than one by one; its oracle is pycocotools' ``encode`` of whole masks.
+
+    The boxes lie one behind another in one line of pixels, column after column, in which a run starts and ends where two neighbours
+    differ. Pixel i of a box h px high (h + 1 with the empty pixel that ends each column's runs) stands in the image, H px high, at
+    ``(x0 + i div h) H + y0 + i mod h``, COCO's order of pixels (``rleEncode`` of the COCO API's maskApi.c).
 
     Args:
         masks: mask (bool [h, w]), x0, y0 of each, as ``decode_in_boxes`` gives them.
@@ -155,7 +159,12 @@ def decode_in_box(rle: dict[str, Any]) -> tuple[np.ndarray, int, int]:
 
 
 def decode_in_boxes(rles: Sequence[dict[str, Any]]) -> list[tuple[np.ndarray, int, int]]:
-    """``decode_in_box`` of N RLEs, at once and so much faster than one by one; the masks are views of one buffer."""
+    """``decode_in_box`` of N RLEs, at once and so much faster than one by one; the masks are views of one buffer.
+
+    A mask is the running sum of +1 at each run's first pixel and -1 behind its last (``rleDecode`` of the COCO API's maskApi.c), over
+    the pixels of its box alone: pixel p of an image H px high is in a box h px high at ``(p div H - x0) h + p mod H - y0``. The oracle
+    is pycocotools' ``decode`` of the whole image, cut to the box.
+    """
     height = np.array([rle["size"][0] for rle in rles], np.int64)
     starts, ends, runs = _read_counts([rle["counts"] for rle in rles])
     x0, y0, box_width, box_height = _tight_boxes(starts, ends, runs, height).T
@@ -171,7 +180,11 @@ def decode_in_boxes(rles: Sequence[dict[str, Any]]) -> list[tuple[np.ndarray, in
 
 
 def mask_boxes(rles: Sequence[dict[str, Any]]) -> np.ndarray:
-    """The tight boxes of N RLEs: int64 [N, 4], x, y, width, height, px; all 0 for an empty mask."""
+    """The tight boxes of N RLEs: int64 [N, 4], x, y, width, height, px; all 0 for an empty mask. Oracle: the decoded masks' extents.
+
+    Runs go down the columns: a box's left and right are the columns of its first and last run, its top and bottom the extremes of
+    all runs, of which one that reaches into the next column spans all rows.
+    """
     starts, ends, runs = _read_counts([rle["counts"] for rle in rles])
     return _tight_boxes(starts, ends, runs, np.array([rle["size"][0] for rle in rles], np.int64))
 
@@ -236,7 +249,7 @@ def _read_counts(texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray, 
 
 
 def run_lengths(texts: Sequence[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """The lengths of N masks' runs from their compressed counts, which are taken to be well-formed.
+    """The lengths of N masks' runs from their compressed counts, which are taken to be well-formed: COCO's ``rleFrString``, see above.
 
     Returns:
         int64 [R, 2]: background, then mask, px, row after row and mask after mask; int64 [N]: each mask's rows.

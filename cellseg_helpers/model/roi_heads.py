@@ -197,6 +197,7 @@ class LabelMapTransform(GeneralizedRCNNTransform):
             self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32))
 
     def resize(self, image, target=None):
+        """torchvision's, its oracle, of label maps in place of masks: the same pixels are taken of both (nearest)."""
         if not self.max_size:
             return image, target
         height, width = image.shape[-2:]

@@ -16,7 +16,7 @@ LONGER_ON_GPU = 8  # times: there each strip's some 50 kernels would take longer
 
 @torch.no_grad()
 def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor) -> Tensor:
-    """``matcher(box_iou(boxes, anchors))``, the same matches without the matrix of all IoUs.
+    """``matcher(box_iou(boxes, anchors))``, its oracle: the same matches (Ren et al., "Faster R-CNN", 2015) without all IoUs' matrix.
 
     Anchors come row by row of each pyramid level, so some thousand in turn cover a strip of the image; boxes that do not reach
     into it have IoU 0 with all of them. An anchor's match needs only its own column of the matrix. The low-quality rule, by
