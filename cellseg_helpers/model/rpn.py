@@ -11,7 +11,7 @@ from cellseg_helpers.model.roi_heads import mean_over_processes
 
 ANCHORS_PER_STRIP = 2**12
 IOUS_PER_STRIP = 2**22
-LONGER_ON_GPU = 8  # times: there each strip's some 50 kernels would take longer to launch than to run
+LONGER_ON_GPU = 8  # times: each strip launches some 50 kernels there; a guess, no GPU has measured it
 
 
 @torch.no_grad()
