@@ -6,12 +6,12 @@
 import ctypes
 import importlib
 import math
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,26 +79,28 @@ def seconds(call: Callable[[], Any]) -> float:
 def megabytes(pair: str, side: str) -> float:
     """MB that one call adds at its peak to its process's memory (on a GPU: to the tensors on it), in a fresh process.
 
+    The process is forked from one that has imported torch and the package, and done nothing else.
+
     Args:
         pair: ``module:function`` that makes a ``Pair``.
         side: ``ours`` or ``peer``.
     """
-    command = [sys.executable, "-m", "bench.measure", pair, side]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return int(done.stdout.split()[-1]) / MEGABYTE
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.scenes"])
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(added_bytes, pair, side).result() / MEGABYTE
 
 
 def both_megabytes(pair: str) -> tuple[float, float]:
-    """``megabytes`` of ours and of the peer."""
-    return all_megabytes([(pair, "ours"), (pair, "peer")])
+    """``megabytes`` of ours and of the peer, one after the other."""
+    return megabytes(pair, "ours"), megabytes(pair, "peer")
 
 
-def all_megabytes(calls: Sequence[tuple[str, str]]) -> tuple[float, ...]:
-    """``megabytes`` of each pair and side, two at a time: other than seconds, they do not mind."""
-    with ThreadPoolExecutor(2) as pool:
-        return tuple(pool.map(megabytes, *zip(*calls, strict=True)))
+def added_bytes(pair: str, side: str) -> int:
+    """``peak_bytes`` of one call of a side of a pair, named as in ``megabytes``, in this process."""
+    module, function = pair.split(":")
+    measured: Pair = getattr(importlib.import_module(module), function)()
+    return peak_bytes(getattr(measured, side), measured.device)
 
 
 def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
@@ -126,6 +128,4 @@ def _synchronize() -> None:
 
 
 if __name__ == "__main__":
-    module, function = sys.argv[1].split(":")
-    measured: Pair = getattr(importlib.import_module(module), function)()
-    print(peak_bytes(getattr(measured, sys.argv[2]), measured.device))
+    print(added_bytes(*sys.argv[1:]))

@@ -5,7 +5,7 @@ Both sides have the same weights, anchors, proposals, samples and losses; torchv
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image
 
-from bench.measure import Pair, Row, all_megabytes, both_megabytes, seconds, seconds_in_turn, times_less, verdict
+from bench.measure import Pair, Row, both_megabytes, megabytes, seconds, seconds_in_turn, times_less, verdict
 from bench.scenes import MASK_SIDE, dense_image, dense_label_maps, dense_target, with_dense_masks
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.labels import CLASS_NAMES
@@ -206,19 +206,12 @@ matches_of_eight_ratios = partial(anchor_matches, REPORT_A, iou_in_chunks)
 
 def rows() -> list[Row]:
     repeats, steps = (5, 5) if DEVICE.type == "cuda" else (3, 2)
-    names = ("targets_with_masks", "anchor_matches", "step_of_few")
-    pairs = [(f"bench.training:{name}", side) for name in names for side in ("ours", "peer")]
-    *small, eight = all_megabytes([*pairs, ("bench.training:matches_of_eight_ratios", "ours")])
-    return [
-        *rows_of_mask_targets(repeats, *small[:2]),
-        *rows_of_matching(repeats, *small[2:4], eight),
-        row_of_roi_align(repeats),
-        *rows_of_steps(steps, small[4:]),
-    ]
+    return [*rows_of_mask_targets(repeats), *rows_of_matching(repeats), row_of_roi_align(repeats), *rows_of_steps(steps)]
 
 
-def rows_of_mask_targets(repeats: int, ours_mb: float, peer_mb: float) -> list[Row]:
+def rows_of_mask_targets(repeats: int) -> list[Row]:
     ours, peer, alike = seconds_in_turn(targets_of_boxes(), repeats)
+    ours_mb, peer_mb = both_megabytes("bench.training:targets_with_masks")
     note = f"{POSITIVES} boxes, {SCENE}; project_masks_on_boxes"
     time, memory = f"goal: not slower; {note}, without making its masks", f"goal 20x; {note}, with its masks"
     return [
@@ -227,12 +220,14 @@ def rows_of_mask_targets(repeats: int, ours_mb: float, peer_mb: float) -> list[R
     ]
 
 
-def rows_of_matching(repeats: int, ours_mb: float, peer_mb: float, eight_mb: float) -> list[Row]:
+def rows_of_matching(repeats: int) -> list[Row]:
     ours, peer, alike = seconds_in_turn(anchor_matches(), 1)
+    ours_mb, peer_mb = both_megabytes("bench.training:anchor_matches")
     eight = matches_of_eight_ratios()
     matched = eight.ours()
     alike_eight = eight.identical(matched, eight.peer())
     anchors = len(matched[0][0])
+    eight_mb = megabytes("bench.training:matches_of_eight_ratios", "ours")
     eight_seconds = statistics.median(seconds(eight.ours) for _ in range(repeats))
     note = f"three ratios, {SCENE}; torchvision's assign_targets_to_anchors; one timed after a warm-up"
     matrix = f"{4e-9 * CELLS * anchors:.1f} GB of IoUs alone, on the way to them 8 times that"
@@ -253,9 +248,9 @@ def row_of_roi_align(repeats: int) -> Row:
     return Row("RoIAlign: forward and backward", ours, peer, "s", times_less(ours, peer), alike, note)
 
 
-def rows_of_steps(steps: int, few: Sequence[float]) -> list[Row]:
+def rows_of_steps(steps: int) -> list[Row]:
     ours, peer, alike = seconds_in_turn(step(CELLS), steps)
-    many = both_megabytes("bench.training:step_of_many")
+    few, many = both_megabytes("bench.training:step_of_few"), both_megabytes("bench.training:step_of_many")
     ours_mb, peer_mb = many[0] - few[0], many[1] - few[1]
     note = f"goal 2.5x; ResNet-50, {SCENE}, SGD; {steps} timed after a warm-up; maskrcnn_resnet50_fpn without its resizing, channels first as it comes, ours last"
     peaks = f"ours {many[0]:.0f} - {few[0]:.0f} MB, peer {many[1]:.0f} - {few[1]:.0f} MB"
