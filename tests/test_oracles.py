@@ -5,9 +5,12 @@ wholly outside the image.
 """
 
 import copy
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -15,6 +18,9 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from scenes import CLASS_NAMES
 from test_metrics import by_pycocotools, with_nan
+from test_postprocess import REFINEMENTS, detection, masks_of, on_large_canvas
+from test_readers import add_image
+from test_thresholds import simulated
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.models.detection._utils import Matcher
@@ -24,9 +30,11 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_iou, masks_to_boxes
 from torchvision.transforms import v2
 
-from cellseg_helpers.analysis.metrics import score_coco
+from cellseg_helpers.analysis.metrics import match_detections, score_coco
 from cellseg_helpers.analysis.resampling import bootstrap_ap50, bootstrap_summary, draw_images
+from cellseg_helpers.analysis.thresholds import count_by_threshold, keep_scores
 from cellseg_helpers.data.labels import encode_box_masks, encode_instances, find_instances
+from cellseg_helpers.data.readers import open_dataset
 from cellseg_helpers.data.recipes import RECIPES, augment
 from cellseg_helpers.data.transforms import make_target
 from cellseg_helpers.inference import paste_in_boxes, predict
@@ -276,6 +284,71 @@ def test_joined_tiles_equal_the_whole_image(height, width, tile_size_px, share, 
     whole, joined = (predict(ReadsColours(), image, size, 16) for size in (0, tile_size_px))
     assert len(whole) == len(np.unique(label_map[label_map > 0]))
     assert joined == whole
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(list(REFINEMENTS)), st.lists(scenes(), min_size=1, max_size=2))
+@example("open 2", [borders(), EMPTY])
+@example("close 5", [borders(), EMPTY])
+@example("fill", [borders(), EMPTY])
+@example("largest", [borders(), EMPTY])
+@example("smooth 1", [borders(), EMPTY])
+def test_refined_masks_equal_those_of_scipy_and_skimage(name, images):
+    """Masks of images of several sizes in one list, each by itself on a canvas that no mask leaves."""
+    step, oracle = REFINEMENTS[name]
+    masks = [mask for label_maps in images for mask in dense(label_maps)[2].numpy()]
+    refined = step([detection(mask, number=number) for number, mask in enumerate(masks)])
+    expected = {number: on_large_canvas(oracle)(mask) for number, mask in enumerate(masks)}
+    assert [result["number"] for result in refined] == [number for number, mask in expected.items() if mask.any()]
+    for result, mask in zip(refined, masks_of(refined), strict=True):
+        assert np.array_equal(mask, expected[result["number"]])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5), seeds, st.lists(st.sampled_from((0, 0.1, 0.3, 0.35, 0.9, 1)), min_size=1, max_size=6))
+def test_counts_by_threshold_equal_those_of_what_each_keeps(images, seed, limits):
+    """Scores of one decimal, many of them equal and many at a threshold; thresholds in any order, some twice."""
+
+    def score(rng):
+        return round(rng.random(), 1)
+
+    matches = match_detections(*simulated(images, seed, score, score))
+    counts = count_by_threshold(matches, limits)
+    index = pd.MultiIndex.from_product([matches.image_ids, list(matches.class_names)])
+
+    def table(rows):
+        return rows.groupby(["image_id", "class_id"]).size().reindex(index, fill_value=0).to_numpy().reshape(counts.cells.shape)
+
+    np.testing.assert_array_equal(counts.cells, table(matches.truths))
+    for place, limit in enumerate(limits):
+        kept = keep_scores(matches, limit)
+        np.testing.assert_array_equal(counts.found[..., place], table(kept.detections))
+        np.testing.assert_array_equal(counts.tp[..., place], table(kept.detections[kept.detections["matched"]]))
+        np.testing.assert_array_equal(counts.tp[..., place], table(kept.truths[kept.truths["detection"].notna()]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(scenes(ids=[number for number in IDS if number < 2**16]), min_size=1, max_size=3),
+    st.sampled_from((None, "lzw", "zlib")),
+    seeds,
+)
+def test_images_from_the_cache_are_those_written(images, compression, seed):
+    """First decoded into the cache, then mapped from it; one-pixel images, classes without a file and images without a cell too."""
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        written = []
+        for number, label_maps in enumerate(images):
+            image = rng.integers(0, 256, (*label_maps.shape[1:], 3), np.uint8)
+            class_maps = {k: label_map.astype(np.uint16) for k, label_map in enumerate(label_maps, 1)}
+            add_image(Path(folder, "data"), f"image{number}", image, class_maps, compression=compression)
+            written.append((image.transpose(2, 0, 1), np.pad(label_maps, ((0, 4 - len(label_maps)), (0, 0), (0, 0)))))
+        for _ in range(2):
+            dataset = open_dataset(Path(folder, "data"), cache_dir=Path(folder, "cache"))
+            assert len(dataset) == len(written)
+            for found, (image, label_maps) in zip(dataset, written, strict=True):
+                np.testing.assert_array_equal(found.image, image)
+                np.testing.assert_array_equal(found.label_maps, label_maps)
 
 
 def test_more_cells_than_16_bits_can_count():
