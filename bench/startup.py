@@ -57,8 +57,9 @@ def rows() -> list[Row]:
     (ours, peer), said = in_turn(run, ["import cellseg_helpers", TORCH], repeats=3)
     add("import cellseg_helpers", ours, peer, said, "a Python process; peer: import torch, torchvision")
     with tempfile.TemporaryDirectory() as folder:
-        codes = ["import cellseg_helpers", TORCH, ""]
-        (ours, peer, empty), said = in_turn(partial(run_notebook, folder=folder), codes, repeats=2)
+        start = partial(run_notebook, folder=folder)
+        (peer,), _ = in_turn(start, [TORCH], repeats=1)
+        (ours, empty), said = in_turn(start, ["import cellseg_helpers", ""], repeats=3)
     note = f"goal: at most 0.3 s on top of papermill with an empty notebook, {empty:.2f} s, found {ours - empty:.2f} s"
     add("papermill, import cellseg_helpers", ours, peer, said, f"{note}; peer: import torch, torchvision")
     for path in sorted(path for path in NOTEBOOKS.glob("*.ipynb") if path.name.startswith(ANALYSES)):
