@@ -22,7 +22,7 @@ from cellseg_helpers.data.recipes import RECIPES, augment
 Sample = tuple[Tensor, Tensor]  # image, and label maps or masks
 RECIPE = "full"
 CELLS, SIDE_PX = 300, 1024
-SEEDS = (5, 3)  # the first draws a quarter turn and the elastic distortion, the second three and the grid distortion
+SEEDS = (5, 3)  # drawn: a quarter turn, jitter with hue and saturation, elastic distortion; three, the other jitter, the grid's
 
 
 def always() -> list[v2.Transform]:
@@ -75,7 +75,7 @@ one_sample_at_a_time = partial(label_maps_and_stack, samples_are_kept=False)
 
 def rows() -> list[Row]:
     ours, peer, identical = seconds_in_turn(label_maps_and_stack(), repeats=1)
-    parts = "every part applied, once with elastic and once with grid distortion, turned by 90 and 270 degrees"
+    parts = "every part applied: hue, saturation and elastic distortion, turned by 90 degrees; brightness, contrast and grid distortion, turned by 270"
     note = f"recipe {RECIPE}, {parts}; {SIDE_PX} px, {CELLS} drawn cells; peer: a tv_tensors.Mask of each cell, uint8"
     peak = "peak of the larger sample, dropped before the next"
     ours_mb, peer_mb = both_megabytes("bench.augmentation:one_sample_at_a_time")

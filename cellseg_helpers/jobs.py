@@ -45,6 +45,7 @@ KERNEL_OPTIONS = [
     "--IPKernelApp.log_level=CRITICAL",
     # With its own threshold, Python looks for garbage a thousand times while torch is imported: a sixth of the time to the first cell.
     "--IPKernelApp.exec_lines=import gc; gc.set_threshold(10_000); del gc",
+    "--IPKernelApp.exec_lines=from cellseg_helpers.jobs import end_forks_too; end_forks_too(); del end_forks_too",
 ]
 
 
@@ -63,6 +64,15 @@ def die_with(parent: int | None = None) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent and os.getppid() != parent:
         os._exit(1)
+
+
+def end_forks_too() -> None:
+    """Have processes that are forked from this one ``die_with`` it.
+
+    A DataLoader's worker looks for its parent's end itself, but only if that comes after its own first look.
+    """
+    parent = {}
+    os.register_at_fork(before=lambda: parent.update(id=os.getpid()), after_in_child=lambda: die_with(parent["id"]))
 
 
 def hold(path: Path) -> TextIO | None:

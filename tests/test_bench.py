@@ -33,6 +33,13 @@ def test_peak_is_what_a_call_holds_at_once(times) -> None:
     assert int(done.stdout) == pytest.approx(BYTES, abs=5e6)
 
 
+def test_memory_of_a_pair_in_a_process_of_its_own() -> None:
+    """200 masks as run-length encodings, of an image of 3 megapixels: far less than one dense mask each, 623 MB."""
+    assert 0.5 < measure.megabytes("bench.prediction:masks_to_rles", "ours") < 50
+    with pytest.raises(AttributeError, match="no_such_pair"):
+        measure.megabytes("bench.prediction:no_such_pair", "ours")
+
+
 def test_ratio_to_nothing_measured_is_nan() -> None:
     assert measure.times_less(2.0, 6.0) == 3.0
     assert math.isnan(measure.times_less(0.0, 6.0)) and math.isnan(measure.times_less(-1.0, 6.0))

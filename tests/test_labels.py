@@ -16,6 +16,7 @@ from cellseg_helpers.data.labels import (
     encode_box_masks,
     encode_instances,
     find_instances,
+    mask_boxes,
 )
 
 IDS = (0, 1, 2, 7, 255, 256, 65_535)
@@ -155,6 +156,12 @@ def test_long_runs_round_trip(seed):
     assert encode_box_mask(inside, x0, y0, *image.shape)["counts"] == rle["counts"].decode()
 
 
+def extent_of(mask):
+    """x, y, width, height of what is True; all 0 where nothing is."""
+    rows, columns = np.nonzero(mask)
+    return [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1] if len(rows) else [0] * 4
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(masks, offsets), max_size=8))
 def test_batches_equal_one_by_one(cases):
@@ -171,6 +178,7 @@ def test_batches_equal_one_by_one(cases):
         alone, *corner = decode_in_box(rle)
         assert np.array_equal(alone, inside) and corner == [x0, y0]
     assert encode_box_masks(decode_in_boxes(rles), sizes) == rles
+    assert mask_boxes(rles).tolist() == [extent_of(image) for image, _ in full]
 
 
 def test_batch_with_long_runs_and_bytes():

@@ -8,6 +8,7 @@ import copy
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,7 @@ from torchvision.transforms import v2
 from cellseg_helpers.analysis.metrics import match_detections, score_coco
 from cellseg_helpers.analysis.resampling import bootstrap_ap50, bootstrap_summary, draw_images
 from cellseg_helpers.analysis.thresholds import count_by_threshold, keep_scores
+from cellseg_helpers.data import readers
 from cellseg_helpers.data.labels import encode_box_masks, encode_instances, find_instances
 from cellseg_helpers.data.readers import open_dataset
 from cellseg_helpers.data.recipes import RECIPES, augment
@@ -333,8 +335,10 @@ def test_counts_by_threshold_equal_those_of_what_each_keeps(images, seed, limits
     st.sampled_from((None, "lzw", "zlib")),
     seeds,
 )
+@example([EMPTY], "lzw", 0)
+@example([EMPTY, borders() % 2**16, EMPTY], None, 0)
 def test_images_from_the_cache_are_those_written(images, compression, seed):
-    """First decoded into the cache, then mapped from it; one-pixel images, classes without a file and images without a cell too."""
+    """First decoded into the cache, then mapped from it, no file being decoded; one-pixel images and classes without a file too."""
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
         written = []
@@ -343,8 +347,9 @@ def test_images_from_the_cache_are_those_written(images, compression, seed):
             class_maps = {k: label_map.astype(np.uint16) for k, label_map in enumerate(label_maps, 1)}
             add_image(Path(folder, "data"), f"image{number}", image, class_maps, compression=compression)
             written.append((image.transpose(2, 0, 1), np.pad(label_maps, ((0, 4 - len(label_maps)), (0, 0), (0, 0)))))
-        for _ in range(2):
-            dataset = open_dataset(Path(folder, "data"), cache_dir=Path(folder, "cache"))
+        for decode in (readers._read_tiff, None):
+            with patch.object(readers, "_read_tiff", decode):
+                dataset = open_dataset(Path(folder, "data"), cache_dir=Path(folder, "cache"))
             assert len(dataset) == len(written)
             for found, (image, label_maps) in zip(dataset, written, strict=True):
                 np.testing.assert_array_equal(found.image, image)

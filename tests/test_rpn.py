@@ -24,6 +24,22 @@ def random_boxes(count: int, side_px: int, least_px: int, rng: torch.Generator) 
     return torch.cat([corner, corner + extent], 1).float()
 
 
+def test_matching_holds_no_more_ious_at_once_than_a_strip(monkeypatch):
+    rng = torch.Generator().manual_seed(0)
+    boxes, anchors = random_boxes(100, 200, 5, rng), random_boxes(1000, 200, 5, rng)
+    held = []
+
+    def recorded(some, strip):
+        held.append(len(some) * len(strip))
+        return box_iou(some, strip)
+
+    monkeypatch.setattr(rpn_module, "box_iou", recorded)
+    monkeypatch.setattr(rpn_module, "IOUS_PER_STRIP", 500)
+    matcher = Matcher(0.7, 0.3, True)
+    assert torch.equal(match_anchors(matcher, boxes, anchors), matcher(box_iou(boxes, anchors)))
+    assert max(held) <= 500 and len(held) >= 200
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(0, 2**32 - 1),

@@ -104,6 +104,18 @@ def test_only_what_depends_on_a_changed_parameter_file_runs_again(tree):
     assert not [line for line in listed if re.search("-(a|b|d)-", line)] and "01_explore_data" not in listed
 
 
+def test_what_a_killed_process_forked_ends_even_before_it_could_look():
+    code = (
+        "import os, signal, time; from cellseg_helpers.jobs import end_forks_too; end_forks_too(); child = os.fork()\n"
+        "if child: print(child, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"time.sleep({2 * SECONDS})"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as killed:
+        child = int(killed.stdout.readline())
+        assert killed.wait() == -signal.SIGKILL
+        wait_until(lambda: child not in [process.pid for process in psutil.process_iter() if process.status() != "zombie"])
+
+
 def test_nothing_outlives_a_killed_make(tree):
     pids = tree / "pids"
     pids.mkdir()

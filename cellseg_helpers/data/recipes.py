@@ -20,8 +20,9 @@ STRIP_ROWS = 128
 class StripedImage(tv_tensors.Image):
     """An image whose hue and blur torchvision changes strip by strip: the same pixels as of the whole image at once.
 
-    Strips stay in a processor's cache: at 1024 px a blur takes half the time and a third of the memory. torchvision calls for a
-    class of tensors what is registered for it; the oracle is its own ``Image`` (``tests/test_recipes.py``).
+    With reach r (0 px for hue, half a kernel for blur), rows a to b of f(image) are those of f(rows a - r to b + r). Strips stay in
+    a processor's cache: at 1024 px a blur takes half the time and a third of the memory. torchvision calls for a class of tensors
+    what is registered for it; what it does with the whole image is the oracle (``tests/test_recipes.py``).
     """
 
 
