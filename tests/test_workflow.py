@@ -113,7 +113,7 @@ def test_what_a_killed_process_forked_ends_even_before_it_could_look():
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as killed:
         child = int(killed.stdout.readline())
         assert killed.wait() == -signal.SIGKILL
-        wait_until(lambda: child not in [process.pid for process in psutil.process_iter() if process.status() != "zombie"])
+        wait_until(lambda: child not in [each.pid for each in psutil.process_iter(["status"]) if each.info["status"] != "zombie"])
 
 
 def test_nothing_outlives_a_killed_make(tree):
