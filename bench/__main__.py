@@ -8,63 +8,26 @@ benchmark failed, or two sides did not give the same.
 """
 
 import argparse
-import json
-import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import psutil
 
-from bench.measure import ROOT, Row
+from bench.machine import save_table
+from bench.measure import ROOT, Row, fresh_process, rows_of
 from cellseg_helpers.config import resolve_path
-from cellseg_helpers.runs import provenance
 
 BENCHMARKS = ("loading", "augmentation", "training", "prediction", "evaluation", "study", "startup", "gpu")
-PACKAGES = (
-    "torch", "torchvision", "numpy", "scipy", "scikit-image", "pycocotools", "hotcoco", "tifffile", "imagecodecs",
-)  # fmt: skip
-CALL = "import importlib, json, sys; print(json.dumps(importlib.import_module('bench.' + sys.argv[1]).rows()))"
 
 
 def run(name: str, sample: str) -> list[Row]:
     """The rows of one benchmark, from a process of its own; a row that says why where it failed."""
-    environment = os.environ | {"BENCH_SAMPLE": sample}
-    done = subprocess.run([sys.executable, "-c", CALL, name], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"ended by {-done.returncode}"])[-1]
-        return [Row(name, float("nan"), float("nan"), "", float("nan"), "", f"failed: {last}")]
-    return [Row(*row) for row in json.loads(done.stdout.splitlines()[-1])]
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what this was measured."""
-    import torch
-
-    listed = ""
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        listed = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "code_version": provenance()["code_version"],
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "torch_threads": torch.get_num_threads(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpu": listed or "none",
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-        "date": datetime.now().date().isoformat(),
-    }
+    try:
+        with fresh_process() as process:
+            return process.submit(rows_of, name, sample).result()
+    except Exception as error:  # whatever one benchmark fails of, the others go on
+        return [Row(name, float("nan"), float("nan"), "", float("nan"), "", f"failed: {type(error).__name__}: {error}")]
 
 
 def main() -> int:
@@ -86,10 +49,7 @@ def main() -> int:
         taken[name] = round(time.monotonic() - begun, 1)
         print(f"{name}: {taken[name]:.0f} s", file=sys.stderr, flush=True)
     table = pd.DataFrame(rows, columns=Row._fields)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(given.out, index=False, float_format="%.4g")
-    record = machine() | {"seconds": taken | {"total": round(time.monotonic() - started, 1)}}
-    given.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    save_table(table, given.out, taken | {"total": round(time.monotonic() - started, 1)})
     shown = table.assign(identical=table["identical"].str.slice(0, 40), note=table["note"].str.slice(0, 60))
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     return int(any(row.note.startswith("failed") or row.identical.startswith("OTHER") for row in rows))

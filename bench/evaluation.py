@@ -7,33 +7,27 @@ and limit of detections. Results have no ``bbox``: with one, pycocotools takes a
 
 import contextlib
 import io
-import time
-from functools import cache
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from bench.large_run import draw_run
-from bench.measure import Pair, Row, both_megabytes, times_less, verdict
-from cellseg_helpers.analysis.metrics import COCO_MAX_DETS, CocoScores, at_max_dets, score_coco, summarize
+from bench.measure import Pair, Row, side_by_side, time_and_memory, times_less, verdict
+from cellseg_helpers.analysis.metrics import COCO_MAX_DETS, at_max_dets, score_coco, summarize
 
-IMAGES, FEWER_IMAGES = 100, 10
-DETECTIONS_PER_IMAGE = 500
+IMAGES, DETECTIONS_PER_IMAGE = 100, 500
 TOLERANCE = 1e-9
+Scores = tuple[np.ndarray, np.ndarray, np.ndarray]  # precision, recall, the 12 numbers
 
 
-@cache
-def drawn(images: int) -> tuple[dict, list[dict]]:
-    return draw_run(images, images * DETECTIONS_PER_IMAGE)
-
-
-def score_both(images: int = FEWER_IMAGES) -> Pair:
+def score_both() -> Pair:
     """The two evaluations of a drawn run, at COCO's limits of detections and at one that leaves none out."""
-    truth, detections = drawn(images)
+    truth, detections = draw_run(IMAGES, IMAGES * DETECTIONS_PER_IMAGE)
+    cells = f"{len(truth['annotations']) / IMAGES:.0f} cells an image"
     max_dets = [*COCO_MAX_DETS, DETECTIONS_PER_IMAGE]
 
-    def peer() -> COCOeval:
+    def peer() -> Scores:
         results = [{key: value for key, value in row.items() if key != "bbox"} for row in detections]
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO()
@@ -44,16 +38,19 @@ def score_both(images: int = FEWER_IMAGES) -> Pair:
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        return evaluation
+        return evaluation.eval["precision"], evaluation.eval["recall"], evaluation.stats
 
-    return Pair(lambda: score_coco(truth, detections, max_dets), peer, compare)
+    def ours() -> Scores:
+        scores = score_coco(truth, detections, max_dets)
+        return scores.precision, scores.recall, np.array(list(summarize(at_max_dets(scores, COCO_MAX_DETS)).values()))
+
+    return Pair(ours, peer, lambda ours, peer: f"{compare(ours, peer)}; {cells}")
 
 
-def compare(ours: CocoScores, peer: COCOeval) -> str:
+def compare(ours: Scores, peer: Scores) -> str:
     """-1 of pycocotools, where there is no truth, is NaN of the package."""
-    stats = np.array(list(summarize(at_max_dets(ours, COCO_MAX_DETS)).values()))
     largest = 0.0
-    for values, theirs in ((ours.precision, peer.eval["precision"]), (ours.recall, peer.eval["recall"]), (stats, peer.stats)):
+    for values, theirs in zip(ours, peer, strict=True):
         theirs = np.where(theirs < 0, np.nan, theirs)
         if not np.array_equal(np.isnan(values), np.isnan(theirs)):
             return verdict(False, "values where there is no truth, or none where there is")
@@ -61,25 +58,13 @@ def compare(ours: CocoScores, peer: COCOeval) -> str:
     return verdict(largest < TOLERANCE, f"max difference {largest:.1g} in precision, recall and the 12 numbers")
 
 
-def wall_and_cpu(pair: Pair) -> tuple[np.ndarray, np.ndarray, str]:
-    """Seconds of ours (median of 3 after a warm-up) and of the peer (one call), on the wall and of CPU; how alike they are."""
-    results, taken = [], []
-    for call in (pair.ours, pair.ours, pair.ours, pair.ours, pair.peer):
-        begun, cpu_begun = time.perf_counter(), time.process_time()
-        results.append(call())
-        taken.append((time.perf_counter() - begun, time.process_time() - cpu_begun))
-    return np.median(taken[1:4], axis=0), np.array(taken[4]), pair.identical(results[0], results[4])
-
-
 def rows() -> list[Row]:
-    ours, peer, identical = wall_and_cpu(score_both(IMAGES))
-    cells = len(drawn(IMAGES)[0]["annotations"]) / IMAGES
-    note = f"{IMAGES} drawn images, {cells:.0f} cells and {DETECTIONS_PER_IMAGE} detections each on average, maxDets 1, 10, 100 and all; pycocotools, one call"
-    kinds = (("time", "goal 20x"), ("CPU time", "a core for a core"))
-    table = [
-        Row(f"evaluation: {kind}", ours[part], peer[part], "s", times_less(ours[part], peer[part]), identical, f"{goal}; {note}")
-        for part, (kind, goal) in enumerate(kinds)
+    ours, peer, alike = side_by_side(score_both, repeats=3, repeat_peer=False)
+    note = f"{IMAGES} drawn images, about 300 cells and {DETECTIONS_PER_IMAGE} detections each, maxDets 1, 10, 100 and all; pycocotools, one call"
+    cpu_ratio = times_less(ours.cpu_seconds, peer.cpu_seconds)
+    time, memory = time_and_memory("evaluation", (ours, peer, alike), f"goal 20x; {note}", f"peak that one call adds; {note}")
+    return [
+        time,
+        Row("evaluation: CPU time", ours.cpu_seconds, peer.cpu_seconds, "s", cpu_ratio, alike, f"a core for a core; {note}"),
+        memory,
     ]
-    ours_mb, peer_mb = both_megabytes("bench.evaluation:score_both")
-    note = f"peak that one call adds; {FEWER_IMAGES} such images"
-    return [*table, Row("evaluation: memory", ours_mb, peer_mb, "MB", times_less(ours_mb, peer_mb), identical, note)]

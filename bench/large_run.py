@@ -74,7 +74,8 @@ def draw_run(num_images: int, num_detections: int) -> tuple[dict[str, Any], list
     """Truth as a COCO data set, and about ``num_detections`` COCO results."""
     rng = np.random.default_rng(0)
     images, cells, detections = [], [], []
-    for number, count in enumerate(tqdm(np.diff(np.linspace(0, num_detections, num_images + 1).astype(int))), 1):
+    counts = np.diff(np.linspace(0, num_detections, num_images + 1).astype(int))
+    for number, count in enumerate(tqdm(counts, disable=None), 1):  # no bar where no terminal shows it
         height, width = rng.integers(900, 1101, 2).tolist()
         image = {"id": number, "file_name": f"image{number}", "height": height, "width": width, "patient": f"drawn-{number % 10}"}
         class_ids, shapes = throw_blobs(rng, round(CELLS_PER_MEGAPIXEL * height * width / 1e6), image, outside_px=25)

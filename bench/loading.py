@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
-from bench.measure import Pair, Row, both_megabytes, medians_in_turn, seconds, times_less, verdict
+from bench.measure import Pair, Row, alone, medians_in_turn, seconds, times_less, verdict
 from cellseg_helpers.config import resolve_path
 from cellseg_helpers.data.labels import CLASS_NAMES
 from cellseg_helpers.data.readers import CellDataset, locate_data, open_dataset
@@ -88,7 +88,7 @@ def rows() -> list[Row]:
         first, warm = (len(dataset) / taken for taken in medians_in_turn(calls, repeats=3))
     data = "drawn" if folder().name == "drawn" else "real"
     note = f"{len(dataset)} {data} images, whole, not augmented, one process; peer: a boolean mask a cell, every epoch anew"
-    first_mb, peer_mb = both_megabytes("bench.loading:first_epoch")
+    first_mb, peer_mb = (alone(side, first_epoch).megabytes for side in ("ours", "peer"))
     memory = times_less(first_mb, peer_mb)
     return [
         Row("load: first epoch", first, peer, "images/s", first / peer, alike, f"goal 3x; with decoding into the cache; {note}"),

@@ -1,17 +1,17 @@
-"""Two ways to the same result, side by side: time in turn in one process, peak memory of one call in a fresh process each.
-
-    python -m bench.measure bench.training:mask_targets ours|peer        one call; prints the bytes it added at its peak
-"""
+"""Two ways to the same result, side by side: each in a fresh process, which gives its peak memory, and called in turn."""
 
 import ctypes
 import importlib
 import math
 import multiprocessing
+import os
+import pickle
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,20 @@ class Pair(NamedTuple):
     device: str = "cpu"
 
 
+MakePair = Callable[..., Pair]
+
+
+class Call(NamedTuple):
+    """Seconds of a call on the wall and of CPU, and the MB that it added at its peak."""
+
+    seconds: float
+    cpu_seconds: float
+    megabytes: float
+
+
+NOT_RUN = Call(math.nan, math.nan, math.nan)
+
+
 class Row(NamedTuple):
     """A line of ``outputs/bench.csv``; ``ratio``: how many times better ours is; ``identical``: see ``verdict``."""
 
@@ -45,13 +59,6 @@ class Row(NamedTuple):
     note: str
 
 
-def seconds_in_turn(pair: Pair, repeats: int) -> tuple[float, float, str]:
-    """Median seconds of ours and of the peer, called in turn, and how alike their results are."""
-    identical = pair.identical(pair.ours(), pair.peer())
-    ours, peer = medians_in_turn((pair.ours, pair.peer), repeats)
-    return ours, peer, identical
-
-
 def medians_in_turn(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     """Median seconds of each call; they are made in turn, ``repeats`` times over."""
     taken = [[seconds(call) for call in calls] for _ in range(repeats)]
@@ -61,6 +68,15 @@ def medians_in_turn(calls: Sequence[Callable[[], Any]], repeats: int) -> list[fl
 def times_less(ours: float, peer: float) -> float:
     """How many times less seconds or bytes ours takes; NaN where it takes none that can be measured."""
     return peer / ours if ours > 0 else math.nan
+
+
+def time_and_memory(name: str, measured: tuple[Call, Call, str], time_note: str, memory_note: str) -> list[Row]:
+    """Two rows of what ``side_by_side`` found."""
+    ours, peer, alike = measured
+    return [
+        Row(f"{name}: time", ours.seconds, peer.seconds, "s", times_less(ours.seconds, peer.seconds), alike, time_note),
+        Row(f"{name}: memory", ours.megabytes, peer.megabytes, "MB", times_less(ours.megabytes, peer.megabytes), alike, memory_note),
+    ]
 
 
 def verdict(same: bool, found: str) -> str:
@@ -76,31 +92,79 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def megabytes(pair: str, side: str) -> float:
-    """MB that one call adds at its peak to its process's memory (on a GPU: to the tensors on it), in a fresh process.
+def side_by_side(make: MakePair, *arguments: Any, repeats: int, repeat_peer: bool = True) -> tuple[Call, Call, str]:
+    """Ours, the peer, and how alike their results are; each side works in a fresh process of its own while the other waits.
 
-    The process is forked from one that has imported torch and the package, and done nothing else.
+    The first call of each is a warm-up, gives the results that are compared, and tells what a call adds at its peak to its process's
+    memory (on a GPU: to the tensors on it). Times are medians of ``repeats`` further calls, made in turn. Such a process is forked
+    from one that has imported torch and the package and done nothing else.
 
     Args:
-        pair: ``module:function`` that makes a ``Pair``.
-        side: ``ours`` or ``peer``.
+        make: a module's function; with these ``arguments`` it makes the pair, once in each process.
+        repeats: of each side.
+        repeat_peer: ``False`` for a slow peer: it is called once, without a warm-up.
     """
+    made = (make, *arguments)
+    with fresh_process() as ours, fresh_process() as peer:
+        wait([process.submit(prepare, *made) for process in (ours, peer)])
+        first, result = ours.submit(first_call, "ours", *made).result()
+        peer_first, peer_result = peer.submit(first_call, "peer", *made).result()
+        identical = ours.submit(compare, result, peer_result, *made).result()
+        taken, peer_taken = [], []
+        for _ in range(repeats):
+            taken.append(ours.submit(next_call, "ours", *made).result())
+            if repeat_peer:
+                peer_taken.append(peer.submit(next_call, "peer", *made).result())
+    return median(first, taken), median(peer_first, peer_taken), identical
+
+
+def alone(side: str, make: MakePair, *arguments: Any, repeats: int = 0) -> Call:
+    """One side, ``ours`` or ``peer``, as in ``side_by_side``."""
+    with fresh_process() as process:
+        first, _ = process.submit(first_call, side, make, *arguments).result()
+        return median(first, [process.submit(next_call, side, make, *arguments).result() for _ in range(repeats)])
+
+
+def fresh_process() -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.scenes"])
-    with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(added_bytes, pair, side).result() / MEGABYTE
+    return ProcessPoolExecutor(1, context)
 
 
-def both_megabytes(pair: str) -> tuple[float, float]:
-    """``megabytes`` of ours and of the peer, one after the other."""
-    return megabytes(pair, "ours"), megabytes(pair, "peer")
+@cache
+def pair_of(make: MakePair, *arguments: Any) -> Pair:
+    """Made once in each process."""
+    return make(*arguments)
 
 
-def added_bytes(pair: str, side: str) -> int:
-    """``peak_bytes`` of one call of a side of a pair, named as in ``megabytes``, in this process."""
-    module, function = pair.split(":")
-    measured: Pair = getattr(importlib.import_module(module), function)()
-    return peak_bytes(getattr(measured, side), measured.device)
+def prepare(*made: Any) -> None:
+    pair_of(*made)
+
+
+def first_call(side: str, *made: Any) -> tuple[Call, bytes]:
+    """With its memory, and its pickled result."""
+    pair, results = pair_of(*made), []
+    call = getattr(pair, side)
+    begun, cpu_begun = time.perf_counter(), time.process_time()
+    peak = peak_bytes(lambda: results.append(call()), pair.device)
+    taken = Call(time.perf_counter() - begun, time.process_time() - cpu_begun, peak / MEGABYTE)
+    return taken, pickle.dumps(results[0])
+
+
+def next_call(side: str, *made: Any) -> Call:
+    """Without its memory."""
+    call, cpu_begun = getattr(pair_of(*made), side), time.process_time()
+    return Call(seconds(call), time.process_time() - cpu_begun, math.nan)
+
+
+def compare(ours: bytes, peer: bytes, *made: Any) -> str:
+    return pair_of(*made).identical(pickle.loads(ours), pickle.loads(peer))
+
+
+def median(first: Call, further: Sequence[Call]) -> Call:
+    """Median times of the further calls, of the first where there are none; the first's memory."""
+    wall, cpu, _ = zip(*(further or [first]), strict=True)
+    return Call(statistics.median(wall), statistics.median(cpu), first.megabytes)
 
 
 def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
@@ -121,11 +185,14 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
     return max(0, int(mark.split()[1]) * 1024 - before)
 
 
+def rows_of(benchmark: str, sample: str) -> list[Row]:
+    """The rows of a benchmark, a module of this folder; ``sample``: of real images, for ``loading``."""
+    os.environ["BENCH_SAMPLE"] = sample
+    return importlib.import_module(f"bench.{benchmark}").rows()
+
+
 def _synchronize() -> None:
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
         torch.cuda.synchronize()
 
-
-if __name__ == "__main__":
-    print(added_bytes(*sys.argv[1:]))

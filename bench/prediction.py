@@ -4,9 +4,7 @@ All of it is CPU work, also where there is a GPU. The model is a stand-in, and i
 """
 
 import math
-import statistics
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -17,19 +15,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from bench.measure import (
-    MEGABYTE,
-    Pair,
-    Row,
-    both_megabytes,
-    medians_in_turn,
-    megabytes,
-    peak_bytes,
-    seconds,
-    seconds_in_turn,
-    times_less,
-    verdict,
-)
+from bench.measure import MEGABYTE, NOT_RUN, Call, Pair, Row, alone, medians_in_turn, side_by_side, time_and_memory, verdict
 from bench.scenes import CELLS_PER_PX, dense_label_maps, dense_target, detections_of
 from cellseg_helpers.data.labels import encode_box_masks
 from cellseg_helpers.inference import paste_in_boxes, predict
@@ -72,7 +58,7 @@ def plain(rle: dict[str, Any]) -> tuple[tuple[int, ...], str]:
     return tuple(rle["size"]), counts.decode() if isinstance(counts, bytes) else counts
 
 
-def masks_to_rles(detections: int = DETECTIONS) -> Pair:
+def masks_to_rles(detections: int) -> Pair:
     """An image's detections, from the model's masks (float32 [N, 28, 28]) to encodings."""
     label_maps = np.pad(dense_label_maps(HEIGHT, detections), ((0, 0), (0, 0), (0, WIDTH - HEIGHT)))
     found = detections_of(dense_target(label_maps))
@@ -134,22 +120,10 @@ def seconds_of_fields(sides_px: Sequence[int]) -> dict[int, float]:
     return dict(zip(sides_px, medians_in_turn(calls, FIELD_REPEATS), strict=True))
 
 
-def peer_once(side_px: int) -> tuple[float, str, str]:
-    """Seconds of one call of the peer, how alike the results are, and what to say of the call."""
-    pair, theirs, taken = field(side_px), [], []
-    peak = peak_bytes(lambda: taken.append(seconds(lambda: theirs.append(pair.peer()))))
-    told = f"in one piece, one call, {peak / MEGABYTE:.0f} MB: the largest for this machine's free memory and {TIME_LIMIT_S} s"
-    return taken[0], pair.identical(pair.ours(), theirs[0]), told
-
-
-def largest_side_px(side_px: int, peer_seconds: float, peer_mb: float) -> int:
+def largest_side_px(side_px: int, peer: Call) -> int:
     """The largest field that the peer can do in the free memory and in the time; both grow with the side's 4th power."""
     free_mb = SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available / MEGABYTE
-    return 100 * int(side_px / 100 * min(free_mb / peer_mb, TIME_LIMIT_S / peer_seconds) ** 0.25)
-
-
-smallest_field, named_field, largest_field = (partial(field, side) for side in SIDES_PX)
-many_masks = partial(masks_to_rles, MANY)
+    return 100 * int(side_px / 100 * min(free_mb / peer.megabytes, TIME_LIMIT_S / peer.seconds) ** 0.25)
 
 
 def rows() -> list[Row]:
@@ -157,52 +131,35 @@ def rows() -> list[Row]:
 
 
 def rows_of_an_image() -> list[Row]:
-    ours, peer, alike = seconds_in_turn(masks_to_rles(), REPEATS)
-    ours_mb, peer_mb = both_megabytes("bench.prediction:masks_to_rles")
     note = f"{DETECTIONS} drawn cells, {HEIGHT} x {WIDTH} px; paste_masks_in_image, threshold, pycocotools' encode"
-    cells = many_masks()
-    cells.ours()
-    many = statistics.median(seconds(cells.ours) for _ in range(REPEATS))
-    many_mb = megabytes("bench.prediction:many_masks", "ours")
     does_not_fit = f"{MANY} drawn cells; peer not run: its float masks alone are {4e-9 * MANY * HEIGHT * WIDTH:.1f} GB"
+    measured = side_by_side(masks_to_rles, DETECTIONS, repeats=REPEATS)
+    many = alone("ours", masks_to_rles, MANY, repeats=REPEATS)
     return [
-        Row("prediction to RLE: time", ours, peer, "s", times_less(ours, peer), alike, f"goal 20x; {note}"),
-        Row("prediction to RLE: memory", ours_mb, peer_mb, "MB", times_less(ours_mb, peer_mb), alike, f"goal 50x; {note}"),
-        Row(f"prediction to RLE, {MANY} cells: time", many, math.nan, "s", math.nan, "", does_not_fit),
-        Row(f"prediction to RLE, {MANY} cells: memory", many_mb, math.nan, "MB", math.nan, "", does_not_fit),
+        *time_and_memory("prediction to RLE", measured, f"goal 20x; {note}", f"goal 50x; {note}"),
+        *time_and_memory(f"prediction to RLE, {MANY} cells", (many, NOT_RUN, ""), does_not_fit, does_not_fit),
     ]
 
 
 def rows_of_fields() -> list[Row]:
-    small, large = SIDES_PX[0], SIDES_PX[-1]
-    _, peer, alike = seconds_in_turn(smallest_field(), REPEATS)
-    ours_mb, peer_mb = both_megabytes("bench.prediction:smallest_field")
-    most = largest_side_px(small, peer, peer_mb)
-    taken = seconds_of_fields(sorted({*SIDES_PX, most}))
-    peers = {most: peer_once(most), small: (peer, alike, f"in one piece, median of {REPEATS}")}
+    small, named, large = SIDES_PX
+    found = {small: side_by_side(field, small, repeats=REPEATS)}
+    most = largest_side_px(small, found[small][1])
+    found[most] = side_by_side(field, most, repeats=0)
+    found |= {side: (alone("ours", field, side), NOT_RUN, "") for side in (named, large)}
+    taken = seconds_of_fields(sorted(found))
+    peers = {
+        small: f"in one piece, median of {REPEATS}",
+        most: f"in one piece, one call: the largest field for this machine's free memory and {TIME_LIMIT_S} s",
+    }
     growth = taken[large] / taken[small] * (small / large) ** 2
-    note = f"goal 1: time a megapixel at {large} px over that at {small} px"
-    bounded = "goal: bounded by a few tiles and the detections; stand-in model included"
-    return [
-        *(time_of_field(side, ours, *peers.get(side, (math.nan, "", "not run, too large"))) for side, ours in taken.items()),
-        Row("field: growth of time a megapixel", growth, math.nan, "x", math.nan, "", note),
-        Row(f"field of {small} px: memory", ours_mb, peer_mb, "MB", times_less(ours_mb, peer_mb), alike, bounded),
-        memory_of_field(SIDES_PX[1], "named_field", bounded),
-        memory_of_field(large, "largest_field", bounded),
-    ]
-
-
-def time_of_field(side_px: int, ours: float, peer: float, alike: str, told: str) -> Row:
-    """Seconds a megapixel, from seconds."""
-    cells, megapixels = round(CELLS_PER_PX * side_px**2), side_px**2 / 1e6
-    note = f"{TILE_PX} px tiles, {cells} drawn cells, the model's time left out; peer: {told}"
-    per_megapixel = (ours / megapixels, peer / megapixels)
-    return Row(f"field of {side_px} px: time a megapixel", *per_megapixel, "s", times_less(ours, peer), alike, note)
-
-
-def memory_of_field(side_px: int, pair: str, note: str) -> Row:
-    """MB of ours; the peer's grows with the side's 4th power and is not measured."""
-    cells = round(CELLS_PER_PX * side_px**2)
-    told = f"{note}; {cells} drawn cells; peer not run: its float masks alone are {4e-9 * cells * side_px**2:.0f} GB"
-    ours = megabytes(f"bench.prediction:{pair}", "ours")
-    return Row(f"field of {side_px} px: memory", ours, math.nan, "MB", math.nan, "", told)
+    linear = f"goal 1: time a megapixel at {large} px over that at {small} px"
+    table = [Row("field: growth of time a megapixel", growth, math.nan, "x", math.nan, "", linear)]
+    for side, (ours, peer, alike) in sorted(found.items()):
+        cells = round(CELLS_PER_PX * side**2)
+        not_run = f"not run: its float masks alone are {4e-9 * cells * side**2:.0f} GB"
+        note = f"{TILE_PX} px tiles, {cells} drawn cells; peer: {peers.get(side, not_run)}"
+        time = f"{1e6 * taken[side] / side**2:.3f} s a megapixel, the model's time left out; {note}"
+        memory = f"goal: bounded by a few tiles and the detections; stand-in model included; {note}"
+        table += time_and_memory(f"field of {side} px", (ours._replace(seconds=taken[side]), peer, alike), time, memory)
+    return table

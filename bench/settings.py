@@ -8,6 +8,7 @@ ones let rounding grow, from random weights.
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from bench.machine import save_table
 from bench.measure import ROOT, seconds
 from bench.scenes import dense_image, dense_label_maps
 from bench.training import CELLS, SCENE, SEED, SIDE_PX, give_images, our_model, scene_target, stepper
@@ -104,8 +106,9 @@ def make_dense_epoch(setting: Setting) -> Callable[[], float]:
 
 
 def main() -> None:
+    begun = time.monotonic()
     table = pd.concat([compare(SETTINGS, ROUNDS), compare(DENSE, 1)])
-    table.to_csv(ROOT / "outputs" / "bench_settings.csv", index=False, float_format="%.4g")
+    save_table(table, ROOT / "outputs" / "bench_settings.csv", {"total": round(time.monotonic() - begun)})
     print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 
+from bench.machine import save_table
 from bench.measure import ROOT, Row, seconds
 from cellseg_helpers.config import resolve_path
 from cellseg_helpers.data.readers import open_dataset
@@ -157,13 +158,14 @@ def rows() -> list[Row]:
 
 
 def main() -> None:
+    begun = time.monotonic()
     open_dataset(DATA)
     keys = run_keys(SCALE)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         table = pd.DataFrame(pool.map(measure, keys), index=pd.Index(keys, name="run"))
     table.loc["all"] = table.sum()
     table.insert(0, "outside_percent", share_outside(table))
-    table.to_csv(ROOT / "outputs" / "bench_study.csv", float_format="%.2f")
+    save_table(table.reset_index(), ROOT / "outputs" / "bench_study.csv", {"total": round(time.monotonic() - begun)})
     print(table.round(1).to_string())
 
 

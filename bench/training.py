@@ -3,10 +3,7 @@
 Both sides have the same weights, anchors, proposals, samples and losses; torchvision takes a dense mask for each cell.
 """
 
-import math
-import statistics
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +16,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image
 
-from bench.measure import Pair, Row, both_megabytes, megabytes, seconds, seconds_in_turn, times_less, verdict
+from bench.measure import MEGABYTE, NOT_RUN, Pair, Row, alone, side_by_side, time_and_memory, times_less, verdict
 from bench.scenes import MASK_SIDE, dense_image, dense_label_maps, dense_target, with_dense_masks
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.labels import CLASS_NAMES
@@ -41,6 +38,7 @@ AS_TORCHVISION = {
     "mask_batch_size_per_image": 0,
 }
 SCENE = f"{CELLS} drawn cells, {SIDE_PX} px"
+MASKS_MB = CELLS * SIDE_PX**2 / MEGABYTE  # of the peer's dense masks, uint8
 SEED = 7
 
 
@@ -48,18 +46,14 @@ def scene_target(cells: int) -> dict[str, Tensor]:
     return {name: tensor.to(DEVICE) for name, tensor in dense_target(dense_label_maps(SIDE_PX, cells)).items()}
 
 
-def targets_of_boxes(masks_are_there: bool = True) -> Pair:
-    """Mask targets of boxes near cells; unless ``masks_are_there`` before the call, the peer's call makes the dense masks."""
+def targets_of_boxes() -> Pair:
+    """Mask targets of boxes near cells; the peer's dense masks are there before the call."""
     target = scene_target(CELLS)
-    dense = with_dense_masks(target)["masks"] if masks_are_there else None
+    masks = with_dense_masks(target)["masks"]
     match, boxes = boxes_near_cells(target, POSITIVES)
-
-    def peer() -> Tensor:
-        return project_masks_on_boxes(with_dense_masks(target)["masks"] if dense is None else dense, boxes, match, MASK_SIDE)
-
     return Pair(
         lambda: mask_targets(target["label_maps"], target["labels"][match], target["ids"][match], boxes, MASK_SIDE),
-        peer,
+        lambda: project_masks_on_boxes(masks, boxes, match, MASK_SIDE),
         lambda ours, theirs: largest_difference([ours], [theirs]),
         DEVICE.type,
     )
@@ -155,15 +149,15 @@ def torchvision_model() -> nn.Module:
     return model.to(DEVICE).train()
 
 
-def step(cells: int, masks_are_there: bool = True) -> Pair:
-    """Forward, backward and SGD step on one image; ``masks_are_there`` as in ``targets_of_boxes``.
+def step(cells: int) -> Pair:
+    """Forward, backward and SGD step on one image; the peer's dense masks are there before the call.
 
     Both RPNs make their proposals, but the same boxes go on to both models' heads: of two boxes that overlap, a rounding decides
     which one is left.
     """
     image = torch.from_numpy(dense_image(dense_label_maps(SIDE_PX, cells))).to(DEVICE) / 255
     target = scene_target(cells)
-    dense = with_dense_masks(target) if masks_are_there else None
+    dense = with_dense_masks(target)
     ours, theirs = our_model(), torchvision_model()
     proposals = boxes_near_cells(target, AS_TORCHVISION["rpn_post_nms_top_n_train"], spread_px=10)[1]
     for model in (ours, theirs):
@@ -177,12 +171,7 @@ def step(cells: int, masks_are_there: bool = True) -> Pair:
         difference = max(abs(ours[name] - loss) / loss for name, loss in theirs.items())
         return verdict(difference < TOLERANCE, f"{len(theirs)} losses, largest relative difference {difference:.0e}")
 
-    return Pair(
-        lambda: our_step(target | {"seed": SEED}),
-        lambda: their_step(with_dense_masks(target) if dense is None else dense),
-        identical,
-        DEVICE.type,
-    )
+    return Pair(lambda: our_step(target | {"seed": SEED}), lambda: their_step(dense), identical, DEVICE.type)
 
 
 def stepper(model: nn.Module, image: Tensor) -> Callable[[dict[str, Tensor]], dict[str, float]]:
@@ -198,64 +187,52 @@ def stepper(model: nn.Module, image: Tensor) -> Callable[[dict[str, Tensor]], di
     return take
 
 
-targets_with_masks = partial(targets_of_boxes, masks_are_there=False)
-step_of_many = partial(step, CELLS, masks_are_there=False)
-step_of_few = partial(step, FEW_CELLS, masks_are_there=False)
-matches_of_eight_ratios = partial(anchor_matches, REPORT_A, iou_in_chunks)
-
-
 def rows() -> list[Row]:
     repeats, steps = (5, 5) if DEVICE.type == "cuda" else (3, 2)
-    return [*rows_of_mask_targets(repeats), *rows_of_matching(repeats), row_of_roi_align(repeats), *rows_of_steps(steps)]
+    return [*rows_of_mask_targets(repeats), *rows_of_matching(repeats), *rows_of_roi_align(repeats), *rows_of_steps(steps)]
 
 
 def rows_of_mask_targets(repeats: int) -> list[Row]:
-    ours, peer, alike = seconds_in_turn(targets_of_boxes(), repeats)
-    ours_mb, peer_mb = both_megabytes("bench.training:targets_with_masks")
-    note = f"{POSITIVES} boxes, {SCENE}; project_masks_on_boxes"
-    time, memory = f"goal: not slower; {note}, without making its masks", f"goal 20x; {note}, with its masks"
-    return [
-        Row("mask targets: time", ours, peer, "s", times_less(ours, peer), alike, time),
-        Row("mask targets: memory", ours_mb, peer_mb, "MB", times_less(ours_mb, peer_mb), alike, memory),
-    ]
+    note = f"{POSITIVES} boxes, {SCENE}; project_masks_on_boxes, without making its masks ({MASKS_MB:.0f} MB)"
+    measured = side_by_side(targets_of_boxes, repeats=repeats)
+    return time_and_memory("mask targets", measured, f"goal: not slower; {note}", f"goal 20x; {note}")
 
 
 def rows_of_matching(repeats: int) -> list[Row]:
-    ours, peer, alike = seconds_in_turn(anchor_matches(), 1)
-    ours_mb, peer_mb = both_megabytes("bench.training:anchor_matches")
-    eight = matches_of_eight_ratios()
-    matched = eight.ours()
-    alike_eight = eight.identical(matched, eight.peer())
-    anchors = len(matched[0][0])
-    eight_mb = megabytes("bench.training:matches_of_eight_ratios", "ours")
-    eight_seconds = statistics.median(seconds(eight.ours) for _ in range(repeats))
+    three = side_by_side(anchor_matches, repeats=1)
+    eight, oracle, alike = side_by_side(anchor_matches, REPORT_A, iou_in_chunks, repeats=repeats, repeat_peer=False)
+    matrix_gb = 4e-9 * CELLS * len(REPORT_A.anchor_ratios) * sum((SIDE_PX // stride) ** 2 for stride in STRIDES)
     note = f"three ratios, {SCENE}; torchvision's assign_targets_to_anchors; one timed after a warm-up"
-    matrix = f"{4e-9 * CELLS * anchors:.1f} GB of IoUs alone, on the way to them 8 times that"
-    oracle = f"peer too large to measure ({matrix}); same matches as torchvision's Matcher on the matrix filled chunk by chunk"
-    eight_note = f"eight ratios, report A's anchors, {SCENE}; {oracle}"
-    bounded = f"goal: same matches, memory bounded by a chunk; {ours_mb:.0f} MB at three ratios; {eight_note}"
+    eight_note = (
+        f"eight ratios, report A's anchors, {SCENE}; torchvision's own is too large to measure ({matrix_gb:.1f} GB of IoUs, on the "
+        f"way to them 8 times that); same matches as its Matcher's on the matrix filled chunk by chunk ({oracle.seconds:.1f} s, "
+        f"{oracle.megabytes:.0f} MB)"
+    )
+    bounded = f"goal: same matches, memory bounded by a chunk; {three[0].megabytes:.0f} MB at three ratios; {eight_note}"
     return [
-        Row("matching, three ratios: time", ours, peer, "s", times_less(ours, peer), alike, note),
-        Row("matching, three ratios: memory", ours_mb, peer_mb, "MB", times_less(ours_mb, peer_mb), alike, note),
-        Row("matching, eight ratios: time", eight_seconds, math.nan, "s", math.nan, alike_eight, eight_note),
-        Row("matching, eight ratios: memory", eight_mb, math.nan, "MB", math.nan, alike_eight, bounded),
+        *time_and_memory("matching, three ratios", three, note, note),
+        *time_and_memory("matching, eight ratios", (eight, NOT_RUN, alike), eight_note, bounded),
     ]
 
 
-def row_of_roi_align(repeats: int) -> Row:
-    ours, peer, alike = seconds_in_turn(roi_align(), repeats)
+def rows_of_roi_align(repeats: int) -> list[Row]:
     note = f"CPU, {POSITIVES} boxes, 256 channels, pyramid of {SIDE_PX} px, 7 x 7 bins; torchvision's MultiScaleRoIAlign"
-    return Row("RoIAlign: forward and backward", ours, peer, "s", times_less(ours, peer), alike, note)
+    return time_and_memory("RoIAlign, forward and backward", side_by_side(roi_align, repeats=repeats), note, note)
 
 
 def rows_of_steps(steps: int) -> list[Row]:
-    ours, peer, alike = seconds_in_turn(step(CELLS), steps)
-    few, many = both_megabytes("bench.training:step_of_few"), both_megabytes("bench.training:step_of_many")
-    ours_mb, peer_mb = many[0] - few[0], many[1] - few[1]
-    note = f"goal 2.5x; ResNet-50, {SCENE}, SGD; {steps} timed after a warm-up; maskrcnn_resnet50_fpn without its resizing, channels first as it comes, ours last"
-    peaks = f"ours {many[0]:.0f} - {few[0]:.0f} MB, peer {many[1]:.0f} - {few[1]:.0f} MB"
-    memory = f"goal 3x; peak of a step with {CELLS} cells above that with {FEW_CELLS}, with the peer's dense masks: {peaks}"
+    ours, peer, alike = side_by_side(step, CELLS, repeats=steps)
+    ours_few, peer_few = (alone(side, step, FEW_CELLS) for side in ("ours", "peer"))
+    ours_mb, peer_mb = ours.megabytes - ours_few.megabytes, peer.megabytes - peer_few.megabytes
+    note = (
+        f"goal 2.5x; ResNet-50, {SCENE}, SGD; {steps} timed after a warm-up; maskrcnn_resnet50_fpn without its resizing, channels "
+        "first as it comes, ours last"
+    )
+    peaks = f"ours {ours.megabytes:.0f} - {ours_few.megabytes:.0f} MB, peer {peer.megabytes:.0f} - {peer_few.megabytes:.0f} MB"
+    memory = (
+        f"goal 3x; peak of a step with {CELLS} cells above that with {FEW_CELLS}, without the peer's dense masks ({MASKS_MB:.0f} MB): {peaks}"
+    )
     return [
-        Row("training step: time", ours, peer, "s", times_less(ours, peer), alike, note),
+        Row("training step: time", ours.seconds, peer.seconds, "s", times_less(ours.seconds, peer.seconds), alike, note),
         Row("training step: memory", ours_mb, peer_mb, "MB", times_less(ours_mb, peer_mb), alike, memory),
     ]

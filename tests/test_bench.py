@@ -3,6 +3,8 @@
 import math
 import subprocess
 import sys
+import time
+from itertools import count
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,7 @@ from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
 from bench import __main__ as bench_main
 from bench import gpu, measure
+from bench.prediction import masks_to_rles
 from bench.scenes import dense_image, dense_label_maps, dense_target, with_dense_masks
 from bench.training import torchvision_model
 from cellseg_helpers.config import ROOT
@@ -35,9 +38,47 @@ def test_peak_is_what_a_call_holds_at_once(times) -> None:
 
 def test_memory_of_a_pair_in_a_process_of_its_own() -> None:
     """200 masks as run-length encodings, of an image of 3 megapixels: far less than one dense mask each, 623 MB."""
-    assert 0.5 < measure.megabytes("bench.prediction:masks_to_rles", "ours") < 50
-    with pytest.raises(AttributeError, match="no_such_pair"):
-        measure.megabytes("bench.prediction:no_such_pair", "ours")
+    assert 0.5 < measure.alone("ours", masks_to_rles, 200).megabytes < 50
+    with pytest.raises(AttributeError, match="no_such_side"):
+        measure.alone("no_such_side", masks_to_rles, 200)
+
+
+def holders(seconds: float, megabytes: int) -> measure.Pair:
+    """Ours holds that many MB and gives the number of its call, the peer holds ten times as many for at least ``seconds``."""
+    calls = count(1)
+
+    def hold(many: int) -> int:
+        return len(np.ones(many * 10**6, np.uint8)) and next(calls)
+
+    def peer() -> int:
+        time.sleep(seconds)
+        return hold(10 * megabytes)
+
+    return measure.Pair(lambda: hold(megabytes), peer, lambda ours, peer: measure.verdict(ours == peer, f"{ours} and {peer}"))
+
+
+@pytest.mark.parametrize("repeat_peer", [True, False])
+def test_sides_are_each_in_a_process_of_their_own(repeat_peer) -> None:
+    """The results that are compared are of each side's first call; a warm peer is not timed with a call that was its first."""
+    ours, peer, alike = measure.side_by_side(holders, 0.2, 20, repeats=3, repeat_peer=repeat_peer)
+    assert alike == "1 and 1"
+    assert ours.megabytes == pytest.approx(20, abs=5) and peer.megabytes == pytest.approx(200, abs=5)
+    assert ours.seconds < 0.2 <= peer.seconds < 2 and ours.cpu_seconds < 0.2
+
+
+def test_pair_that_differs_is_called_so_side_by_side() -> None:
+    _, _, alike = measure.side_by_side(differing, repeats=0)
+    assert alike == "OTHER: 1 and 2"
+
+
+def differing() -> measure.Pair:
+    return measure.Pair(lambda: 1, lambda: 2, lambda ours, peer: measure.verdict(ours == peer, f"{ours} and {peer}"))
+
+
+def test_benchmark_that_fails_leaves_a_row_that_says_so() -> None:
+    (row,) = bench_main.run("no_such_benchmark", "")
+    assert row.note.startswith("failed: ModuleNotFoundError") and "no_such_benchmark" in row.note
+    assert math.isnan(row.ours) and not row.identical
 
 
 def test_ratio_to_nothing_measured_is_nan() -> None:
