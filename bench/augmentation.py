@@ -1,7 +1,7 @@
 """The recipe ``full`` with every part of it applied: label maps against one mask a cell.
 
-Both sides run the same transforms with the same random numbers on one image (uint8 [3, 1024, 1024]) of 300 drawn cells. Ours moves 4 label maps (int32 [4, H, W]), the peer a ``tv_tensors.Mask`` stack (uint8 [300, H, W]), as
-torchvision's own examples do.
+Both sides run the same transforms with the same random numbers on one image (uint8 [3, 1024, 1024]) of 300 drawn cells. Ours
+moves 4 label maps (int32 [4, H, W]), the peer a ``tv_tensors.Mask`` stack (uint8 [300, H, W]), as torchvision's own examples do.
 """
 
 import copy
@@ -62,7 +62,10 @@ def label_maps_and_stack(seed: int) -> Pair:
 def rows() -> list[Row]:
     table = []
     for name, (seed, parts) in DRAWN.items():
-        note = f"recipe {RECIPE}, every part applied: {parts}; {SIDE_PX} px, {CELLS} drawn cells; peer: a tv_tensors.Mask of each cell, uint8"
+        note = (
+            f"recipe {RECIPE}, every part applied: {parts}; {SIDE_PX} px, {CELLS} drawn cells; peer: a tv_tensors.Mask of each "
+            "cell, uint8"
+        )
         measured = side_by_side(label_maps_and_stack, seed, repeats=1)
         table += time_and_memory(f"augmentation, {name}", measured, f"goal 5x; {note}", f"goal 10x; {note}")
     return table

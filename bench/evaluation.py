@@ -60,7 +60,10 @@ def compare(ours: Scores, peer: Scores) -> str:
 
 def rows() -> list[Row]:
     ours, peer, alike = side_by_side(score_both, repeats=3, repeat_peer=False)
-    note = f"{IMAGES} drawn images, about 300 cells and {DETECTIONS_PER_IMAGE} detections each, maxDets 1, 10, 100 and all; pycocotools, one call"
+    note = (
+        f"{IMAGES} drawn images, about 300 cells and {DETECTIONS_PER_IMAGE} detections each, maxDets 1, 10, 100 and all; pycocotools, "
+        "one call"
+    )
     cpu_ratio = times_less(ours.cpu_seconds, peer.cpu_seconds)
     time, memory = time_and_memory("evaluation", (ours, peer, alike), f"goal 20x; {note}", f"peak that one call adds; {note}")
     return [

@@ -285,8 +285,8 @@ def rows_of(side_px: int, batch_size: int, variant: str, ours: Measured, peer: M
     cells = round(CELLS * side_px**2 / SIDE_PX**2)
     name = f"GPU training, {side_px} px, batch {batch_size}{variant}"
     note = (
-        f"{'peer: ours without; ' if variant else 'goals: 2x the images/s, 95 % working; '}ResNet-50, {resolve_precision(RunConfig())}, up to {cells} drawn cells an image, "
-        f"{RECIPE}, {WORKERS} workers, {TIMED} steps, fewer where they take over {PART_LIMIT_S} s"
+        f"{'peer: ours without; ' if variant else 'goals: 2x the images/s, 95 % working; '}ResNet-50, {resolve_precision(RunConfig())}, "
+        f"up to {cells} drawn cells an image, {RECIPE}, {WORKERS} workers, {TIMED} steps, fewer where they take over {PART_LIMIT_S} s"
     )
     note = "; ".join(text for text in (note, ours.failure, peer.failure) if text)
     speed, waiting, working = ours.images_per_s, ours.waiting, ours.working

@@ -2,8 +2,8 @@
 
 The job is the study's own (``jobs run`` on ``02_train``, with one thread), from the start of its process to its end; in
 ``make bench`` one, alone on the machine. Its notebook is a copy with a cell in front, ``install()``, and one behind, ``save()``:
-they time the package's calls from outside. The network is the model's whole forward (with proposals, matching and NMS), in training and in prediction, and the
-backward.
+they time the package's calls from outside. The network is the model's whole forward (with proposals, matching and NMS), in
+training and in prediction, and the backward.
 
     python -m bench.study        all training jobs of the quick study, one for each core at a time, into outputs/bench_study.csv
 """

@@ -13,7 +13,7 @@ class GatherRoIAlign(MultiScaleRoIAlign):
     A bin is the mean of ``sampling_ratio ** 2`` bilinear samples (He et al., "Mask R-CNN", 2017), so it is a sum of at most
     ``(2 * sampling_ratio) ** 2`` weighted feature vectors. All bins of all boxes and levels are one ``embedding_bag`` over the
     pyramid laid out as rows of channels, whose kernels read and write whole vectors; torchvision's CPU kernel goes channel by
-    channel. On other devices this is torchvision's own.
+    channel. On other devices this is torchvision's own, which is also its oracle (values and gradients, ``tests/test_model.py``).
     """
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
