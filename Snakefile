@@ -121,7 +121,8 @@ rule train:
         mem_mb=TRAINING_MB,
     priority: lambda wildcards: 20 if wildcards.run in ANALYSED + FINALS else 10
     shell:
-        JOB + " --gpu --train -f {input.files:q} -r data {params.data:q} -r run_name {wildcards.run:q} -p seed {params.seed}"
+        JOB + " --gpu --train -f {input.files:q} -r data {params.data:q} -r run_name {wildcards.run:q}"
+        " -p seed {params.seed} -p keep_checkpoint false"
 
 
 rule evaluate:

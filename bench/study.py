@@ -109,7 +109,7 @@ def run_job(key: str, folder: Path) -> dict[str, float]:
     name = f"bench-{os.getpid()}-{key.replace('/', '-')}"
     command = [sys.executable, "-m", "cellseg_helpers.jobs", "run", folder / "02_train.ipynb", folder / f"{name}.ipynb"]
     command += ["--log", folder / "jobs.csv", "--gpu", "--train", "-f", *parameter_files(key, SCALE)]
-    command += ["-r", "data", DATA, "-r", "run_name", name, "-p", "seed", SEED]
+    command += ["-r", "data", DATA, "-r", "run_name", name, "-p", "seed", SEED, "-p", "keep_checkpoint", "false"]
     ours = {PARTS_FILE: str(folder / "parts.json"), "PYTHONPATH": str(ROOT), "STUDY_PROCESS": str(os.getpid())}
     try:
         begun = time.time()

@@ -42,7 +42,7 @@ FRACTIONS = (
     "score_threshold", "iou_threshold",
 )  # fmt: skip
 CHECKED = "_parameters_checked"
-NOT_PART_OF_A_RUN = ("run_name", "num_workers")
+NOT_PART_OF_A_RUN = ("run_name", "num_workers", "keep_checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,7 @@ class RunConfig:
     validation_every_epochs: int = 1
     validation_updates_norms: bool = False
     keep_every_epoch: bool = False
+    keep_checkpoint: bool = True
     batch_size: int = 2
     optimizer: str = "adamw"
     learning_rate: float = 5e-4

@@ -148,7 +148,9 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
                 write_json(run_dir / "detections.json", detections)
                 save_metrics(scores, run_dir / "metrics.json")
             write_text(run_dir / "history.csv", pd.DataFrame(history).to_csv(index=False))
-            if validated or time.perf_counter() - saved_at > CHECKPOINT_EVERY_S:
+            due = validated or time.perf_counter() - saved_at > CHECKPOINT_EVERY_S
+            ends = len(history) == config.epochs or stopped_early(history, config)
+            if due and (config.keep_checkpoint or not ends):
                 save_checkpoint(
                     run_dir / "last.pt",
                     {
@@ -170,6 +172,8 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
         sizes = [tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()]
         ended = {"epochs": len(history), "stopped_early": len(history) < config.epochs}
         write_json(run_dir / "finished.json", ended | {"parameters": count_parameters(model), "model_megabytes": sum(sizes) / 1e6})
+        if not config.keep_checkpoint:
+            (run_dir / "last.pt").unlink(missing_ok=True)
     return run_dir
 
 
@@ -395,7 +399,8 @@ def count_run_parameters(run_dir: str | Path) -> int:
     Raises:
         RunError: no such folder, or a missing or damaged ``settings.json``.
     """
-    return count_parameters(rebuild_model(_config_of(run_dir)))
+    with torch.device("meta"):
+        return count_parameters(rebuild_model(_config_of(run_dir)))
 
 
 def _config_of(run_dir: str | Path) -> RunConfig:

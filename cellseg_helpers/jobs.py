@@ -141,7 +141,7 @@ def run(
         log: CSV file that gets one row (``COLUMNS``): seconds on the wall, of them until the first cell had imported, and of CPU.
         gpu: wait for a GPU of its own; otherwise the notebook sees none.
         train: set a run folder of other settings aside first (``study.set_aside_other_run``); at the end write ``trained.json``
-            there, the row of ``log``, and remove the checkpoint.
+            there, the row of ``log``.
 
     Returns:
         What went wrong, as a sentence, or "".
@@ -178,7 +178,6 @@ def run(
     if train and not error:
         run_dir = resolve_path(study.RUNS) / parameters["run_name"]
         (run_dir / "trained.json").write_text(json.dumps(row, indent=1) + "\n")
-        (run_dir / "last.pt").unlink(missing_ok=True)  # three times the weights' size, and of no more use
     for file in (taken, lock):
         if file:
             file.close()

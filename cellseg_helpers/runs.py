@@ -5,7 +5,7 @@
     split.json         image ids of each side
     truth.json         the validation images' instances, as a COCO data set
     history.csv        one row an epoch
-    last.pt            checkpoint to resume from
+    last.pt            checkpoint to resume from; not of a finished run where keep_checkpoint is not set
     best.safetensors   weights of the best epoch
     detections.json    the best epoch's detections in the validation images, as COCO results
     metrics.json       its scores

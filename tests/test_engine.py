@@ -693,6 +693,34 @@ def test_a_finished_run_without_its_checkpoint_stays_as_it_is(data):
     assert finished["epochs"] == 3 and not finished["stopped_early"] and finished["parameters"] > 0
 
 
+@pytest.mark.parametrize("changes", [{}, {"epochs": 9, "early_stopping_patience": 1, "monitor": "validation_loss"}])
+def test_a_checkpoint_that_is_not_kept_is_there_until_the_run_has_ended(data, monkeypatch, changes):
+    """Killed in between, the run goes on from it and ends the same; a finished one stays as it is."""
+    losses = iter([2.0, 1.0, 3.0] * 3)
+    if changes:
+        monkeypatch.setattr(engine, "validation_loss", lambda *args: next(losses))
+    kept = fit(tiny_settings(data, run_name="kept", **changes))
+    unkept = tiny_settings(data, keep_checkpoint=False, **changes)
+    run_dir = kept.parent / "tiny"
+    for epoch in (1, 2):
+        with pytest.raises(Interrupt):
+            fit(unkept, on_epoch=interrupt_after(epoch))
+        assert len(load_checkpoint(run_dir / "last.pt")["history"]) == epoch
+    assert fit(unkept) == run_dir and not (run_dir / "last.pt").exists() and not list(run_dir.glob(".*"))
+    for name in ("best.safetensors", "detections.json", "metrics.json"):
+        assert (run_dir / name).read_bytes() == (kept / name).read_bytes(), name
+    pd.testing.assert_frame_equal(history_without_clock(run_dir), history_without_clock(kept), check_exact=True)
+    fit(unkept, on_epoch=lambda history: pytest.fail("trained again"))
+    assert len(history_without_clock(run_dir)) == 3 and read_json(run_dir / "finished.json")["epochs"] == 3
+
+
+def test_the_last_checkpoint_is_not_written_where_it_would_not_be_kept(data, monkeypatch):
+    saved = []
+    monkeypatch.setattr(engine, "save_checkpoint", lambda path, checkpoint: saved.append(len(checkpoint["history"])))
+    fit(tiny_settings(data, keep_checkpoint=False))
+    assert saved == [1, 2]
+
+
 # Two processes
 
 

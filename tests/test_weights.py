@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.model.backbones import LoadReport, freeze_loaded, load_weights, read_weights, resnet_fpn
-from cellseg_helpers.model.build import build_model, rebuild_model
+from cellseg_helpers.model.build import build_model, count_parameters, outline_model, rebuild_model
 
 PREFIXES = ("", "backbone.", "backbone.body.")
 
@@ -178,6 +178,23 @@ def test_a_finished_runs_weights_start_another_run(tmp_path, resnet18):
     again = build_model(RunConfig(weights=str(tmp_path / "best.safetensors")))
     assert again.load_report.random == again.load_report.unused == []
     assert all(torch.equal(tensor, first.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("weights", ["none", "partial.pth", "partial.safetensors", "coco"])
+def test_an_outline_reports_what_the_model_would(torch_home, tmp_path, without_layer4, weights):
+    """It is that model without its values: names, shapes, what was loaded, what is frozen."""
+    coco = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict() if weights == "coco" else {}
+    torch.save(coco, torch_home / MaskRCNN_ResNet50_FPN_Weights.COCO_V1.url.rsplit("/", 1)[-1])
+    torch.save(without_layer4, tmp_path / "partial.pth")
+    save_file(without_layer4, tmp_path / "partial.safetensors")
+    where = str(tmp_path / weights) if "." in weights else weights
+    config = RunConfig(backbone="resnet50" if weights == "coco" else "resnet18", weights=where, trainable_backbone_layers=2)
+    outline, model = outline_model(config), build_model(config)
+    assert outline.load_report == model.load_report and count_parameters(outline) == count_parameters(model)
+    for (name, empty), (own_name, own) in zip(outline.named_parameters(), model.named_parameters(), strict=True):
+        assert (name, empty.shape, empty.requires_grad, empty.is_meta) == (own_name, own.shape, own.requires_grad, True)
+    assert outline.state_dict().keys() == model.state_dict().keys()
 
 
 def test_imagenet_without_network_and_cache_says_what_to_do(torch_home):
