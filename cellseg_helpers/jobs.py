@@ -193,7 +193,7 @@ def _set_aside(parameters: dict[str, Any]) -> Path | None:
 
 
 def _execute(notebook: Path, running: Path, parameters: dict[str, Any]) -> tuple[Any, str]:
-    _skip_slow_import()
+    _skip_slow_imports()
     logging.getLogger("papermill").setLevel(logging.ERROR)  # of a parameter that no cell has, the notebooks say more
     import papermill
     from jupyter_client import AsyncKernelManager
@@ -221,9 +221,10 @@ def _execute(notebook: Path, running: Path, parameters: dict[str, Any]) -> tuple
     return executed, ""
 
 
-def _skip_slow_import() -> None:
-    """jsonschema, which papermill and nbconvert load, would take 2 seconds to load a grammar that notebooks don't need."""
-    sys.modules.setdefault("rfc3987_syntax", None)
+def _skip_slow_imports() -> None:
+    """What papermill and nbconvert would load and notebooks don't need: jsonschema's grammar, 2 s; pyarrow for Hadoop's files, 0.15 s."""
+    for name in ("rfc3987_syntax", "pyarrow"):
+        sys.modules.setdefault(name, None)
 
 
 def _sentence(name: str, text: str) -> str:
@@ -256,7 +257,7 @@ PAGE_STYLE = ".dataframe tbody th { white-space: nowrap } .jp-RenderedHTMLCommon
 
 def page(notebook: Path, output: Path) -> None:
     """An executed notebook as one HTML file: text, tables and pictures, without the code."""
-    _skip_slow_import()
+    _skip_slow_imports()
     from nbconvert import HTMLExporter
 
     html, _ = HTMLExporter(

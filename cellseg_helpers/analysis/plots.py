@@ -18,7 +18,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 from skimage.measure import find_contours
-from skimage.segmentation import find_boundaries
 
 from cellseg_helpers.analysis.metrics import Counts, Matches, count_matches
 from cellseg_helpers.data.labels import CLASS_NAMES, decode_in_box, encode_instances, find_instances
@@ -427,6 +426,8 @@ def before_and_after(cell_image: CellImage, before: list[dict[str, Any]], labels
         labels: uint [H, W], ids 1..N; 0 = background.
         class_names: of the N cells.
     """
+    from skimage.segmentation import find_boundaries  # it takes 0.1 s, which no other notebook needs
+
     fig, (left, middle, right) = _figure(1, 3, 8.4, 3.3)
     _show(left, cell_image.image, cell_image.image_id[:8])
     _show(middle, cell_image.image, f"{len(before)} detections in the image")
