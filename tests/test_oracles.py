@@ -6,6 +6,7 @@ wholly outside the image.
 
 import copy
 import tempfile
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from scenes import CLASS_NAMES
 from test_metrics import by_pycocotools, with_nan
+from test_model import both_losses, paired_models
 from test_postprocess import REFINEMENTS, detection, masks_of, on_large_canvas
 from test_readers import add_image
 from test_thresholds import simulated
@@ -35,6 +37,7 @@ from cellseg_helpers.analysis.metrics import match_detections, score_coco
 from cellseg_helpers.analysis.resampling import bootstrap_ap50, bootstrap_summary, draw_images
 from cellseg_helpers.analysis.thresholds import count_by_threshold, keep_scores
 from cellseg_helpers.data import readers
+from cellseg_helpers.data.coco_reading import CocoAnnotation, CocoImage, draw_label_maps
 from cellseg_helpers.data.labels import encode_box_masks, encode_instances, find_instances
 from cellseg_helpers.data.readers import open_dataset
 from cellseg_helpers.data.recipes import RECIPES, augment
@@ -47,6 +50,7 @@ from cellseg_helpers.model.rpn import LabelMapRPN
 
 IDS = (1, 2, 3, 255, 256, 65_535, 65_536, 70_000)
 seeds = st.integers(0, 2**32 - 1)
+half_axes = st.sampled_from((1, 1, 2, 3.5, 8, 20))  # px
 
 
 def ellipse(shape, y, x, half_height, half_width):
@@ -59,8 +63,7 @@ def scenes(draw, min_side=1, ids=IDS):
     """Label maps int32 [K, H, W] of ellipses, lines and single pixels anywhere, later ones on earlier ones."""
     shape = draw(st.integers(min_side, 40)), draw(st.integers(min_side, 40))
     label_maps = np.zeros((draw(st.integers(1, 4)), *shape), np.int32)
-    half = st.sampled_from((1, 1, 2, 3.5, 8, 20))
-    cells = st.tuples(*(st.integers(0, length - 1) for length in label_maps.shape), half, half, st.sampled_from(ids))
+    cells = st.tuples(*(st.integers(0, length - 1) for length in label_maps.shape), half_axes, half_axes, st.sampled_from(ids))
     for k, *cell, number in draw(st.lists(cells, max_size=10)):
         label_maps[k][ellipse(shape, *cell)] = number
     return label_maps
@@ -354,6 +357,40 @@ def test_images_from_the_cache_are_those_written(images, compression, seed):
             for found, (image, label_maps) in zip(dataset, written, strict=True):
                 np.testing.assert_array_equal(found.image, image)
                 np.testing.assert_array_equal(found.label_maps, label_maps)
+
+
+@cache
+def models() -> tuple[nn.Module, nn.Module]:
+    return paired_models(96, 96)
+
+
+@on_data_sets
+def test_a_steps_losses_equal_torchvisions(images, seed):
+    """Of batches in which some or all images are without cells, of other sizes, resized to one."""
+    rng = torch.Generator().manual_seed(seed)
+    losses, expected = both_losses(*models(), [torch.rand(3, *maps.shape[1:], generator=rng) for maps in images], images)
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+    assert (losses["loss_mask"] == 0) == (not any(maps.any() for maps in images))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.lists(st.tuples(st.integers(1, 4), *[st.integers(0, 39)] * 2, *[half_axes] * 2), max_size=12))
+def test_coco_masks_drawn_on_one_another_leave_each_pixel_to_the_smallest(height, width, cells):
+    """Of its class; the first of those of the same size. Another formulation than drawing one after the other."""
+    masks = np.array([ellipse((height, width), y % height, x % width, *halves) for _, y, x, *halves in cells], bool)
+    masks = masks.reshape(-1, height, width)
+    areas, classes = masks.sum((1, 2)), np.array([k for k, *_ in cells], int)
+    expected, seen = np.zeros((4, height, width), np.int32), np.zeros(len(cells), bool)
+    for k, y, x in np.ndindex(expected.shape):
+        covering = np.flatnonzero(masks[:, y, x] & (classes == k + 1))
+        if len(covering):
+            smallest = min(covering, key=lambda i: (areas[i], i))
+            expected[k, y, x], seen[smallest] = (classes[: smallest + 1] == k + 1).sum(), True
+    annotations = [CocoAnnotation(f"annotation {number}", k, None, False) for number, (k, *_) in enumerate(cells)]
+    image = CocoImage(Path("image.png"), "image.png", height, width, None, annotations)
+    label_maps, problems = draw_label_maps(image, [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks])
+    np.testing.assert_array_equal(label_maps, expected)
+    assert [where for where, _ in problems] == [f"annotation {number}" for number in np.flatnonzero(~seen)]
 
 
 def test_more_cells_than_16_bits_can_count():
