@@ -25,9 +25,8 @@ from cellseg_helpers.model.roi_heads import SeededSampler, mask_targets
 
 
 def dense_masks(label_maps: np.ndarray, instances) -> torch.Tensor:
-    return torch.from_numpy(
-        np.stack([label_maps[k - 1] == i for k, i in zip(instances.labels, instances.ids, strict=True)]).astype(np.uint8)
-    )
+    masks = [label_maps[k - 1] == i for k, i in zip(instances.labels, instances.ids, strict=True)]
+    return torch.from_numpy(np.array(masks, np.uint8).reshape(-1, *label_maps.shape[1:]))
 
 
 def crowded_label_maps(height: int, width: int) -> np.ndarray:
