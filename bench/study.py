@@ -149,9 +149,8 @@ def rows() -> list[Row]:
     listed = ", ".join(f"{part} {100 * taken / total:.1f}" for part, taken in sorted(parts.items(), key=lambda item: -item[1]))
     note = (
         f"goal < 25 %; one run of {KEY}, {config.epochs} x {config.steps_per_epoch} steps, one thread, "
-        f"{total:.0f} s from the job's start to its end; of it, in %: {listed}; missed for imports and the memory-bound optimizer; kept: a kernel that "
-        "seldom looks for garbage, a live curve every 30 s; tried: imports without dynamo, clipping in the optimizer, forked kernels "
-        "and more (bench/README.md)"
+        f"{total:.0f} s from the job's start to its end; of it, in %: {listed}; what remains is imports and the memory-bound optimizer; "
+        "kept and tried: bench/README.md"
     )
     nan = float("nan")
     return [Row("study: share of a training job outside the network", outside, nan, "%", nan, "", note)]
