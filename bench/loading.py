@@ -48,7 +48,10 @@ def first_samples() -> Iterator[Sample]:
 def tiff_samples() -> Iterator[Sample]:
     """Every image once, its files read anew."""
     for place in sorted((folder() / "train").iterdir()):
-        image = torch.from_numpy(tifffile.imread(place / "image.tif")[..., :3]).permute(2, 0, 1).contiguous()
+        pixels = tifffile.imread(place / "image.tif")
+        if pixels.dtype != np.uint8 or pixels.ndim != 3:
+            raise ValueError(f"{place / 'image.tif'}: the peer reads RGB of 8 bits a channel only; name a folder of such images")
+        image = torch.from_numpy(pixels[..., :3]).permute(2, 0, 1).contiguous()
         masks, labels = [], []
         for label in range(1, len(CLASS_NAMES) + 1):
             if (place / f"class{label}.tif").exists():

@@ -150,7 +150,7 @@ def rows() -> list[Row]:
     note = (
         f"goal < 25 %; one run of {KEY}, {config.epochs} x {config.steps_per_epoch} steps, one thread, "
         f"{total:.0f} s from the job's start to its end; of it, in %: {listed}; what remains is imports and the memory-bound optimizer; "
-        "kept and tried: bench/README.md"
+        "tried: imports without torch._dynamo, clipping inside the optimizer, forked kernels, and more (bench/README.md)"
     )
     nan = float("nan")
     return [Row("study: share of a training job outside the network", outside, nan, "%", nan, "", note)]

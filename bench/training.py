@@ -39,6 +39,7 @@ AS_TORCHVISION = {
 }
 SCENE = f"{CELLS} drawn cells, {SIDE_PX} px"
 MASKS_MB = CELLS * SIDE_PX**2 / MEGABYTE  # of the peer's dense masks, uint8
+LEAST_DIFFERENCE_MB = 50  # of two peaks of some GB
 SEED = 7
 
 
@@ -153,8 +154,9 @@ def step(cells: int) -> Pair:
     """Forward, backward and SGD step on one image; the peer's dense masks are there before the call.
 
     Both RPNs make their proposals, but the same boxes go on to both models' heads: of two boxes that overlap, a rounding decides
-    which one is left.
+    which one is left. On a GPU convolutions keep float32's 24 bits: TF32's 11 would move the losses by 1e-3.
     """
+    torch.backends.cudnn.allow_tf32 = False
     image = torch.from_numpy(dense_image(dense_label_maps(SIDE_PX, cells))).to(DEVICE) / 255
     target = scene_target(cells)
     dense = with_dense_masks(target)
@@ -230,8 +232,9 @@ def rows_of_steps(steps: int) -> list[Row]:
     )
     peaks = f"ours {ours.megabytes:.0f} - {ours_few.megabytes:.0f} MB, peer {peer.megabytes:.0f} - {peer_few.megabytes:.0f} MB"
     compared = f"peak of a step with {CELLS} cells above that with {FEW_CELLS}, without the peer's dense masks ({MASKS_MB:.0f} MB)"
-    memory = f"goal 3x; {compared}: {peaks}"
+    memory = f"goal 3x; {compared}: {peaks}; in the ratio, less than {LEAST_DIFFERENCE_MB} MB counts as {LEAST_DIFFERENCE_MB}"
+    fewer_times = times_less(max(ours_mb, LEAST_DIFFERENCE_MB), peer_mb)
     return [
         Row("training step: time", ours.seconds, peer.seconds, "s", times_less(ours.seconds, peer.seconds), alike, note),
-        Row("training step: memory", ours_mb, peer_mb, "MB", times_less(ours_mb, peer_mb), alike, memory),
+        Row("training step: memory", ours_mb, peer_mb, "MB", fewer_times, alike, memory),
     ]

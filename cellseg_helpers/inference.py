@@ -289,11 +289,11 @@ def _crop(mask: BoxMask, window: np.ndarray) -> np.ndarray:
 
 def _connected(rows: set[int], neighbours: list[set[int]]) -> list[list[int]]:
     """The connected components of a graph, restricted to ``rows``."""
-    components = []
+    components, rows = [], set(rows)
     for start in sorted(rows):
         component, reached = [], {start} & rows
         while reached:
-            rows = rows - reached
+            rows -= reached
             component += sorted(reached)
             reached = set().union(*(neighbours[row] for row in reached)) & rows
         if component:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -21,7 +22,7 @@ from cellseg_helpers.model import roi_heads
 from cellseg_helpers.model.backbones import resnet_fpn
 from cellseg_helpers.model.build import IMAGENET_MEAN, IMAGENET_STD, build_model, count_parameters
 from cellseg_helpers.model.roi_align import GatherRoIAlign
-from cellseg_helpers.model.roi_heads import SeededSampler, mask_targets
+from cellseg_helpers.model.roi_heads import SeededSampler, first_of_permutation, mask_targets
 
 
 def dense_masks(label_maps: np.ndarray, instances) -> torch.Tensor:
@@ -63,12 +64,14 @@ def test_mask_targets_of_no_box():
 
 
 def smooth(model: nn.Module) -> None:
-    """Activate the heads' convolutions smoothly: of millions of units some are so near 0 that a ReLU makes a gradient of a rounding."""
+    """Activate the heads smoothly: of millions of units some are so near 0 that a ReLU makes a gradient of a rounding."""
     for part in (model.rpn, model.roi_heads):
         for module in list(part.modules()):
             for name, child in module.named_children():
                 if isinstance(child, nn.ReLU):
                     setattr(module, name, nn.SiLU())
+    box_head = model.roi_heads.box_head
+    box_head.forward = lambda x: F.silu(box_head.fc7(F.silu(box_head.fc6(x.flatten(1)))))
 
 
 def paired_models(min_size: int, max_size: int):
@@ -194,6 +197,20 @@ def test_a_sample_is_drawn_from_its_own_seed_whatever_the_batch():
     alone = sampler(labels[1:2])
     assert torch.equal(together[0][1], alone[0][0]) and torch.equal(together[1][1], alone[1][0])
     assert together[0][1].sum() == 16 and together[1][1].sum() == 48
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**63 - 1), st.integers(0, 3000), st.floats(0, 1))
+def test_first_of_a_permutation_are_torchs(seed, length, share):
+    count = round(share * length)
+    expected = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:count]
+    assert first_of_permutation(length, count, torch.Generator().manual_seed(seed)).equal(expected)
+
+
+def test_first_of_a_large_permutation():
+    for seed in range(5):
+        ours, theirs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+        assert first_of_permutation(698_368, 257, ours).equal(torch.randperm(698_368, generator=theirs)[:257])
 
 
 def test_boxes_stay_float32_under_mixed_precision():

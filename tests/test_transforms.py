@@ -150,6 +150,24 @@ def test_cells_cut_by_the_crop_can_be_left_out_of_the_targets():
     assert len(seen) == 8
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 60), st.integers(0, 2**32 - 1))
+def test_cut_cells_are_those_with_a_pixel_at_an_inner_side(height, width, size, seed):
+    """Against ``np.isin`` of each side, for cells of a few pixels with ids up to 65,535."""
+    maps = np.random.default_rng(seed).integers(0, 40, (4, -(-height // 3), -(-width // 3))).repeat(3, 1).repeat(3, 2) * 1_680
+    maps = maps[:, :height, :width].astype(np.int32)
+    places = np.stack([*np.indices((height, width)), maps[0] % 251]).astype(np.uint8)
+    image, label_maps = crop(CellImage("", None, places, maps), size, None, np.random.default_rng(seed), drop_cut_cells=True)
+    top, left = image[:2, 0, 0].tolist()
+    rows, columns = image.shape[1:]
+    expected = maps[:, top : top + rows, left : left + columns].copy()
+    inside = (top > 0, top + rows < height, left > 0, left + columns < width)
+    for label_map in expected:
+        sides = (label_map[0].copy(), label_map[-1].copy(), label_map[:, 0].copy(), label_map[:, -1].copy())
+        label_map[np.isin(label_map, np.concatenate([[0], *(side for side, cut in zip(sides, inside, strict=True) if cut)]))] = 0
+    assert np.array_equal(label_maps, expected)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 80), st.integers(0, 2**32 - 1))
 def test_a_crop_holds_its_centre_and_has_the_right_size(height, width, size, seed):

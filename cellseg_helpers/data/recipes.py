@@ -183,7 +183,7 @@ class GaussianNoise(v2.Transform):
     def transform(self, inpt, params):
         if not isinstance(inpt, tv_tensors.Image):
             return inpt
-        noisy = torch.randn(inpt.shape).mul_(255 * self.std).add_(inpt)
+        noisy = torch.randn(inpt.shape).mul_(255 * self.std).to(inpt.device).add_(inpt)
         return tv_tensors.wrap(noisy.round_().clamp_(0, 255).to(torch.uint8), like=inpt)
 
 

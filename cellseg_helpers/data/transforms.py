@@ -130,11 +130,13 @@ def crop(
         sides.append(side)
     window = np.s_[:, starts[0] : starts[0] + sides[0], starts[1] : starts[1] + sides[1]]
     label_maps = cell_image.label_maps[window].astype(np.int32)
-    if drop_cut_cells:
-        for axis, length in enumerate((height, width)):
-            for line, inside in ((0, starts[axis] > 0), (-1, starts[axis] + sides[axis] < length)):
-                for label_map in label_maps if inside else ():
-                    label_map[np.isin(label_map, label_map.take(line, axis))] = 0
+    cuts = [(axis, 0) for axis in (0, 1) if starts[axis] > 0]
+    cuts += [(axis, -1) for axis, length in enumerate((height, width)) if starts[axis] + sides[axis] < length]
+    for label_map in label_maps if drop_cut_cells and cuts else ():
+        kept = np.arange(label_map.max() + 1, dtype=label_map.dtype)
+        for axis, line in cuts:
+            kept[label_map.take(line, axis)] = 0
+        label_map[...] = kept[label_map]
     return torch.from_numpy(cell_image.image[window].copy()), torch.from_numpy(label_maps)
 
 
