@@ -204,7 +204,8 @@ def merge_tiles(found: list[Detections], tiles: np.ndarray, height: int, width: 
     4. cut detections of one cell, which no tile sees whole, become one: class and score of the highest-scored, the union of
        the masks, the box around the boxes.
 
-    Detections of one tile never remove each other: that is the model's own non-maximum suppression.
+    Detections of one tile never remove each other: that is the model's own non-maximum suppression. The oracle is the whole image
+    at once, where each cell is whole in some tile (``tests/test_oracles.py``).
 
     Args:
         found: the detections of each tile, in the image's coordinates.

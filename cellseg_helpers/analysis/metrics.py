@@ -318,7 +318,7 @@ def average_precision(matches: Matches, image_weights: np.ndarray | None = None,
     """COCO's average precision of each class at the matches' IoU threshold, of any resampling of the images.
 
     An image of weight 2 counts as if it stood in the data twice, one of weight 0 as if it were absent; the result is the same
-    number that COCO's evaluation gives of the images written out (but for the order of equal scores).
+    number that COCO's evaluation, the oracle, gives of the images written out (but for the order of equal scores).
 
     Args:
         matches: of ``match_detections``.

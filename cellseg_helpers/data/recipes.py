@@ -261,8 +261,10 @@ RECIPES = {
 def augment(image: Tensor, label_maps: Tensor, recipe: Sequence[v2.Transform], seed: int) -> tuple[Tensor, Tensor]:
     """Image and label maps after a recipe's steps, drawn by ``seed`` alone; torch's generator is left as it was.
 
+    Its oracle is torchvision on a mask of each instance: the same pixels (``tests/test_oracles.py``).
+
     Args:
-        image: uint8 [3, H, W].
+        image: uint8 [3, H, W]; 4 px a side or more where the recipe blurs.
         label_maps: int32 [K, H, W], ids below 2^24.
         recipe: one of ``RECIPES``.
         seed: in [0, 2^63).
