@@ -1,9 +1,8 @@
 """Training on a GPU: images a second and how busy the GPU is, with two workers, against torchvision's reference training loop.
 
-Ours is trained by the package's ``train_epoch``, torchvision's Mask R-CNN by the loop of its references/detection/engine.py; both
-by samples, batches, losses and precision that are the same, without clipping. The peer gets more than the reference gives it:
-bytes to copy in place of floats, and anchors in 32 bit (``train_reference``). Each measurement has a process of its
-own:
+Ours is trained by the package's ``train_epoch``, torchvision's Mask R-CNN by the loop of its references/detection/engine.py;
+both by samples, batches, losses and precision that are the same, without clipping. The peer gets more than the reference gives
+it: bytes to copy in place of floats, and anchors in 32 bit (``train_reference``). Each measurement has a process of its own:
 
     python -m bench.gpu 512 2 ours        side of the crops, px; batch; one of WAYS
     python -m bench.gpu                   all of them, each row as soon as it is measured
@@ -183,7 +182,8 @@ def train(side_px: int, batch_size: int, way: str) -> Measured:
     steps = WARM_UP + TIMED + PROFILED + AHEAD  # the workers are busy to the last step
     sampler = EpochSampler(indices, steps * batch_size, config.seed, batch_size=batch_size)
     loader = make_loader(read, config, sampler)
-    loader.pin_memory &= way != "peer"  # the reference does not, and masks of 13 GB, batch 16 at 1024 px, would take long to pin
+    if way == "peer":
+        loader.pin_memory = False  # as in the reference; masks of 13 GB, of a batch of 16 at 1024 px, would take long to pin
     watch = Watch(loader, augment_on_device if way == "augmented_on_gpu" else lambda batch: batch)
     model = torchvision_model() if way == "peer" else our_model()
     optimizer = make_optimizer(model, config)

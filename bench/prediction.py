@@ -59,7 +59,7 @@ def plain(rle: dict[str, Any]) -> tuple[tuple[int, ...], str]:
 
 
 def masks_to_rles(detections: int) -> Pair:
-    """An image's detections, from the model's masks (float32 [N, 28, 28]) to encodings; the peer takes ``DETECTIONS`` at once."""
+    """An image's detections, from the model's masks (float32 [N, 28, 28]) to encodings; the peer takes ``DETECTIONS`` at a time."""
     label_maps = np.pad(dense_label_maps(HEIGHT, detections), ((0, 0), (0, 0), (0, WIDTH - HEIGHT)))
     found = detections_of(dense_target(label_maps))
     sizes = [(HEIGHT, WIDTH)] * detections
@@ -133,9 +133,8 @@ def rows() -> list[Row]:
 
 def rows_of_an_image() -> list[Row]:
     note = f"{DETECTIONS} drawn cells, {HEIGHT} x {WIDTH} px; paste_masks_in_image, threshold, pycocotools' encode"
-    in_parts = (
-        f"{MANY} drawn cells; peer: {DETECTIONS} at a time, one call, as the float masks of all are {4e-9 * MANY * HEIGHT * WIDTH:.1f} GB"
-    )
+    masks_gb = 4e-9 * MANY * HEIGHT * WIDTH
+    in_parts = f"{MANY} drawn cells; peer: {DETECTIONS} at a time, one call, as the float masks of all are {masks_gb:.1f} GB"
     measured = side_by_side(masks_to_rles, DETECTIONS, repeats=REPEATS)
     many = side_by_side(masks_to_rles, MANY, repeats=REPEATS, repeat_peer=False)
     return [

@@ -154,7 +154,7 @@ def step(cells: int) -> Pair:
     """Forward, backward and SGD step on one image; the peer's dense masks are there before the call.
 
     Both RPNs make their proposals, but the same boxes go on to both models' heads: of two boxes that overlap, a rounding decides
-    which one is left. On a GPU convolutions keep float32's 24 bits: TF32's 11 would move the losses by 1e-3.
+    which one is left. On a GPU convolutions are without TF32, whose 11 bits would move the losses.
     """
     torch.backends.cudnn.allow_tf32 = False
     image = torch.from_numpy(dense_image(dense_label_maps(SIDE_PX, cells))).to(DEVICE) / 255
@@ -228,7 +228,7 @@ def rows_of_steps(steps: int) -> list[Row]:
     ours_mb, peer_mb = ours.megabytes - ours_few.megabytes, peer.megabytes - peer_few.megabytes
     note = (
         f"goal 2.5x; ResNet-50, {SCENE}, SGD; {steps} timed after a warm-up; maskrcnn_resnet50_fpn without its resizing, channels "
-        "first as it comes, ours last"
+        f"first as it comes, ours last{', both without TF32' if DEVICE.type == 'cuda' else ''}"
     )
     peaks = f"ours {ours.megabytes:.0f} - {ours_few.megabytes:.0f} MB, peer {peer.megabytes:.0f} - {peer_few.megabytes:.0f} MB"
     compared = f"peak of a step with {CELLS} cells above that with {FEW_CELLS}, without the peer's dense masks ({MASKS_MB:.0f} MB)"

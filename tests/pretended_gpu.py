@@ -1,12 +1,13 @@
 """A GPU for machines without one: tensors that say they are on it, compute on the CPU, and cannot be mixed with those of the CPU.
 
 It finds what a CPU cannot: a tensor made on the wrong device, or read without being fetched. It says nothing of speed, of a GPU's
-rounding, or of what its kernels cannot do.
+rounding, or of what its kernels cannot do. Operators that change a tensor's shape in place are beyond it, and so is ``"cuda:0"``.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 GPU, META = torch.device("cuda", 0), torch.device("meta")
-OWN_TYPES: dict[type, type] = {}
 
 
 class OnGPU(Tensor):
@@ -27,11 +27,7 @@ class OnGPU(Tensor):
     is_cpu = is_meta = property(lambda self: False)
 
     def as_subclass(self, kind: type[Tensor]) -> Tensor:
-        """torchvision's ``tv_tensors``, for one."""
-        if issubclass(OnGPU, kind):
-            return on_gpu(self.held)
-        body = {"__torch_dispatch__": OnGPU.__dict__["__torch_dispatch__"]}
-        return on_gpu(self.held, OWN_TYPES.setdefault(kind, type(kind.__name__, (kind, OnGPU), body)))
+        return on_gpu(self.held, own_type(kind))
 
     def cpu(self) -> Tensor:
         return self.to("cpu")
@@ -39,14 +35,21 @@ class OnGPU(Tensor):
     def tolist(self) -> list:
         return self.cpu().tolist()
 
-    def numpy(self) -> None:
-        raise TypeError("a tensor on the GPU cannot be an array")
+    def numpy(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a tensor on the GPU cannot be an array; fetch it with .cpu()")
 
     __array__ = numpy
 
     @classmethod
     def __torch_dispatch__(cls, operator, types, args=(), kwargs=None) -> Any:
         return dispatch(operator, args, kwargs or {})
+
+
+@cache
+def own_type(kind: type[Tensor]) -> type[OnGPU]:
+    """For ``Tensor`` itself ``OnGPU``, for a class such as torchvision's ``Mask`` one that is both."""
+    body = {"__torch_dispatch__": OnGPU.__dict__["__torch_dispatch__"]}
+    return OnGPU if issubclass(OnGPU, kind) else type(kind.__name__, (kind, OnGPU), body)
 
 
 def on_gpu(held: Tensor, kind: type[OnGPU] = OnGPU) -> OnGPU:
@@ -57,26 +60,33 @@ def on_gpu(held: Tensor, kind: type[OnGPU] = OnGPU) -> OnGPU:
 
 
 def dispatch(operator, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """An operator's result by the CPU; as a GPU, it takes numbers (tensors without a dimension) and indices from the CPU, no more."""
+    """An operator's result by the CPU. As a GPU, it takes from the CPU only numbers (tensors without a dimension) and indices."""
     name = operator._schema.name
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    moves = name in ("aten::_to_copy", "aten::copy_")
-    wanted = kwargs.get("device")
-    there = any(isinstance(tensor, OnGPU) for tensor in tensors) if wanted is None or not moves and tensors else wanted == META
+    wanted = kwargs.get("device")  # of an operator that moves a tensor, or makes one like it
     if name == "aten::copy_":
         there = isinstance(args[0], OnGPU)
-    elif there and not moves:
-        given = tree_leaves((args[0], args[2:], kwargs)) if name.startswith(("aten::index", "aten::_index_put")) else tensors
-        strange = [t for t in given if isinstance(t, Tensor) and not isinstance(t, OnGPU) and t.dim()]
-        if strange:
-            raise RuntimeError(f"{name} with tensors on the GPU and one on the CPU, of shape {tuple(strange[0].shape)}")
-    kept = {} if wanted is None else {"device": torch.device("cpu")}
-    kept |= {key: False for key in ("pin_memory", "non_blocking") if key in kwargs}
-    result = operator(*tree_map(_held, args), **tree_map(_held, kwargs | kept))
-    if name == "aten::_local_scalar_dense" or not there:
+    elif wanted is not None:
+        there = wanted == META
+    else:
+        there = any(isinstance(tensor, OnGPU) for tensor in tensors)
+    if there and wanted is None and name not in ("aten::_to_copy", "aten::copy_"):
+        indexes = name.startswith(("aten::index", "aten::_index_put"))
+        for tensor in tree_leaves((args[0], args[2:]) if indexes else tensors):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, OnGPU) and tensor.dim():
+                raise RuntimeError(f"{name} with tensors on the GPU and one on the CPU, of shape {tuple(tensor.shape)}")
+    on_cpu = {} if wanted is None else {"device": torch.device("cpu")}
+    result = operator(*tree_map(_held, args), **tree_map(_held, kwargs | on_cpu))
+    if not there:
         return result
-    same = {id(tensor.held): tensor for tensor in tensors if isinstance(tensor, OnGPU)}  # of operators that work in place
-    return tree_map(lambda leaf: (same[id(leaf)] if id(leaf) in same else on_gpu(leaf)) if isinstance(leaf, Tensor) else leaf, result)
+    given = {id(tensor.held): tensor for tensor in tensors if isinstance(tensor, OnGPU)}
+
+    def placed(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return given[id(leaf)] if id(leaf) in given else on_gpu(leaf)  # given: of operators that work in place
+
+    return tree_map(placed, result)
 
 
 def _held(leaf: Any) -> Any:
@@ -99,7 +109,9 @@ class Names(TorchFunctionMode):
     """``cuda`` is ``meta`` to torch's functions."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
-        args, kwargs = tree_map(_renamed, args), tree_map(_renamed, kwargs or {})
+        kwargs = kwargs or {}
+        if function is not torch.device:
+            args, kwargs = tree_map(_renamed, (args, kwargs))
         if function in (torch.as_tensor, torch.tensor) and kwargs.get("device") == META:
             return function(*args, **kwargs | {"device": "cpu"}).to(META)
         return function(*args, **kwargs)

@@ -9,6 +9,7 @@ from itertools import count
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from hypothesis.extra.numpy import arrays
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
 from bench import __main__ as bench_main
-from bench import gpu, measure
+from bench import gpu, loading, measure
 from bench.prediction import masks_to_rles
 from bench.scenes import dense_image, dense_label_maps, dense_target, with_dense_masks
 from bench.training import torchvision_model
@@ -55,6 +56,15 @@ def holders(seconds: float, megabytes: int) -> measure.Pair:
         return hold(10 * megabytes)
 
     return measure.Pair(lambda: hold(megabytes), peer, lambda ours, peer: measure.verdict(ours == peer, f"{ours} and {peer}"))
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((9, 8), np.uint8), np.zeros((9, 8, 3), np.uint16)])
+def test_loading_names_an_image_that_its_peer_cannot_read(pixels, tmp_path, monkeypatch) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    tifffile.imwrite(tmp_path / "train" / "a" / "image.tif", pixels)
+    monkeypatch.setenv("BENCH_SAMPLE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"a/image\.tif: the peer reads RGB of 8 bits a channel only; name a folder of such images"):
+        next(loading.tiff_samples())
 
 
 @pytest.mark.parametrize("repeat_peer", [True, False])

@@ -8,7 +8,7 @@ from tiny_training import build_tiny
 
 from bench import gpu as bench_gpu
 from cellseg_helpers.config import RunConfig
-from cellseg_helpers.data.recipes import RECIPES, augment
+from cellseg_helpers.data.recipes import RECIPES, GaussianNoise, augment
 from cellseg_helpers.data.synthetic import draw_tissue
 from cellseg_helpers.data.transforms import make_target
 from cellseg_helpers.engine import to_device
@@ -25,8 +25,16 @@ def test_a_pretended_gpu_refuses_tensors_of_the_cpu():
         there, here = torch.arange(6, device="cuda"), torch.arange(6)
         assert there.device == GPU and (there * 2 + 1).sum().item() == 36
         assert there.to(here.device).equal(here) and here.to(GPU).equal(there)
-        assert there[here].tolist() == here[:6].tolist()  # a GPU takes indices from the CPU
-        for mix in (lambda: there + here, lambda: here[there], lambda: torch.cat([there, here]), lambda: there.index_put_([there], here)):
+        assert torch.zeros_like(here, device="cuda").device == here.new_zeros(6, device="cuda").device == GPU
+        assert there[here].tolist() == here.tolist()  # a GPU takes indices from the CPU
+        mixes = [
+            lambda: there + here,
+            lambda: there + there.new_zeros(6, device="cpu"),
+            lambda: here[there],
+            lambda: torch.cat([there, here]),
+            lambda: there.index_put_([there], here),
+        ]
+        for mix in mixes:
             with pytest.raises(RuntimeError, match="one on the CPU"):
                 mix()
         with pytest.raises(TypeError, match="cannot be an array"):
@@ -35,8 +43,8 @@ def test_a_pretended_gpu_refuses_tensors_of_the_cpu():
 
 @pytest.mark.parametrize("mask_batch", [0, 8])
 def test_a_training_step(mask_batch):
-    """Losses and gradients are those of the CPU, but for its own RoIAlign and torchvision's other way to NMS, by which some
-    proposals without cells are others. One of the images is empty."""
+    """Losses and gradients are those of the CPU, but for RoIAlign, here torchvision's, and for torchvision's NMS, which goes another
+    way on a GPU, so that some proposals without cells are others. One of the images has no cell."""
     torch.manual_seed(0)
     model = build_tiny(RunConfig(mask_batch_size_per_image=mask_batch)).train()
     empty = make_target(torch.zeros(4, 100, 90, dtype=torch.int32)) | {"seed": 3}
@@ -45,6 +53,7 @@ def test_a_training_step(mask_batch):
 
     def step(device: str) -> tuple[dict[str, float], list[torch.Tensor]]:
         losses = model(*to_device(images, targets, torch.device(device)))
+        assert {loss.device.type for loss in losses.values()} == {device}
         gradients = torch.autograd.grad(sum(losses.values()), list(model.parameters()))
         return {name: loss.item() for name, loss in losses.items()}, [gradient.cpu() for gradient in gradients]
 
@@ -65,6 +74,7 @@ def test_prediction():
     expected = predict(model, image, 96, 32, 0.5)
     with pretended_gpu():
         found = predict(model.to("cuda"), image, 96, 32, 0.5)
+        assert {parameter.device for parameter in model.parameters()} == {GPU}
     assert len(found) == len(expected) > 20
     for name in ("category_id", "segmentation"):
         assert [cell[name] for cell in found] == [cell[name] for cell in expected]
@@ -75,7 +85,7 @@ def test_prediction():
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("seed", range(3))
 def test_augmentation(recipe, seed, monkeypatch):
-    """Of ``bench/gpu.py``: the same boxes, classes, ids and pixels as a worker makes on the CPU, which blurs bytes by its own kernel."""
+    """Of ``bench/gpu.py``: the boxes, classes and ids that a worker makes, and the pixels but for how the CPU blurs bytes."""
     monkeypatch.setattr(bench_gpu, "RECIPE", recipe)
     monkeypatch.setattr(bench_gpu, "DEVICE", torch.device("cuda"))
     image, target = scene(seed)
@@ -87,3 +97,12 @@ def test_augmentation(recipe, seed, monkeypatch):
         assert found.device == GPU and (found.cpu().int() - expected.int()).abs().max() <= 1
         for name, value in make_target(expected_maps).items():
             assert found_target[name].cpu().equal(value), name
+
+
+def test_noise():
+    """A step that ``joint_full`` takes one time in five."""
+    image, target = scene(0)
+    expected, _ = augment(image, target["label_maps"], [GaussianNoise(0.02)], 5)
+    with pretended_gpu():
+        found, _ = augment(image.to("cuda"), target["label_maps"].to("cuda"), [GaussianNoise(0.02)], 5)
+        assert found.device == GPU and found.cpu().equal(expected) and not expected.equal(image)

@@ -153,7 +153,7 @@ def test_cells_cut_by_the_crop_can_be_left_out_of_the_targets():
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 60), st.integers(0, 2**32 - 1))
 def test_cut_cells_are_those_with_a_pixel_at_an_inner_side(height, width, size, seed):
-    """Against ``np.isin`` of each side, for cells of a few pixels with ids up to 65,535."""
+    """Against ``np.isin`` of each side, for cells of a few pixels with ids up to 65,520."""
     maps = np.random.default_rng(seed).integers(0, 40, (4, -(-height // 3), -(-width // 3))).repeat(3, 1).repeat(3, 2) * 1_680
     maps = maps[:, :height, :width].astype(np.int32)
     places = np.stack([*np.indices((height, width)), maps[0] % 251]).astype(np.uint8)

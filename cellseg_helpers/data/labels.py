@@ -30,8 +30,8 @@ class Instances(NamedTuple):
 def find_boxes(label_maps: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``boxes``, ``labels`` and ``ids`` of ``find_instances``.
 
-    The oracle is a mask for each of ``np.unique``'s ids and torchvision's ``masks_to_boxes`` (which ends a box 1 px earlier); this is
-    one pass of scipy's ``find_objects`` over each map.
+    One pass of scipy's ``find_objects`` over each map. The oracle is a mask for each of ``np.unique``'s ids and torchvision's
+    ``masks_to_boxes`` (which ends a box 1 px earlier).
     """
     rows = [
         (x.start, y.start, x.stop, y.stop, class_id, instance_id)

@@ -96,7 +96,7 @@ class SeededSampler(BalancedPositiveNegativeSampler):
             num_positive = min(len(positive), int(self.batch_size_per_image * self.positive_fraction))
             num_negative = min(len(negative), self.batch_size_per_image - num_positive)
             some_positive = torch.randperm(len(positive), generator=generator)[:num_positive]
-            some_negative = first_of_permutation(len(negative), num_negative, generator)
+            some_negative = first_of_permutation(len(negative), num_negative, generator)  # the last that is drawn
             for candidates, rows, chosen in ((positive, some_positive, positives), (negative, some_negative, negatives)):
                 mask = torch.zeros_like(labels, dtype=torch.uint8)
                 mask[candidates[rows.to(labels.device)]] = 1
@@ -107,21 +107,20 @@ class SeededSampler(BalancedPositiveNegativeSampler):
 def first_of_permutation(length: int, count: int, generator: torch.Generator) -> Tensor:
     """``torch.randperm(length, generator=generator)[:count]``, its oracle, in a time that does not grow with ``length``.
 
-    Step i of the shuffle (Durstenfeld, "Algorithm 235", 1964) swaps entry i with entry ``i + r_i mod (length - i)``, r_i the generator's
-    next 32 bits, and later steps leave it. A GPU waits for this: of an image's 10^5 anchors without a cell, the whole permutation
-    takes milliseconds.
+    Step i of the shuffle (Durstenfeld, "Algorithm 235", 1964) swaps entry i with entry ``i + r_i mod (length - i)``, where r_i are
+    the generator's next 32 bits; later steps leave entry i alone. A GPU waits meanwhile: to permute all background anchors of an
+    image, some 10^5, takes milliseconds.
 
     Args:
-        length: below 2^27; from there on torch draws 64 bits a step.
+        length: up to 2^27; of many more torch shuffles in another way.
         count: at most ``length``.
-        generator: on the CPU; goes on by ``count`` steps, or one more.
+        generator: on the CPU; unlike torch's, it goes on by ``count`` draws, or one more.
 
     Returns:
         int64 [count].
     """
     drawn = torch.empty(-(-count // 2), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    first_and_second = drawn.view(torch.int32).view(-1, 2).flip(1)  # of 64 drawn bits the upper 32 are the earlier ones
-    draws = first_and_second.flatten()[:count].long() & 0xFFFF_FFFF
+    draws = torch.stack([drawn >> 32, drawn], 1).flatten()[:count] & 0xFFFF_FFFF  # of 64 bits the upper 32 come first
     moved, chosen = {}, []
     for place, other in enumerate((torch.arange(count) + draws % torch.arange(length, length - count, -1)).tolist()):
         chosen.append(moved.get(other, other))
@@ -186,7 +185,8 @@ class LabelMapRoIHeads(RoIHeads):
             for target, match, box in zip(targets, matched, boxes, strict=True)
         ]
         classes = torch.cat([target["labels"][match] for target, match in zip(targets, matched, strict=True)])
-        loss = F.binary_cross_entropy_with_logits(logits[torch.arange(len(classes), device=classes.device), classes], torch.cat(goals), reduction="sum")
+        each = torch.arange(len(classes), device=classes.device)
+        loss = F.binary_cross_entropy_with_logits(logits[each, classes], torch.cat(goals), reduction="sum")
         return [], losses | {"loss_mask": mean_over_processes(loss, len(classes) * size**2)}
 
     def _mask_samples(self, labels: list[Tensor]) -> list[Tensor]:
