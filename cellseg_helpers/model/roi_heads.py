@@ -61,7 +61,7 @@ def _axis_weights(start: Tensor, end: Tensor, size: int, span: int, length: int)
     extent = (end - start).clamp(min=1)
     bin_extent = extent / size
     samples = bin_extent.ceil()
-    most = int(samples.max())
+    most = -(-span // size)
     sample = torch.arange(most, device=start.device, dtype=start.dtype)
     bins = torch.arange(size, device=start.device, dtype=start.dtype)
     position = (
