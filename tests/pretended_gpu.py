@@ -2,6 +2,7 @@
 
 It finds what a CPU cannot: a tensor made on the wrong device, or read without being fetched. It says nothing of speed, of a GPU's
 rounding, or of what its kernels cannot do. Operators that change a tensor's shape in place are beyond it, and so is ``"cuda:0"``.
+torch's own ``FakeTensorMode`` refuses mixed devices, too, but has no values, on which matching, sampling and NMS depend.
 """
 
 from collections.abc import Iterator
