@@ -1,10 +1,12 @@
-"""Fast and small, side by side with the usual ways: ``make bench`` writes ``outputs/bench.csv`` and prints it.
+"""Fast and small, side by side with the usual ways: ``make bench`` writes ``outputs/bench.csv`` and
+prints it.
 
     python -m bench [NAME ...] [--out outputs/bench.csv] [--sample FOLDER]
 
-Each benchmark is a module of this folder with a function ``rows()``; each runs in a process of its own. ``--sample`` is a folder
-of real images in the HW3 layout; without it the embedded drawn tissue stands in, and the note says so. The exit code is 1 where a
-benchmark failed, or two sides did not give the same.
+Each benchmark is a module of this folder with a function ``rows()``; each runs in a process of its
+own. ``--sample`` is a folder of real images in the HW3 layout; without it the embedded drawn tissue
+stands in, and the note says so. The exit code is 1 where a benchmark failed, or two sides did not
+give the same.
 """
 
 import argparse
@@ -18,7 +20,16 @@ from bench.machine import save_table
 from bench.measure import ROOT, Row, fresh_process, rows_of
 from cellseg_helpers.config import resolve_path
 
-BENCHMARKS = ("loading", "augmentation", "training", "prediction", "evaluation", "study", "startup", "gpu")
+BENCHMARKS = (
+    "loading",
+    "augmentation",
+    "training",
+    "prediction",
+    "evaluation",
+    "study",
+    "startup",
+    "gpu",
+)
 
 
 def run(name: str, sample: str) -> list[Row]:
@@ -27,14 +38,28 @@ def run(name: str, sample: str) -> list[Row]:
         with fresh_process() as process:
             return process.submit(rows_of, name, sample).result()
     except Exception as error:  # whatever one benchmark fails of, the others go on
-        return [Row(name, float("nan"), float("nan"), "", float("nan"), "", f"failed: {type(error).__name__}: {error}")]
+        return [
+            Row(
+                name,
+                float("nan"),
+                float("nan"),
+                "",
+                float("nan"),
+                "",
+                f"failed: {type(error).__name__}: {error}",
+            )
+        ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default: all"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "bench.csv")
-    parser.add_argument("--sample", default="", metavar="FOLDER", help="it holds train/; default: drawn images")
+    parser.add_argument(
+        "--sample", default="", metavar="FOLDER", help="it holds train/; default: drawn images"
+    )
     given = parser.parse_args()
     if unknown := [name for name in given.names if name not in BENCHMARKS]:
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
@@ -50,9 +75,13 @@ def main() -> int:
         print(f"{name}: {taken[name]:.0f} s", file=sys.stderr, flush=True)
     table = pd.DataFrame(rows, columns=Row._fields)
     save_table(table, given.out, taken | {"total": round(time.monotonic() - started, 1)})
-    shown = table.assign(identical=table["identical"].str.slice(0, 40), note=table["note"].str.slice(0, 60))
+    shown = table.assign(
+        identical=table["identical"].str.slice(0, 40), note=table["note"].str.slice(0, 60)
+    )
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
-    return int(any(row.note.startswith("failed") or row.identical.startswith("OTHER") for row in rows))
+    return int(
+        any(row.note.startswith("failed") or row.identical.startswith("OTHER") for row in rows)
+    )
 
 
 if __name__ == "__main__":

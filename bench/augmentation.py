@@ -1,7 +1,8 @@
 """The recipe ``full`` with every part of it applied: label maps against one mask a cell.
 
-Both sides run the same transforms with the same random numbers on one image (uint8 [3, 1024, 1024]) of 300 drawn cells. Ours
-moves 4 label maps (int32 [4, H, W]), the peer a ``tv_tensors.Mask`` stack (uint8 [300, H, W]), as torchvision's own examples do.
+Both sides run the same transforms with the same random numbers on one image (uint8 [3, 1024, 1024])
+of 300 drawn cells. Ours moves 4 label maps (int32 [4, H, W]), the peer a ``tv_tensors.Mask`` stack
+(uint8 [300, H, W]), as torchvision's own examples do.
 """
 
 import copy
@@ -26,7 +27,9 @@ DRAWN = {
 
 
 def always() -> list[v2.Transform]:
-    """The recipe with probability 1 for each of its parts; which of several is taken, and how often to turn, stays drawn."""
+    """The recipe with probability 1 for each of its parts; which of several is taken, and how often
+    to turn, stays drawn.
+    """
     recipe = copy.deepcopy(RECIPES[RECIPE])
     for step in nn.ModuleList(recipe).modules():
         if isinstance(getattr(step, "p", None), float):
@@ -39,7 +42,9 @@ def label_maps_and_stack(seed: int) -> Pair:
     image, label_maps = torch.from_numpy(dense_image(maps)), torch.from_numpy(maps)
     cells = find_instances(label_maps.numpy())
     places = list(zip(cells.labels.tolist(), cells.ids.tolist(), strict=True))
-    stack = torch.stack([label_maps[label - 1] == number for label, number in places]).to(torch.uint8)
+    stack = torch.stack([label_maps[label - 1] == number for label, number in places]).to(
+        torch.uint8
+    )
     recipe = always()
 
     def augment_stack() -> Sample:
@@ -67,5 +72,7 @@ def rows() -> list[Row]:
             "cell, uint8"
         )
         measured = side_by_side(label_maps_and_stack, seed, repeats=1)
-        table += time_and_memory(f"augmentation, {name}", measured, f"goal 5x; {note}", f"goal 10x; {note}")
+        table += time_and_memory(
+            f"augmentation, {name}", measured, f"goal 5x; {note}", f"goal 10x; {note}"
+        )
     return table

@@ -1,16 +1,19 @@
 """How near the drawn tissue comes to real images, in numbers.
 
-    python bench/drawn_vs_real.py outputs/sample [--drawn drawn] [--out outputs/reference/drawn_vs_real.csv]
+    python bench/drawn_vs_real.py outputs/sample [--drawn drawn] [--out
+    outputs/reference/drawn_vs_real.csv]
 
 Each row holds a quantity, its value on drawn and on real images, and their distance:
 
 - ``ratio``: drawn / real, for sizes, densities, shares and spreads; 1 is perfect;
-- ``sd``: (drawn - real) / standard deviation of the real images' own means, for mean amounts of stain; 0 is perfect.
+- ``sd``: (drawn - real) / standard deviation of the real images' own means, for mean amounts of
+  stain; 0 is perfect.
 
-A quantity of pixels is taken in each image first and then averaged over images, so that one large image does not outweigh the
-others. Amounts of stain come from optical density, -log10(value / 255), unmixed with the fixed vectors of haematoxylin and
-eosin (Ruifrok and Johnston 2001; the third vector stands at right angles to both). Images whose nuclei absorb more blue than
-red hold their channels as B, G, R (haematoxylin absorbs red) and are turned round first.
+A quantity of pixels is taken in each image first and then averaged over images, so that one large
+image does not outweigh the others. Amounts of stain come from optical density, -log10(value / 255),
+unmixed with the fixed vectors of haematoxylin and eosin (Ruifrok and Johnston 2001; the third
+vector stands at right angles to both). Images whose nuclei absorb more blue than red hold their
+channels as B, G, R (haematoxylin absorbs red) and are turned round first.
 """
 
 import argparse
@@ -52,7 +55,9 @@ def holds_bgr(dataset: CellDataset) -> bool:
 def touches_another(label_maps: np.ndarray, found: Instances) -> np.ndarray:
     """bool [N]: whether another instance of any class lies in the 8-neighbourhood of each instance."""
     touches = []
-    for (x1, y1, x2, y2), label, instance_id in zip(found.boxes.astype(int), found.labels, found.ids, strict=True):
+    for (x1, y1, x2, y2), label, instance_id in zip(
+        found.boxes.astype(int), found.labels, found.ids, strict=True
+    ):
         window = label_maps[:, max(y1 - 1, 0) : y2 + 1, max(x1 - 1, 0) : x2 + 1]
         own = window[label - 1] == instance_id
         others = window > 0
@@ -80,14 +85,23 @@ def measure(dataset: CellDataset) -> tuple[dict[str, float], dict[str, float]]:
         amounts = np.tensordot(inverse.T, optical_density(image), 1)[:2]
         grounds = {name: cells.label_maps[k] > 0 for k, name in enumerate(CLASS_NAMES)}
         grounds["background"] = ~cells.label_maps.any(0)
-        row = {"fine detail": (image[1] - ndimage.gaussian_filter(image[1].astype(float), 1.0)).std()}
+        row = {
+            "fine detail": (image[1] - ndimage.gaussian_filter(image[1].astype(float), 1.0)).std()
+        }
         for name, where in grounds.items():
             for stain, values in zip(("haematoxylin", "eosin"), amounts[:, where], strict=True):
                 if values.size > 30:
-                    row |= {f"{stain} in {name}": values.mean(), f"{stain} in {name}, spread within images": values.std()}
+                    row |= {
+                        f"{stain} in {name}": values.mean(),
+                        f"{stain} in {name}, spread within images": values.std(),
+                    }
         pixels.append(row)
 
-    cells_seen, densities, pixels = pd.concat(cells_seen), pd.DataFrame(densities), pd.DataFrame(pixels)
+    cells_seen, densities, pixels = (
+        pd.concat(cells_seen),
+        pd.DataFrame(densities),
+        pd.DataFrame(pixels),
+    )
     numbers, deviations = {}, {}
     for label, name in [*enumerate(CLASS_NAMES, 1), (0, "all classes")]:
         own = cells_seen[cells_seen.label == label] if label else cells_seen
@@ -120,18 +134,26 @@ def compare(drawn: CellDataset, real: CellDataset) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("real", help="folder of real images in the HW3 layout")
-    parser.add_argument("--drawn", default="drawn", help="folder of drawn images, or the word drawn")
+    parser.add_argument(
+        "--drawn", default="drawn", help="folder of drawn images, or the word drawn"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/reference/drawn_vs_real.csv"))
     arguments = parser.parse_args()
     table = compare(open_dataset(arguments.drawn), open_dataset(arguments.real))
     out = resolve_path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(out, index=False)
-    near = np.where(table.measure == "ratio", (table.distance - 1).abs() <= 0.25, table.distance.abs() <= 0.5)
+    near = np.where(
+        table.measure == "ratio", (table.distance - 1).abs() <= 0.25, table.distance.abs() <= 0.5
+    )
     print(table.assign(near=np.where(near, "yes", "")).to_string(index=False))
-    print(f"{near.sum()} of {len(table)} quantities are near (ratio within 25 %, mean within 0.5 sd); written to {out}")
+    print(
+        f"{near.sum()} of {len(table)} quantities are near (ratio within 25 %, mean within 0.5 sd); written to {out}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """COCO's twelve numbers of many detections: ``score_coco`` against pycocotools' ``COCOeval``.
 
-Images of about 1000 x 1000 px with about 300 cells and 500 detections each, drawn by ``large_run``; both sides begin at the same lists
-of annotations and results with compressed RLE masks, and end at the precision and recall of each IoU threshold, class, area range
-and limit of detections. Results have no ``bbox``: with one, pycocotools takes a box's area for its mask's.
+Images of about 1000 x 1000 px with about 300 cells and 500 detections each, drawn by ``large_run``;
+both sides begin at the same lists of annotations and results with compressed RLE masks, and end at
+the precision and recall of each IoU threshold, class, area range and limit of detections. Results
+have no ``bbox``: with one, pycocotools takes a box's area for its mask's.
 """
 
 import contextlib
@@ -22,13 +23,17 @@ Scores = tuple[np.ndarray, np.ndarray, np.ndarray]  # precision, recall, the 12 
 
 
 def score_both() -> Pair:
-    """The two evaluations of a drawn run, at COCO's limits of detections and at one that leaves none out."""
+    """The two evaluations of a drawn run, at COCO's limits of detections and at one that leaves
+    none out.
+    """
     truth, detections = draw_run(IMAGES, IMAGES * DETECTIONS_PER_IMAGE)
     cells = f"{len(truth['annotations']) / IMAGES:.0f} cells an image"
     max_dets = [*COCO_MAX_DETS, DETECTIONS_PER_IMAGE]
 
     def peer() -> Scores:
-        results = [{key: value for key, value in row.items() if key != "bbox"} for row in detections]
+        results = [
+            {key: value for key, value in row.items() if key != "bbox"} for row in detections
+        ]
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO()
             coco.dataset = truth
@@ -42,7 +47,11 @@ def score_both() -> Pair:
 
     def ours() -> Scores:
         scores = score_coco(truth, detections, max_dets)
-        return scores.precision, scores.recall, np.array(list(summarize(at_max_dets(scores, COCO_MAX_DETS)).values()))
+        return (
+            scores.precision,
+            scores.recall,
+            np.array(list(summarize(at_max_dets(scores, COCO_MAX_DETS)).values())),
+        )
 
     return Pair(ours, peer, lambda ours, peer: f"{compare(ours, peer)}; {cells}")
 
@@ -55,7 +64,9 @@ def compare(ours: Scores, peer: Scores) -> str:
         if not np.array_equal(np.isnan(values), np.isnan(theirs)):
             return verdict(False, "values where there is no truth, or none where there is")
         largest = max(largest, np.nanmax(np.abs(values - theirs), initial=0))
-    return verdict(largest < TOLERANCE, f"max difference {largest:.1g} in precision, recall and the 12 numbers")
+    return verdict(
+        largest < TOLERANCE, f"max difference {largest:.1g} in precision, recall and the 12 numbers"
+    )
 
 
 def rows() -> list[Row]:
@@ -65,9 +76,19 @@ def rows() -> list[Row]:
         "one call"
     )
     cpu_ratio = times_less(ours.cpu_seconds, peer.cpu_seconds)
-    time, memory = time_and_memory("evaluation", (ours, peer, alike), f"goal 20x; {note}", f"peak that one call adds; {note}")
+    time, memory = time_and_memory(
+        "evaluation", (ours, peer, alike), f"goal 20x; {note}", f"peak that one call adds; {note}"
+    )
     return [
         time,
-        Row("evaluation: CPU time", ours.cpu_seconds, peer.cpu_seconds, "s", cpu_ratio, alike, f"a core for a core; {note}"),
+        Row(
+            "evaluation: CPU time",
+            ours.cpu_seconds,
+            peer.cpu_seconds,
+            "s",
+            cpu_ratio,
+            alike,
+            f"a core for a core; {note}",
+        ),
         memory,
     ]

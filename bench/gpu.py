@@ -1,14 +1,17 @@
-"""Training on a GPU: images a second and how busy the GPU is, with two workers, against torchvision's reference training loop.
+"""Training on a GPU: images a second and how busy the GPU is, with two workers, against
+torchvision's reference training loop.
 
-Ours is trained by the package's ``train_epoch``, torchvision's Mask R-CNN by the loop of its references/detection/engine.py;
-both by samples, batches, losses and precision that are the same, without clipping. The peer gets more than the reference gives
-it: bytes to copy in place of floats, and anchors in 32 bit (``train_reference``). Each measurement has a process of its own:
+Ours is trained by the package's ``train_epoch``, torchvision's Mask R-CNN by the loop of its
+references/detection/engine.py; both by samples, batches, losses and precision that are the same,
+without clipping. The peer gets more than the reference gives it: bytes to copy in place of floats,
+and anchors in 32 bit (``train_reference``). Each measurement has a process of its own:
 
     python -m bench.gpu 512 2 ours        side of the crops, px; batch; one of WAYS
     python -m bench.gpu                   all of them, each row as soon as it is measured
 
-prints images a second, and of the time, in %, the share in which the loop waits for a batch and the share in which the GPU works.
-Ours asks for a batch while the GPU still has the last step to do, so that it may wait and the GPU not.
+prints images a second, and of the time, in %, the share in which the loop waits for a batch and the
+share in which the GPU works. Ours asks for a batch while the GPU still has the last step to do, so
+that it may wait and the GPU not.
 """
 
 import re
@@ -27,7 +30,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.measure import ROOT, Row, times_less
 from bench.scenes import dense_image, dense_label_maps, with_dense_masks
-from bench.training import AS_TORCHVISION, CELLS, DEVICE, SIDE_PX, give_images, our_model, torchvision_model
+from bench.training import (
+    AS_TORCHVISION,
+    CELLS,
+    DEVICE,
+    SIDE_PX,
+    give_images,
+    our_model,
+    torchvision_model,
+)
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.readers import CellImage
 from cellseg_helpers.data.recipes import RECIPES, augment
@@ -55,8 +66,15 @@ VARIANTS_SIDE_PX, VARIANTS_BATCH = 1024, 4
 RECIPE = "flips_turns_stain"  # of params/full.yaml
 WORKERS = 2
 AHEAD = 2 * WORKERS  # batches that the workers prepare ahead
-WARM_UP, TIMED, PROFILED = 5 * AHEAD, 40, 3  # steps; what was prepared ahead is used up before the time counts
-LEAST_TIMED, PART_LIMIT_S = 2, 25  # the warm-up and the timed steps end sooner where they take longer than this
+WARM_UP, TIMED, PROFILED = (
+    5 * AHEAD,
+    40,
+    3,
+)  # steps; what was prepared ahead is used up before the time counts
+LEAST_TIMED, PART_LIMIT_S = (
+    2,
+    25,
+)  # the warm-up and the timed steps end sooner where they take longer than this
 PROCESS_LIMIT_S = 240
 CLASS = 2**32  # class_id * CLASS + id: both in an int64
 NAN = float("nan")
@@ -75,7 +93,10 @@ class Scenes:
     def __init__(self, side_px: int, images: int = 4):
         cells = round(CELLS * side_px**2 / SIDE_PX**2)
         label_maps = [dense_label_maps(side_px, cells, seed=seed) for seed in range(images)]
-        self.images = [CellImage(str(seed), None, dense_image(maps, seed), maps) for seed, maps in enumerate(label_maps)]
+        self.images = [
+            CellImage(str(seed), None, dense_image(maps, seed), maps)
+            for seed, maps in enumerate(label_maps)
+        ]
         self.counts = np.array([maps.max((1, 2)) for maps in label_maps])
 
     def __getitem__(self, index: int) -> CellImage:
@@ -101,19 +122,32 @@ class Crops(Dataset):
 
     def __getitem__(self, key: SampleKey):
         image, label_maps, image_id, (model_seed, recipe_seed) = self.samples.draw_crop(key)
-        return image, {"label_maps": label_maps, "image_id": image_id, "seed": model_seed, "recipe_seed": recipe_seed}
+        return image, {
+            "label_maps": label_maps,
+            "image_id": image_id,
+            "seed": model_seed,
+            "recipe_seed": recipe_seed,
+        }
 
 
 class Watch:
-    """The batches of a loader, and what the loop that takes them is like; to ``train_epoch`` it is the progress bar, too.
+    """The batches of a loader, and what the loop that takes them is like; to ``train_epoch`` it is
+    the progress bar, too.
 
     Steps are warm-up, then timed, then profiled; after those, there are no more batches.
     """
 
     def __init__(self, loader: DataLoader, prepare: Callable[[Any], Any]):
         self.loader, self.prepare = loader, prepare
-        self.part, self.parts, self.steps, self.waited_s = "", iter(("warm-up", "timed", "profiled", "ended")), 0, 0.0
-        self.profiler = profile(activities=[ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU])
+        self.part, self.parts, self.steps, self.waited_s = (
+            "",
+            iter(("warm-up", "timed", "profiled", "ended")),
+            0,
+            0.0,
+        )
+        self.profiler = profile(
+            activities=[ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU]
+        )
         self._next_part()
 
     def __len__(self) -> int:
@@ -133,7 +167,7 @@ class Watch:
         late = time.perf_counter() - self.begun > PART_LIMIT_S
         most = {"warm-up": WARM_UP, "timed": TIMED, "profiled": PROFILED}[self.part]
         least = {"warm-up": AHEAD + 1, "timed": LEAST_TIMED, "profiled": PROFILED}[self.part]
-        if self.steps == most or late and self.steps >= least:
+        if self.steps == most or (late and self.steps >= least):
             self._next_part()
 
     def set_postfix(self, *_: Any, **__: Any) -> None:
@@ -143,14 +177,25 @@ class Watch:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         if self.part == "timed":
-            self.timed_s, self.timed_steps, self.timed_waiting_s = time.perf_counter() - self.begun, self.steps, self.waited_s
+            self.timed_s, self.timed_steps, self.timed_waiting_s = (
+                time.perf_counter() - self.begun,
+                self.steps,
+                self.waited_s,
+            )
             self.profiler.start()
         if self.part == "profiled":
             self.profiler.stop()
-        self.part, self.begun, self.steps, self.waited_s = next(self.parts), time.perf_counter(), 0, 0.0
+        self.part, self.begun, self.steps, self.waited_s = (
+            next(self.parts),
+            time.perf_counter(),
+            0,
+            0.0,
+        )
 
     def measured(self, batch_size: int) -> Measured:
-        """``working``: kernels and copies of a profiled step, over the time of one that is not; the profiler's own time is left out."""
+        """``working``: kernels and copies of a profiled step, over the time of one that is not; the
+        profiler's own time is left out.
+        """
         spans = [
             (event.time_range.start, event.time_range.end)
             for event in self.profiler.events()
@@ -158,7 +203,11 @@ class Watch:
         ]
         working_s_per_step = covered(spans) / 1e6 / PROFILED if spans else NAN
         s_per_step = self.timed_s / self.timed_steps
-        return Measured(batch_size / s_per_step, 100 * self.timed_waiting_s / self.timed_s, 100 * working_s_per_step / s_per_step)
+        return Measured(
+            batch_size / s_per_step,
+            100 * self.timed_waiting_s / self.timed_s,
+            100 * working_s_per_step / s_per_step,
+        )
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -177,8 +226,12 @@ def train(side_px: int, batch_size: int, way: str) -> Measured:
     )  # fmt: skip
     scenes = Scenes(side_px + side_px // 8)
     indices = list(range(len(scenes.images)))
-    samples = TrainingSet(scenes, indices, side_px, config.class_balance, RECIPE, config.seed, config.drop_cut_cells)
-    read = {"peer": WithDenseMasks, "augmented_on_gpu": Crops}.get(way, lambda samples: samples)(samples)
+    samples = TrainingSet(
+        scenes, indices, side_px, config.class_balance, RECIPE, config.seed, config.drop_cut_cells
+    )
+    read = {"peer": WithDenseMasks, "augmented_on_gpu": Crops}.get(way, lambda samples: samples)(
+        samples
+    )
     steps = WARM_UP + TIMED + PROFILED + AHEAD  # the workers are busy to the last step
     sampler = EpochSampler(indices, steps * batch_size, config.seed, batch_size=batch_size)
     loader = make_loader(read, config, sampler)
@@ -189,7 +242,9 @@ def train(side_px: int, batch_size: int, way: str) -> Measured:
     optimizer = make_optimizer(model, config)
     schedule, _ = make_schedulers(optimizer, config, steps)
     if way == "peer":
-        train_reference(model, optimizer, schedule, watch, resolve_precision(config) == "bf16-mixed")
+        train_reference(
+            model, optimizer, schedule, watch, resolve_precision(config) == "bf16-mixed"
+        )
     else:
         if way == "channels_first":
             give_images(model, torch.contiguous_format)
@@ -202,14 +257,19 @@ def train(side_px: int, batch_size: int, way: str) -> Measured:
 
 
 def train_reference(model: nn.Module, optimizer, schedule, batches: Watch, mixed: bool) -> None:
-    """torchvision's reference loop, which reads the losses before the backward and again after the step.
+    """torchvision's reference loop, which reads the losses before the backward and again after the
+    step.
 
-    Its RPN predicts, and puts its anchors, in 32 bit, as ours: under autocast they would be in bfloat16, pixels off, and with them
-    the numbers of the cells by which ``project_masks_on_boxes`` finds a mask, wrong from 257 on and past the last mask at times.
+    Its RPN predicts, and puts its anchors, in 32 bit, as ours: under autocast they would be in
+    bfloat16, pixels off, and with them the numbers of the cells by which ``project_masks_on_boxes``
+    finds a mask, wrong from 257 on and past the last mask at times.
     """
     model.rpn.head.register_forward_hook(full_precision)
     model.rpn.anchor_generator.register_forward_pre_hook(
-        lambda _, inputs: (inputs[0], [level.new_empty(0, *level.shape[2:], dtype=torch.float32) for level in inputs[1]])
+        lambda _, inputs: (
+            inputs[0],
+            [level.new_empty(0, *level.shape[2:], dtype=torch.float32) for level in inputs[1]],
+        )
     )
     model.train()
     for images, targets in batches:
@@ -229,30 +289,52 @@ def train_reference(model: nn.Module, optimizer, schedule, batches: Watch, mixed
 
 
 def augment_on_device(batch: tuple[list[Tensor], list[dict]]) -> tuple[list[Tensor], list[dict]]:
-    """A batch of crops augmented on the device, by what the workers do otherwise, and their targets made there."""
+    """A batch of crops augmented on the device, by what the workers do otherwise, and their targets
+    made there.
+    """
     images, targets = [], []
     for image, drawn in zip(*batch, strict=True):
-        image, label_maps = (tensor.to(DEVICE, non_blocking=True) for tensor in (image, drawn["label_maps"]))
+        image, label_maps = (
+            tensor.to(DEVICE, non_blocking=True) for tensor in (image, drawn["label_maps"])
+        )
         image, label_maps = augment(image, label_maps, RECIPES[RECIPE], drawn["recipe_seed"])
         images.append(image)
-        targets.append(boxes_on_device(label_maps) | {"label_maps": label_maps, "image_id": drawn["image_id"], "seed": drawn["seed"]})
+        targets.append(
+            boxes_on_device(label_maps)
+            | {"label_maps": label_maps, "image_id": drawn["image_id"], "seed": drawn["seed"]}
+        )
     return images, targets
 
 
 def boxes_on_device(label_maps: Tensor) -> dict[str, Tensor]:
-    """``labels.find_boxes`` of label maps on a device: boxes float32 [N, 4], labels int64 [N], ids int32 [N]."""
+    """``labels.find_boxes`` of label maps on a device: boxes float32 [N, 4], labels int64 [N], ids
+    int32 [N].
+    """
     class_index, y, x = label_maps.nonzero().unbind(1)
-    keys, cell = torch.unique(class_index * CLASS + label_maps[class_index, y, x], return_inverse=True)
+    keys, cell = torch.unique(
+        class_index * CLASS + label_maps[class_index, y, x], return_inverse=True
+    )
     places, cell = torch.stack([x, y], 1), cell[:, None].expand(-1, 2)
-    first, last = (places.new_zeros(len(keys), 2).scatter_reduce(0, cell, places, how, include_self=False) for how in ("amin", "amax"))
-    return {"boxes": torch.cat([first, last + 1], 1).float(), "labels": keys // CLASS + 1, "ids": (keys % CLASS).int()}
+    first, last = (
+        places.new_zeros(len(keys), 2).scatter_reduce(0, cell, places, how, include_self=False)
+        for how in ("amin", "amax")
+    )
+    return {
+        "boxes": torch.cat([first, last + 1], 1).float(),
+        "labels": keys // CLASS + 1,
+        "ids": (keys % CLASS).int(),
+    }
 
 
 def measure(side_px: int, batch_size: int, way: str) -> Measured:
-    """``train`` in a fresh process; where it did not end well, such as for lack of memory, ``failure`` says why."""
+    """``train`` in a fresh process; where it did not end well, such as for lack of memory,
+    ``failure`` says why.
+    """
     command = [sys.executable, "-m", "bench.gpu", str(side_px), str(batch_size), way]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_LIMIT_S)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_LIMIT_S
+        )
     except subprocess.TimeoutExpired:
         return Measured(NAN, NAN, NAN, f"{way} took over {PROCESS_LIMIT_S} s")
     if done.returncode:
@@ -276,14 +358,28 @@ def rows() -> list[Row]:
     for side_px in SIDES_PX:
         for batch_size in BATCHES:
             ours[side_px, batch_size] = measure(side_px, batch_size, "ours")
-            table += rows_of(side_px, batch_size, "", ours[side_px, batch_size], measure(side_px, batch_size, "peer"))
+            table += rows_of(
+                side_px,
+                batch_size,
+                "",
+                ours[side_px, batch_size],
+                measure(side_px, batch_size, "peer"),
+            )
     for way, name in VARIANTS.items():
         variant = measure(VARIANTS_SIDE_PX, VARIANTS_BATCH, way)
-        table += rows_of(VARIANTS_SIDE_PX, VARIANTS_BATCH, f", {name}", variant, ours[VARIANTS_SIDE_PX, VARIANTS_BATCH])
+        table += rows_of(
+            VARIANTS_SIDE_PX,
+            VARIANTS_BATCH,
+            f", {name}",
+            variant,
+            ours[VARIANTS_SIDE_PX, VARIANTS_BATCH],
+        )
     return table
 
 
-def rows_of(side_px: int, batch_size: int, variant: str, ours: Measured, peer: Measured) -> list[Row]:
+def rows_of(
+    side_px: int, batch_size: int, variant: str, ours: Measured, peer: Measured
+) -> list[Row]:
     cells = round(CELLS * side_px**2 / SIDE_PX**2)
     name = f"GPU training, {side_px} px, batch {batch_size}{variant}"
     note = (
@@ -293,11 +389,37 @@ def rows_of(side_px: int, batch_size: int, variant: str, ours: Measured, peer: M
     note = "; ".join(text for text in (note, ours.failure, peer.failure) if text)
     speed, waiting, working = ours.images_per_s, ours.waiting, ours.working
     table = [
-        Row(f"{name}: speed", speed, peer.images_per_s, "images/s", times_less(peer.images_per_s, speed), "", note),
-        Row(f"{name}: waiting for the loader", waiting, peer.waiting, "%", times_less(waiting, peer.waiting), "", note),
-        Row(f"{name}: GPU works", working, peer.working, "%", times_less(peer.working, working), "", note),
+        Row(
+            f"{name}: speed",
+            speed,
+            peer.images_per_s,
+            "images/s",
+            times_less(peer.images_per_s, speed),
+            "",
+            note,
+        ),
+        Row(
+            f"{name}: waiting for the loader",
+            waiting,
+            peer.waiting,
+            "%",
+            times_less(waiting, peer.waiting),
+            "",
+            note,
+        ),
+        Row(
+            f"{name}: GPU works",
+            working,
+            peer.working,
+            "%",
+            times_less(peer.working, working),
+            "",
+            note,
+        ),
     ]
-    print(*table, sep="\n", file=sys.stderr, flush=True)  # what is measured stays, whatever comes after
+    print(
+        *table, sep="\n", file=sys.stderr, flush=True
+    )  # what is measured stays, whatever comes after
     return table
 
 

@@ -1,7 +1,9 @@
-"""One epoch of training samples, from the image folder to targets: ``TrainingSet`` against tifffile and a mask stack.
+"""One epoch of training samples, from the image folder to targets: ``TrainingSet`` against tifffile
+and a mask stack.
 
-Both sides give whole images (uint8 [3, H, W]), boxes (float32 [N, 4]) and labels (int64 [N]), one sample after the other in one
-process. The peer is the usual dataset of torchvision's detection tutorial: one boolean mask for each value of a class file.
+Both sides give whole images (uint8 [3, H, W]), boxes (float32 [N, 4]) and labels (int64 [N]), one
+sample after the other in one process. The peer is the usual dataset of torchvision's detection
+tutorial: one boolean mask for each value of a class file.
 """
 
 import os
@@ -33,7 +35,14 @@ def folder() -> Path:
 
 def cached_samples(dataset: CellDataset) -> Iterator[Sample]:
     """Every image once, whole and not augmented."""
-    samples = TrainingSet(dataset, list(range(len(dataset))), crop_size_px=0, class_balance=0.0, augmentation="none", seed=0)
+    samples = TrainingSet(
+        dataset,
+        list(range(len(dataset))),
+        crop_size_px=0,
+        class_balance=0.0,
+        augmentation="none",
+        seed=0,
+    )
     for index in range(len(dataset)):
         image, target = samples[SampleKey(epoch=0, position=index, image_index=index)]
         yield image, target["boxes"], target["labels"]
@@ -50,7 +59,9 @@ def tiff_samples() -> Iterator[Sample]:
     for place in sorted((folder() / "train").iterdir()):
         pixels = tifffile.imread(place / "image.tif")
         if pixels.dtype != np.uint8 or pixels.ndim != 3:
-            raise ValueError(f"{place / 'image.tif'}: the peer reads RGB of 8 bits a channel only; name a folder of such images")
+            raise ValueError(
+                f"{place / 'image.tif'}: the peer reads RGB of 8 bits a channel only; name a folder of such images"
+            )
         image = torch.from_numpy(pixels[..., :3]).permute(2, 0, 1).contiguous()
         masks, labels = [], []
         for label in range(1, len(CLASS_NAMES) + 1):
@@ -63,14 +74,22 @@ def tiff_samples() -> Iterator[Sample]:
 
 
 def compare(ours: Iterator[Sample], peer: Iterator[Sample]) -> str:
-    """masks_to_boxes ends a box at its last pixel, the package one pixel further, where it has the cell's true extent."""
+    """masks_to_boxes ends a box at its last pixel, the package one pixel further, where it has the
+    cell's true extent.
+    """
     alike, images, cells = True, 0, 0
-    for (image, boxes, labels), (peer_image, peer_boxes, peer_labels) in zip(ours, peer, strict=True):
+    for (image, boxes, labels), (peer_image, peer_boxes, peer_labels) in zip(
+        ours, peer, strict=True
+    ):
         table = torch.column_stack([labels, boxes]).tolist()
-        peer_table = torch.column_stack([peer_labels, peer_boxes + torch.tensor([0, 0, 1, 1])]).tolist()
+        peer_table = torch.column_stack(
+            [peer_labels, peer_boxes + torch.tensor([0, 0, 1, 1])]
+        ).tolist()
         alike &= torch.equal(image, peer_image) and sorted(table) == sorted(peer_table)
         images, cells = images + 1, cells + len(labels)
-    return verdict(alike, f"{images} images, {cells} boxes and labels compared (masks_to_boxes + 1 px)")
+    return verdict(
+        alike, f"{images} images, {cells} boxes and labels compared (masks_to_boxes + 1 px)"
+    )
 
 
 def exhaust(samples: Iterator[Sample]) -> None:
@@ -78,7 +97,9 @@ def exhaust(samples: Iterator[Sample]) -> None:
 
 
 def first_epoch() -> Pair:
-    return Pair(lambda: exhaust(first_samples()), lambda: exhaust(tiff_samples()), lambda ours, peer: "")
+    return Pair(
+        lambda: exhaust(first_samples()), lambda: exhaust(tiff_samples()), lambda ours, peer: ""
+    )
 
 
 def rows() -> list[Row]:
@@ -94,7 +115,31 @@ def rows() -> list[Row]:
     first_mb, peer_mb = (alone(side, first_epoch).megabytes for side in ("ours", "peer"))
     memory = times_less(first_mb, peer_mb)
     return [
-        Row("load: first epoch", first, peer, "images/s", first / peer, alike, f"goal 3x; with decoding into the cache; {note}"),
-        Row("load: warm", warm, peer, "images/s", warm / peer, alike, f"goal 20x; any later epoch; {note}"),
-        Row("load: memory", first_mb, peer_mb, "MB", memory, alike, f"peak that a first epoch adds; {note}"),
+        Row(
+            "load: first epoch",
+            first,
+            peer,
+            "images/s",
+            first / peer,
+            alike,
+            f"goal 3x; with decoding into the cache; {note}",
+        ),
+        Row(
+            "load: warm",
+            warm,
+            peer,
+            "images/s",
+            warm / peer,
+            alike,
+            f"goal 20x; any later epoch; {note}",
+        ),
+        Row(
+            "load: memory",
+            first_mb,
+            peer_mb,
+            "MB",
+            memory,
+            alike,
+            f"peak that a first epoch adds; {note}",
+        ),
     ]

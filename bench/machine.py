@@ -22,7 +22,9 @@ PACKAGES = (
 
 
 def save_table(table: pd.DataFrame, path: Path, seconds: dict[str, float]) -> None:
-    """A table as CSV, with four digits, and beside it, as JSON, the machine, the versions and the seconds that it took."""
+    """A table as CSV, with four digits, and beside it, as JSON, the machine, the versions and the
+    seconds that it took.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False, float_format="%.4g")
     with fresh_process() as process:  # it has torch

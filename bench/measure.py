@@ -1,4 +1,6 @@
-"""Two ways to the same result, side by side: each in a fresh process, which gives its peak memory, and called in turn."""
+"""Two ways to the same result, side by side: each in a fresh process, which gives its peak memory,
+and called in turn.
+"""
 
 import ctypes
 import importlib
@@ -24,7 +26,8 @@ MEGABYTE = 1e6
 class Pair(NamedTuple):
     """Two functions without arguments that give the same, each called many times.
 
-    ``identical`` compares what they gave, in words; ``device``: ``cpu`` or ``cuda``, where both work and take their memory.
+    ``identical`` compares what they gave, in words; ``device``: ``cpu`` or ``cuda``, where both
+    work and take their memory.
     """
 
     ours: Callable[[], Any]
@@ -48,7 +51,9 @@ NOT_RUN = Call(math.nan, math.nan, math.nan)
 
 
 class Row(NamedTuple):
-    """A line of ``outputs/bench.csv``; ``ratio``: how many times better ours is; ``identical``: see ``verdict``."""
+    """A line of ``outputs/bench.csv``; ``ratio``: how many times better ours is; ``identical``: see
+    ``verdict``.
+    """
 
     benchmark: str
     ours: float
@@ -66,21 +71,43 @@ def medians_in_turn(calls: Sequence[Callable[[], Any]], repeats: int) -> list[fl
 
 
 def times_less(ours: float, peer: float) -> float:
-    """How many times less seconds or bytes ours takes; NaN where it takes none that can be measured."""
+    """How many times less seconds or bytes ours takes; NaN where it takes none that can be
+    measured.
+    """
     return peer / ours if ours > 0 else math.nan
 
 
-def time_and_memory(name: str, measured: tuple[Call, Call, str], time_note: str, memory_note: str) -> list[Row]:
+def time_and_memory(
+    name: str, measured: tuple[Call, Call, str], time_note: str, memory_note: str
+) -> list[Row]:
     """Two rows of what ``side_by_side`` found."""
     ours, peer, alike = measured
     return [
-        Row(f"{name}: time", ours.seconds, peer.seconds, "s", times_less(ours.seconds, peer.seconds), alike, time_note),
-        Row(f"{name}: memory", ours.megabytes, peer.megabytes, "MB", times_less(ours.megabytes, peer.megabytes), alike, memory_note),
+        Row(
+            f"{name}: time",
+            ours.seconds,
+            peer.seconds,
+            "s",
+            times_less(ours.seconds, peer.seconds),
+            alike,
+            time_note,
+        ),
+        Row(
+            f"{name}: memory",
+            ours.megabytes,
+            peer.megabytes,
+            "MB",
+            times_less(ours.megabytes, peer.megabytes),
+            alike,
+            memory_note,
+        ),
     ]
 
 
 def verdict(same: bool, found: str) -> str:
-    """What a comparison found; where the results are not the same, it begins with OTHER, and ``make bench`` fails."""
+    """What a comparison found; where the results are not the same, it begins with OTHER, and ``make
+    bench`` fails.
+    """
     return found if same else f"OTHER: {found}"
 
 
@@ -92,12 +119,16 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def side_by_side(make: MakePair, *arguments: Any, repeats: int, repeat_peer: bool = True) -> tuple[Call, Call, str]:
-    """Ours, the peer, and how alike their results are; each side works in a fresh process of its own while the other waits.
+def side_by_side(
+    make: MakePair, *arguments: Any, repeats: int, repeat_peer: bool = True
+) -> tuple[Call, Call, str]:
+    """Ours, the peer, and how alike their results are; each side works in a fresh process of its
+    own while the other waits.
 
-    The first call of each is a warm-up, gives the results that are compared, and tells what a call adds at its peak to its process's
-    memory (on a GPU: to the tensors on it). Times are medians of ``repeats`` further calls, made in turn. Such a process is forked
-    from one that has imported torch and the package and done nothing else.
+    The first call of each is a warm-up, gives the results that are compared, and tells what a call
+    adds at its peak to its process's memory (on a GPU: to the tensors on it). Times are medians of
+    ``repeats`` further calls, made in turn. Such a process is forked from one that has imported
+    torch and the package and done nothing else.
 
     Args:
         make: a module's function; with these ``arguments`` it makes the pair, once in each process.
@@ -122,7 +153,10 @@ def alone(side: str, make: MakePair, *arguments: Any, repeats: int = 0) -> Call:
     """One side, ``ours`` or ``peer``, as in ``side_by_side``."""
     with fresh_process() as process:
         first, _ = process.submit(first_call, side, make, *arguments).result()
-        return median(first, [process.submit(next_call, side, make, *arguments).result() for _ in range(repeats)])
+        return median(
+            first,
+            [process.submit(next_call, side, make, *arguments).result() for _ in range(repeats)],
+        )
 
 
 def fresh_process() -> ProcessPoolExecutor:
@@ -168,7 +202,9 @@ def median(first: Call, further: Sequence[Call]) -> Call:
 
 
 def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
-    """What a call adds at its peak to this process's memory, by Linux's resident high-water mark, or to the tensors on a GPU."""
+    """What a call adds at its peak to this process's memory, by Linux's resident high-water mark,
+    or to the tensors on a GPU.
+    """
     if device == "cuda":
         torch = sys.modules["torch"]
         torch.cuda.synchronize()
@@ -177,16 +213,26 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # else the call could use again what was freed before it (malloc_trim(3))
-    Path("/proc/self/clear_refs").write_text("5")  # the mark falls to what is resident now (proc(5))
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # else the call could use again what was freed before it (malloc_trim(3))
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # the mark falls to what is resident now (proc(5))
     before = psutil.Process().memory_info().rss
     call()
-    mark = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    mark = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return max(0, int(mark.split()[1]) * 1024 - before)
 
 
 def rows_of(benchmark: str, sample: str) -> list[Row]:
-    """The rows of a benchmark, a module of this folder; ``sample``: of real images, for ``loading``."""
+    """The rows of a benchmark, a module of this folder; ``sample``: of real images, for
+    ``loading``.
+    """
     os.environ["BENCH_SAMPLE"] = sample
     return importlib.import_module(f"bench.{benchmark}").rows()
 
@@ -195,4 +241,3 @@ def _synchronize() -> None:
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
         torch.cuda.synchronize()
-

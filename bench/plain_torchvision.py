@@ -1,15 +1,16 @@
 """Mask R-CNN for cell instances in plain torchvision: the peer of the project's own trainer.
 
-Self-contained on purpose. It is the script that one would write with torchvision alone: `MaskRCNN` on a ResNet-18 FPN, dense
-masks, torchvision's default sampling, and no part of `cellseg_helpers`. It trains for a budget of CPU minutes of this process
-(loading and evaluation do not count), then measures COCO mask AP on the validation images.
+Self-contained on purpose. It is the script that one would write with torchvision alone: `MaskRCNN`
+on a ResNet-18 FPN, dense masks, torchvision's default sampling, and no part of `cellseg_helpers`.
+It trains for a budget of CPU minutes of this process (loading and evaluation do not count), then
+measures COCO mask AP on the validation images.
 
     python bench/plain_torchvision.py DATA SPLIT_JSON WEIGHTS OUT_DIR --cpu-minutes 60 --seed 0
 
-DATA        folder with train/<uuid>/image.tif (RGBA uint8) and class<k>.tif (label maps, k = 1..4, absent classes have no file)
-SPLIT_JSON  {"train": [uuid, ...], "validation": [uuid, ...]}
-WEIGHTS     ImageNet weights of ResNet-18 under torchvision's key names (safetensors); it may be partial
-OUT_DIR     receives history.csv, weights.pt, detections.json and metrics.json
+DATA        folder with train/<uuid>/image.tif (RGBA uint8) and class<k>.tif (label maps, k = 1..4,
+absent classes have no file) SPLIT_JSON  {"train": [uuid, ...], "validation": [uuid, ...]} WEIGHTS
+ImageNet weights of ResNet-18 under torchvision's key names (safetensors); it may be partial OUT_DIR
+receives history.csv, weights.pt, detections.json and metrics.json
 
 With --eval-only the weights of an earlier run in OUT_DIR are evaluated again.
 """
@@ -49,7 +50,9 @@ def load_images(folder, uuids):
     for uuid in uuids:
         image = tifffile.imread(folder / uuid / "image.tif")[..., :3]
         files = {k: folder / uuid / f"class{k}.tif" for k in CLASSES}
-        labels = {k: tifffile.imread(file).astype(np.int32) for k, file in files.items() if file.exists()}
+        labels = {
+            k: tifffile.imread(file).astype(np.int32) for k, file in files.items() if file.exists()
+        }
         images.append((image, labels))
     return images
 
@@ -57,13 +60,21 @@ def load_images(folder, uuids):
 def build_model(weights, rois_per_image, proposals, detections):
     resnet = resnet18(weights=None, norm_layer=FrozenBatchNorm2d)
     missing, unexpected = resnet.load_state_dict(load_file(weights), strict=False)
-    print("not in the checkpoint:", ", ".join(missing), "| unknown:", ", ".join(unexpected) or "none", flush=True)
+    print(
+        "not in the checkpoint:",
+        ", ".join(missing),
+        "| unknown:",
+        ", ".join(unexpected) or "none",
+        flush=True,
+    )
     for name in {key.rpartition(".")[0] for key in missing if key.endswith("running_mean")}:
         resnet.set_submodule(name, nn.BatchNorm2d(resnet.get_submodule(name).weight.numel()))
     model = MaskRCNN(
         _resnet_fpn_extractor(resnet, trainable_layers=3),
         num_classes=len(CLASSES) + 1,
-        rpn_anchor_generator=AnchorGenerator(((8,), (16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 5),
+        rpn_anchor_generator=AnchorGenerator(
+            ((8,), (16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 5
+        ),
         rpn_pre_nms_top_n_test=proposals,
         rpn_post_nms_top_n_test=proposals,
         box_batch_size_per_image=rois_per_image,
@@ -97,7 +108,11 @@ def random_crop(image, labels, rng):
     keep = (boxes[:, 2:] - boxes[:, :2] >= 2).all(1)
     if not keep.any():
         return None
-    target = {"boxes": boxes[keep].float(), "labels": torch.tensor(classes)[keep], "masks": masks[keep].to(torch.uint8)}
+    target = {
+        "boxes": boxes[keep].float(),
+        "labels": torch.tensor(classes)[keep],
+        "masks": masks[keep].to(torch.uint8),
+    }
     return to_tensor(image[window][flips]), target
 
 
@@ -123,7 +138,12 @@ def train(model, images, cpu_minutes, seed, history):
         while used < cpu_minutes:
             share = used / cpu_minutes
             after_warm_up = max(share - WARM_UP, 0) / (1 - WARM_UP)
-            rate = LEARNING_RATE * min(share / WARM_UP, 1) * 0.5 * (1 + math.cos(math.pi * after_warm_up))
+            rate = (
+                LEARNING_RATE
+                * min(share / WARM_UP, 1)
+                * 0.5
+                * (1 + math.cos(math.pi * after_warm_up))
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
             losses = model(*map(list, random_batch(images, rng)))
@@ -139,15 +159,27 @@ def train(model, images, cpu_minutes, seed, history):
             losses_seen.append(values[0])
             if steps == 1:
                 writer.writerow(["step", "cpu_minutes", "learning_rate", "loss", *losses])
-            writer.writerow([steps, f"{used:.4f}", f"{rate:.3g}", *(f"{value:.4f}" for value in values)])
+            writer.writerow(
+                [steps, f"{used:.4f}", f"{rate:.3g}", *(f"{value:.4f}" for value in values)]
+            )
             file.flush()
             if steps % 20 == 0:
-                print(f"step {steps}  {used:.2f} CPU min  loss {np.mean(losses_seen[-20:]):.3f}", flush=True)
-    return {"steps": steps, "cpu_minutes": used, "wall_minutes": (time.perf_counter() - wall_start) / 60, "seed": seed}
+                print(
+                    f"step {steps}  {used:.2f} CPU min  loss {np.mean(losses_seen[-20:]):.3f}",
+                    flush=True,
+                )
+    return {
+        "steps": steps,
+        "cpu_minutes": used,
+        "wall_minutes": (time.perf_counter() - wall_start) / 60,
+        "seed": seed,
+    }
 
 
 def tile_spans(size, tile):
-    """Returns (start, core start, core end) of each tile along one axis; the cores partition the axis."""
+    """Returns (start, core start, core end) of each tile along one axis; the cores partition the
+    axis.
+    """
     starts = [*range(0, max(size - tile, 0), tile - OVERLAP), max(size - tile, 0)]
     cuts = [(left + tile + right) / 2 for left, right in zip(starts, starts[1:])]
     return list(zip(starts, [-math.inf, *cuts], [*cuts, math.inf]))
@@ -181,15 +213,27 @@ def detect(model, image, tile):
 
 
 def ground_truth(images):
-    truth = {"info": {}, "images": [], "annotations": [], "categories": [{"id": k, "name": f"class{k}"} for k in CLASSES]}
+    truth = {
+        "info": {},
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": k, "name": f"class{k}"} for k in CLASSES],
+    }
     for image_id, (image, labels) in enumerate(images, 1):
         truth["images"].append({"id": image_id, "height": image.shape[0], "width": image.shape[1]})
         for k, label_map in labels.items():
             for value in np.unique(label_map[label_map != 0]):
                 code = encode(label_map == value, 0, 0, label_map.shape)
-                annotation = {"id": len(truth["annotations"]) + 1, "image_id": image_id, "category_id": k, "iscrowd": 0}
+                annotation = {
+                    "id": len(truth["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": k,
+                    "iscrowd": 0,
+                }
                 area, bbox = float(rle.area(code)), rle.toBbox(code).tolist()
-                truth["annotations"].append(annotation | {"segmentation": code, "area": area, "bbox": bbox})
+                truth["annotations"].append(
+                    annotation | {"segmentation": code, "area": area, "bbox": bbox}
+                )
     return truth
 
 
@@ -204,23 +248,46 @@ def average_precision(truth, detections):
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.evaluate()
         evaluation.accumulate()
-        precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU threshold, recall, class], at most 1000 detections
+        precision = evaluation.eval["precision"][
+            :, :, :, 0, -1
+        ]  # [IoU threshold, recall, class], at most 1000 detections
     present = sorted({a["category_id"] for a in truth["annotations"]})
-    curves = np.zeros((10, 101, len(present))) if precision is None else precision[:, :, [k - 1 for k in present]]
+    curves = (
+        np.zeros((10, 101, len(present)))
+        if precision is None
+        else precision[:, :, [k - 1 for k in present]]
+    )
     per_class_ap50 = {f"class{k}": float(curves[0, :, i].mean()) for i, k in enumerate(present)}
-    return {"AP": curves.mean(), "AP50": curves[0].mean(), "AP75": curves[5].mean(), "per_class_AP50": per_class_ap50}
+    return {
+        "AP": curves.mean(),
+        "AP50": curves[0].mean(),
+        "AP75": curves[5].mean(),
+        "per_class_AP50": per_class_ap50,
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("data", "split_json", "weights", "out_dir"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--cpu-minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rois-per-image", type=int, default=512, help="sampled for the heads in training; torchvision's: 512")
+    parser.add_argument(
+        "--rois-per-image",
+        type=int,
+        default=512,
+        help="sampled for the heads in training; torchvision's: 512",
+    )
     parser.add_argument("--tile", type=int, default=512, help="side of the tiles in prediction, px")
-    parser.add_argument("--proposals", type=int, default=1000, help="of the RPN in prediction, before and after its NMS")
+    parser.add_argument(
+        "--proposals",
+        type=int,
+        default=1000,
+        help="of the RPN in prediction, before and after its NMS",
+    )
     parser.add_argument("--detections", type=int, default=300, help="kept a tile")
     parser.add_argument("--eval-only", action="store_true")
     args = parser.parse_args()
@@ -234,7 +301,11 @@ def main():
     if not args.eval_only:
         images = load_images(args.data / "train", split["train"])
         training = train(model, images, args.cpu_minutes, args.seed, args.out_dir / "history.csv")
-        training |= {"training_images": len(images), "threads": args.threads, "rois_per_image": args.rois_per_image}
+        training |= {
+            "training_images": len(images),
+            "threads": args.threads,
+            "rois_per_image": args.rois_per_image,
+        }
         torch.save({"model": model.state_dict(), "training": training}, args.out_dir / "weights.pt")
 
     saved = torch.load(args.out_dir / "weights.pt", weights_only=True)
@@ -249,7 +320,11 @@ def main():
     (args.out_dir / "detections.json").write_text(json.dumps(detections))
     metrics = average_precision(ground_truth(images), detections) | saved["training"]
     metrics |= {"validation_images": len(images), "detections": len(detections)}
-    metrics |= {"tile": args.tile, "proposals": args.proposals, "detections_per_tile": args.detections}
+    metrics |= {
+        "tile": args.tile,
+        "proposals": args.proposals,
+        "detections_per_tile": args.detections,
+    }
     metrics |= {"evaluation_cpu_minutes": (time.process_time() - start) / 60}
     metrics |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
     (args.out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))

@@ -1,6 +1,8 @@
-"""Prediction: masks of a dense image to run-length encodings, and fields of many tiles, against torchvision's pasting.
+"""Prediction: masks of a dense image to run-length encodings, and fields of many tiles, against
+torchvision's pasting.
 
-All of it is CPU work, also where there is a GPU. The model is a stand-in, and its time is not counted.
+All of it is CPU work, also where there is a GPU. The model is a stand-in, and its time is not
+counted.
 """
 
 import math
@@ -15,7 +17,18 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from bench.measure import MEGABYTE, NOT_RUN, Call, Pair, Row, alone, medians_in_turn, side_by_side, time_and_memory, verdict
+from bench.measure import (
+    MEGABYTE,
+    NOT_RUN,
+    Call,
+    Pair,
+    Row,
+    alone,
+    medians_in_turn,
+    side_by_side,
+    time_and_memory,
+    verdict,
+)
 from bench.scenes import CELLS_PER_PX, dense_label_maps, dense_target, detections_of
 from cellseg_helpers.data.labels import encode_box_masks
 from cellseg_helpers.inference import paste_in_boxes, predict
@@ -32,18 +45,27 @@ Rles = list[dict[str, Any]]
 
 def paste_and_encode(found: dict[str, Tensor], height: int, width: int) -> Rles:
     """As torchvision's COCO evaluation does it, but for ``>=`` in place of ``>``."""
-    masks = paste_masks_in_image(found["masks"][:, None], found["boxes"], (height, width)) >= THRESHOLD
+    masks = (
+        paste_masks_in_image(found["masks"][:, None], found["boxes"], (height, width)) >= THRESHOLD
+    )
     return [coco_mask.encode(np.asfortranarray(mask[0].numpy().astype(np.uint8))) for mask in masks]
 
 
 def same_rles(ours: Rles, theirs: Rles) -> str:
     """How many are the same, pair by pair."""
-    same = sum(one == other for one, other in zip(map(plain, ours), map(plain, theirs), strict=False))
-    return verdict(same == len(ours) == len(theirs), f"{same} of {len(ours)} RLEs the same, peer has {len(theirs)}")
+    same = sum(
+        one == other for one, other in zip(map(plain, ours), map(plain, theirs), strict=False)
+    )
+    return verdict(
+        same == len(ours) == len(theirs),
+        f"{same} of {len(ours)} RLEs the same, peer has {len(theirs)}",
+    )
 
 
 def same_cells(ours: Rles, theirs: Rles) -> str:
-    """How many are the same, in any order. A pixel at an edge may differ: in a tile, float32 rounds a box's place otherwise."""
+    """How many are the same, in any order. A pixel at an edge may differ: in a tile, float32 rounds
+    a box's place otherwise.
+    """
     known = set(map(plain, theirs))
     others = [rle for rle in ours if plain(rle) not in known]
     iou = coco_mask.iou(others, theirs, [0] * len(theirs)).max(1).min() if others else 1.0
@@ -59,13 +81,20 @@ def plain(rle: dict[str, Any]) -> tuple[tuple[int, ...], str]:
 
 
 def masks_to_rles(detections: int) -> Pair:
-    """An image's detections, from the model's masks (float32 [N, 28, 28]) to encodings; the peer takes ``DETECTIONS`` at a time."""
+    """An image's detections, from the model's masks (float32 [N, 28, 28]) to encodings; the peer
+    takes ``DETECTIONS`` at a time.
+    """
     label_maps = np.pad(dense_label_maps(HEIGHT, detections), ((0, 0), (0, 0), (0, WIDTH - HEIGHT)))
     found = detections_of(dense_target(label_maps))
     sizes = [(HEIGHT, WIDTH)] * detections
-    parts = [{name: found[name][at : at + DETECTIONS] for name in ("masks", "boxes")} for at in range(0, detections, DETECTIONS)]
+    parts = [
+        {name: found[name][at : at + DETECTIONS] for name in ("masks", "boxes")}
+        for at in range(0, detections, DETECTIONS)
+    ]
     return Pair(
-        lambda: encode_box_masks(paste_in_boxes(found["masks"], found["boxes"], HEIGHT, WIDTH, THRESHOLD), sizes),
+        lambda: encode_box_masks(
+            paste_in_boxes(found["masks"], found["boxes"], HEIGHT, WIDTH, THRESHOLD), sizes
+        ),
         lambda: [rle for part in parts for rle in paste_and_encode(part, HEIGHT, WIDTH)],
         same_rles,
     )
@@ -76,11 +105,16 @@ class ReadsColours(nn.Module):
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         colours = [(image.numpy() * 255).round().astype(np.int32) for image in images]
-        return [detections_of(dense_target((red << 16 | green << 8 | blue)[None])) for red, green, blue in colours]
+        return [
+            detections_of(dense_target((red << 16 | green << 8 | blue)[None]))
+            for red, green, blue in colours
+        ]
 
 
 class Remembers(ReadsColours):
-    """It looks at a field's tiles once; after ``repeat``, every pass over them gives the same again and takes no time."""
+    """It looks at a field's tiles once; after ``repeat``, every pass over them gives the same again
+    and takes no time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,20 +132,29 @@ class Remembers(ReadsColours):
 
 
 def field(side_px: int, model: nn.Module | None = None) -> Pair:
-    """A square field of cells, from an image to encodings: ours in tiles, the peer pasting masks as large as the field."""
+    """A square field of cells, from an image to encodings: ours in tiles, the peer pasting masks as
+    large as the field.
+    """
     label_map = dense_label_maps(side_px, round(CELLS_PER_PX * side_px**2), num_classes=1)[0]
-    image = torch.from_numpy(np.stack([label_map >> 16, label_map >> 8 & 255, label_map & 255]).astype(np.uint8))
+    image = torch.from_numpy(
+        np.stack([label_map >> 16, label_map >> 8 & 255, label_map & 255]).astype(np.uint8)
+    )
     found = detections_of(dense_target(label_map[None]))
     del label_map
     return Pair(
-        lambda: [cell["segmentation"] for cell in predict(model or ReadsColours(), image, TILE_PX, OVERLAP_PX, THRESHOLD)],
+        lambda: [
+            cell["segmentation"]
+            for cell in predict(model or ReadsColours(), image, TILE_PX, OVERLAP_PX, THRESHOLD)
+        ],
         lambda: paste_and_encode(found, side_px, side_px),
         same_cells,
     )
 
 
 def seconds_of_fields(sides_px: Sequence[int]) -> dict[int, float]:
-    """Median seconds of ours for each side after a warm-up, without the model's; the fields are taken in turn."""
+    """Median seconds of ours for each side after a warm-up, without the model's; the fields are
+    taken in turn.
+    """
     calls = []
     for side in sides_px:
         model = Remembers()
@@ -122,9 +165,13 @@ def seconds_of_fields(sides_px: Sequence[int]) -> dict[int, float]:
 
 
 def largest_side_px(side_px: int, peer: Call) -> int:
-    """The largest field that the peer can do in the free memory and in the time; both grow with the side's 4th power."""
+    """The largest field that the peer can do in the free memory and in the time; both grow with the
+    side's 4th power.
+    """
     free_mb = SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available / MEGABYTE
-    return 100 * int(side_px / 100 * min(free_mb / peer.megabytes, TIME_LIMIT_S / peer.seconds) ** 0.25)
+    return 100 * int(
+        side_px / 100 * min(free_mb / peer.megabytes, TIME_LIMIT_S / peer.seconds) ** 0.25
+    )
 
 
 def rows() -> list[Row]:
@@ -163,5 +210,7 @@ def rows_of_fields() -> list[Row]:
         note = f"{TILE_PX} px tiles, {cells} drawn cells; peer: {peers.get(side, not_run)}"
         time = f"{1e6 * taken[side] / side**2:.3f} s a megapixel, the model's time left out; {note}"
         memory = f"goal: bounded by a few tiles and the detections; stand-in model included; {note}"
-        table += time_and_memory(f"field of {side} px", (ours._replace(seconds=taken[side]), peer, alike), time, memory)
+        table += time_and_memory(
+            f"field of {side} px", (ours._replace(seconds=taken[side]), peer, alike), time, memory
+        )
     return table

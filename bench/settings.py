@@ -1,9 +1,11 @@
-"""What torch's own switches do to a training step: ``python -m bench.settings`` writes ``outputs/bench_settings.csv``.
+"""What torch's own switches do to a training step: ``python -m bench.settings`` writes
+``outputs/bench_settings.csv``.
 
-A step is that of a ResNet-50 on two 256 px crops of the drawn images that are not smaller, from loading to the optimizer's step,
-otherwise as the package trains, but at a small learning rate; the order of channels also on a dense image. Every setting
-starts from the same weights; epochs of a few steps are run in turn. The loss that is compared is that of the second step: later
-ones let rounding grow, from random weights.
+A step is that of a ResNet-50 on two 256 px crops of the drawn images that are not smaller, from
+loading to the optimizer's step, otherwise as the package trains, but at a small learning rate; the
+order of channels also on a dense image. Every setting starts from the same weights; epochs of a few
+steps are run in turn. The loss that is compared is that of the second step: later ones let rounding
+grow, from random weights.
 """
 
 import math
@@ -20,7 +22,16 @@ import torch
 from bench.machine import save_table
 from bench.measure import ROOT, seconds
 from bench.scenes import dense_image, dense_label_maps
-from bench.training import CELLS, SCENE, SEED, SIDE_PX, give_images, our_model, scene_target, stepper
+from bench.training import (
+    CELLS,
+    SCENE,
+    SEED,
+    SIDE_PX,
+    give_images,
+    our_model,
+    scene_target,
+    stepper,
+)
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.readers import open_dataset
 from cellseg_helpers.data.transforms import EpochSampler, TrainingSet
@@ -48,13 +59,21 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("baseline", f"channels last, 32 bit, fused optimizer, no worker, {THREADS} threads, {DEVICE.type}"),
+    Setting(
+        "baseline",
+        f"channels last, 32 bit, fused optimizer, no worker, {THREADS} threads, {DEVICE.type}",
+    ),
     Setting("channels first", order=torch.contiguous_format),
-    Setting("compiled backbone", "torch.compile; its compilation is not in the time", compiled=True),
+    Setting(
+        "compiled backbone", "torch.compile; its compilation is not in the time", compiled=True
+    ),
     Setting("optimizer not fused", fused=False),
     *(Setting(f"{n} threads", threads=n) for n in (1, 2) if n != THREADS and DEVICE.type == "cpu"),
     *(Setting(f"{n} workers", workers=n) for n in (1, 2)),
-    *(Setting(f"1 thread, {n} workers", "of two cores one for the samples", threads=1, workers=n) for n in (1, 2)),
+    *(
+        Setting(f"1 thread, {n} workers", "of two cores one for the samples", threads=1, workers=n)
+        for n in (1, 2)
+    ),
     Setting("bf16 autocast", bf16=True),
 )
 DENSE = (
@@ -71,12 +90,23 @@ def make_epoch(setting: Setting) -> Callable[[], float]:
     config = replace(CONFIG, num_workers=setting.workers)
     dataset = open_dataset(config.data)
     indices = np.flatnonzero(dataset.sizes.min(1) >= config.crop_size_px).tolist()
-    samples = TrainingSet(dataset, indices, config.crop_size_px, config.class_balance, config.augmentation, config.seed)
-    loader = make_loader(samples, config, EpochSampler(indices, STEPS * config.batch_size, config.seed))
+    samples = TrainingSet(
+        dataset,
+        indices,
+        config.crop_size_px,
+        config.class_balance,
+        config.augmentation,
+        config.seed,
+    )
+    loader = make_loader(
+        samples, config, EpochSampler(indices, STEPS * config.batch_size, config.seed)
+    )
     model = build_model(config).to(DEVICE).train()
     if setting.order:
         give_images(model, setting.order)
-    optimizer = make_optimizer(model, config if setting.fused else replace(config, precision="16-mixed"))  # which fuses none
+    optimizer = make_optimizer(
+        model, config if setting.fused else replace(config, precision="16-mixed")
+    )  # which fuses none
     if setting.compiled:
         model.backbone.compile()
 
@@ -108,7 +138,9 @@ def make_dense_epoch(setting: Setting) -> Callable[[], float]:
 def main() -> None:
     begun = time.monotonic()
     table = pd.concat([compare(SETTINGS, ROUNDS), compare(DENSE, 1)])
-    save_table(table, ROOT / "outputs" / "bench_settings.csv", {"total": round(time.monotonic() - begun)})
+    save_table(
+        table, ROOT / "outputs" / "bench_settings.csv", {"total": round(time.monotonic() - begun)}
+    )
     print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
 
 
@@ -128,7 +160,9 @@ def compare(settings: Sequence[Setting], rounds: int) -> pd.DataFrame:
     for _ in range(rounds):
         for setting, epoch in epochs.items():
             times[setting].append(seconds(epoch))
-    milliseconds = {setting: 1000 * statistics.median(taken) / STEPS for setting, taken in times.items()}
+    milliseconds = {
+        setting: 1000 * statistics.median(taken) / STEPS for setting, taken in times.items()
+    }
     baseline = settings[0]
     return pd.DataFrame(
         {

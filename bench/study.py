@@ -1,11 +1,14 @@
-"""Where the wall time of a quick training goes: the share of a job of the study spent outside the network's forward and backward.
+"""Where the wall time of a quick training goes: the share of a job of the study spent outside the
+network's forward and backward.
 
-The job is the study's own (``jobs run`` on ``02_train``, with one thread), from the start of its process to its end; in
-``make bench`` one, alone on the machine. Its notebook is a copy with a cell in front, ``install()``, and one behind, ``save()``:
-they time the package's calls from outside. The network is the model's whole forward (with proposals, matching and NMS), in
-training and in prediction, and the backward.
+The job is the study's own (``jobs run`` on ``02_train``, with one thread), from the start of its
+process to its end; in ``make bench`` one, alone on the machine. Its notebook is a copy with a cell
+in front, ``install()``, and one behind, ``save()``: they time the package's calls from outside. The
+network is the model's whole forward (with proposals, matching and NMS), in training and in
+prediction, and the backward.
 
-    python -m bench.study        all training jobs of the quick study, one for each core at a time, into outputs/bench_study.csv
+    python -m bench.study        all training jobs of the quick study, one for each core at a time,
+    into outputs/bench_study.csv
 """
 
 import json
@@ -35,7 +38,9 @@ SCALE, DATA, SEED = "quick", "drawn", 0
 KEY = "c/final"  # the job that stands for them in `make bench`
 TABLES = "outputs/tables"
 PARTS_FILE = "BENCH_PARTS"  # environment variable: where the kernel's ``save`` writes
-ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")}  # as Snakefile's rule train
+ONE_THREAD = {
+    f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")
+}  # as Snakefile's rule train
 
 
 class Parts:
@@ -87,8 +92,23 @@ def install() -> None:
         (build, ["build_model"], "building"),
         (engine, ["predict_images"], "pasting, tiles and RLE"),
         (engine, ["evaluate"], "evaluation"),
-        (engine, ["start_run", "save_checkpoint", "save_weights", "save_metrics", "write_json", "write_text"], "saving"),
-        (plots, ["training_curves", "loss_parts", "truth_beside_predictions"], "figures, without their drawing"),
+        (
+            engine,
+            [
+                "start_run",
+                "save_checkpoint",
+                "save_weights",
+                "save_metrics",
+                "write_json",
+                "write_text",
+            ],
+            "saving",
+        ),
+        (
+            plots,
+            ["training_curves", "loss_parts", "truth_beside_predictions"],
+            "figures, without their drawing",
+        ),
     ):
         for name in names:
             PARTS.time(owner, name, part)
@@ -101,19 +121,61 @@ def save() -> None:
 
 
 def run_job(key: str, folder: Path) -> dict[str, float]:
-    """Seconds of each part of the job of a run, and ``total``; nothing that it writes is left outside of ``folder``."""
+    """Seconds of each part of the job of a run, and ``total``; nothing that it writes is left
+    outside of ``folder``.
+    """
     notebook = nbformat.read(ROOT / "notebooks" / "02_train.ipynb", as_version=4)
-    first, last = (nbformat.v4.new_code_cell(f"import bench.study\n\nbench.study.{name}()") for name in ("install", "save"))
+    first, last = (
+        nbformat.v4.new_code_cell(f"import bench.study\n\nbench.study.{name}()")
+        for name in ("install", "save")
+    )
     notebook.cells = [first, *notebook.cells, last]
     nbformat.write(notebook, folder / "02_train.ipynb")
     name = f"bench-{os.getpid()}-{key.replace('/', '-')}"
-    command = [sys.executable, "-m", "cellseg_helpers.jobs", "run", folder / "02_train.ipynb", folder / f"{name}.ipynb"]
-    command += ["--log", folder / "jobs.csv", "--gpu", "--train", "-f", *parameter_files(key, SCALE)]
-    command += ["-r", "data", DATA, "-r", "run_name", name, "-p", "seed", SEED, "-p", "keep_checkpoint", "false"]
-    ours = {PARTS_FILE: str(folder / "parts.json"), "PYTHONPATH": str(ROOT), "STUDY_PROCESS": str(os.getpid())}
+    command = [
+        sys.executable,
+        "-m",
+        "cellseg_helpers.jobs",
+        "run",
+        folder / "02_train.ipynb",
+        folder / f"{name}.ipynb",
+    ]
+    command += [
+        "--log",
+        folder / "jobs.csv",
+        "--gpu",
+        "--train",
+        "-f",
+        *parameter_files(key, SCALE),
+    ]
+    command += [
+        "-r",
+        "data",
+        DATA,
+        "-r",
+        "run_name",
+        name,
+        "-p",
+        "seed",
+        SEED,
+        "-p",
+        "keep_checkpoint",
+        "false",
+    ]
+    ours = {
+        PARTS_FILE: str(folder / "parts.json"),
+        "PYTHONPATH": str(ROOT),
+        "STUDY_PROCESS": str(os.getpid()),
+    }
     try:
         begun = time.time()
-        subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | ONE_THREAD | ours, check=True, stdout=sys.stderr)
+        subprocess.run(
+            list(map(str, command)),
+            cwd=ROOT,
+            env=os.environ | ONE_THREAD | ours,
+            check=True,
+            stdout=sys.stderr,
+        )
         total = time.time() - begun
     finally:
         clean_up(name)
@@ -146,14 +208,19 @@ def rows() -> list[Row]:
     open_dataset(config.data)  # drawn and decoded once for all the study's trainings
     parts = measure(KEY)
     outside, total = share_outside(parts), parts.pop("total")
-    listed = ", ".join(f"{part} {100 * taken / total:.1f}" for part, taken in sorted(parts.items(), key=lambda item: -item[1]))
+    listed = ", ".join(
+        f"{part} {100 * taken / total:.1f}"
+        for part, taken in sorted(parts.items(), key=lambda item: -item[1])
+    )
     note = (
         f"goal < 25 %; one run of {KEY}, {config.epochs} x {config.steps_per_epoch} steps, one thread, "
         f"{total:.0f} s from the job's start to its end; of it, in %: {listed}; what remains is imports and the memory-bound optimizer; "
         "tried: imports without torch._dynamo, clipping inside the optimizer, forked kernels, and more (bench/README.md)"
     )
     nan = float("nan")
-    return [Row("study: share of a training job outside the network", outside, nan, "%", nan, "", note)]
+    return [
+        Row("study: share of a training job outside the network", outside, nan, "%", nan, "", note)
+    ]
 
 
 def main() -> None:
@@ -164,7 +231,11 @@ def main() -> None:
         table = pd.DataFrame(pool.map(measure, keys), index=pd.Index(keys, name="run"))
     table.loc["all"] = table.sum()
     table.insert(0, "outside_percent", share_outside(table))
-    save_table(table.reset_index(), ROOT / "outputs" / "bench_study.csv", {"total": round(time.monotonic() - begun)})
+    save_table(
+        table.reset_index(),
+        ROOT / "outputs" / "bench_study.csv",
+        {"total": round(time.monotonic() - begun)},
+    )
     print(table.round(1).to_string())
 
 

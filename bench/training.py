@@ -1,6 +1,8 @@
-"""Training on a dense image: mask targets, matching of anchors, RoIAlign, and a whole step, against torchvision's Mask R-CNN.
+"""Training on a dense image: mask targets, matching of anchors, RoIAlign, and a whole step, against
+torchvision's Mask R-CNN.
 
-Both sides have the same weights, anchors, proposals, samples and losses; torchvision takes a dense mask for each cell.
+Both sides have the same weights, anchors, proposals, samples and losses; torchvision takes a dense
+mask for each cell.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,17 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image
 
-from bench.measure import MEGABYTE, NOT_RUN, Pair, Row, alone, side_by_side, time_and_memory, times_less, verdict
+from bench.measure import (
+    MEGABYTE,
+    NOT_RUN,
+    Pair,
+    Row,
+    alone,
+    side_by_side,
+    time_and_memory,
+    times_less,
+    verdict,
+)
 from bench.scenes import MASK_SIDE, dense_image, dense_label_maps, dense_target, with_dense_masks
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.labels import CLASS_NAMES
@@ -44,7 +56,10 @@ SEED = 7
 
 
 def scene_target(cells: int) -> dict[str, Tensor]:
-    return {name: tensor.to(DEVICE) for name, tensor in dense_target(dense_label_maps(SIDE_PX, cells)).items()}
+    return {
+        name: tensor.to(DEVICE)
+        for name, tensor in dense_target(dense_label_maps(SIDE_PX, cells)).items()
+    }
 
 
 def targets_of_boxes() -> Pair:
@@ -53,33 +68,51 @@ def targets_of_boxes() -> Pair:
     masks = with_dense_masks(target)["masks"]
     match, boxes = boxes_near_cells(target, POSITIVES)
     return Pair(
-        lambda: mask_targets(target["label_maps"], target["labels"][match], target["ids"][match], boxes, MASK_SIDE),
+        lambda: mask_targets(
+            target["label_maps"], target["labels"][match], target["ids"][match], boxes, MASK_SIDE
+        ),
         lambda: project_masks_on_boxes(masks, boxes, match, MASK_SIDE),
         lambda ours, theirs: largest_difference([ours], [theirs]),
         DEVICE.type,
     )
 
 
-def boxes_near_cells(target: dict[str, Tensor], count: int, spread_px: float = 3) -> tuple[Tensor, Tensor]:
-    """Cells int64 [``count``], some drawn more than once, and a box float32 [``count``, 4] px near each."""
+def boxes_near_cells(
+    target: dict[str, Tensor], count: int, spread_px: float = 3
+) -> tuple[Tensor, Tensor]:
+    """Cells int64 [``count``], some drawn more than once, and a box float32 [``count``, 4] px near
+    each.
+    """
     rng = torch.Generator().manual_seed(0)
     match = torch.randint(len(target["boxes"]), (count,), generator=rng).to(DEVICE)
-    moved = target["boxes"][match] + spread_px * torch.randn(count, 2, generator=rng).repeat(1, 2).to(DEVICE)
+    moved = target["boxes"][match] + spread_px * torch.randn(count, 2, generator=rng).repeat(
+        1, 2
+    ).to(DEVICE)
     return match, clip_boxes_to_image(moved, (SIDE_PX, SIDE_PX))
 
 
 def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> str:
-    difference = max((one - other).abs().max().item() for one, other in zip(ours, theirs, strict=True))
+    difference = max(
+        (one - other).abs().max().item() for one, other in zip(ours, theirs, strict=True)
+    )
     largest = max(other.abs().max().item() for other in theirs)
-    return verdict(difference < TOLERANCE * largest, f"max difference {difference:.0e} in values up to {largest:.0f}")
+    return verdict(
+        difference < TOLERANCE * largest,
+        f"max difference {difference:.0e} in values up to {largest:.0f}",
+    )
 
 
 def roi_align() -> Pair:
-    """RoIAlign of boxes near cells on the CPU, as for the box head: the pooled values and each level's gradient."""
+    """RoIAlign of boxes near cells on the CPU, as for the box head: the pooled values and each
+    level's gradient.
+    """
     _, boxes = boxes_near_cells(scene_target(CELLS), POSITIVES)
     rng = torch.Generator().manual_seed(0)
     sides = [SIDE_PX // stride for stride in STRIDES[:4]]
-    levels = {str(level): torch.randn(1, 256, side, side, generator=rng) for level, side in enumerate(sides)}
+    levels = {
+        str(level): torch.randn(1, 256, side, side, generator=rng)
+        for level, side in enumerate(sides)
+    }
     upstream = torch.randn(POSITIVES, 256, 7, 7, generator=rng)
 
     def pool_by(kind: type[MultiScaleRoIAlign]) -> list[Tensor]:
@@ -88,15 +121,27 @@ def roi_align() -> Pair:
         pooled.backward(upstream)
         return [pooled.detach(), *(level.grad for level in features.values())]
 
-    return Pair(lambda: pool_by(GatherRoIAlign), lambda: pool_by(MultiScaleRoIAlign), largest_difference)
+    return Pair(
+        lambda: pool_by(GatherRoIAlign), lambda: pool_by(MultiScaleRoIAlign), largest_difference
+    )
 
 
-def anchor_matches(anchors: RunConfig = RunConfig(), iou: Callable[[Tensor, Tensor], Tensor] = box_iou) -> Pair:
-    """Labels and cells of all anchors of an image; ``iou`` gives the peer its matrix, float32 [cells, anchors]."""
-    rpn = build_model(RunConfig(anchor_sizes=anchors.anchor_sizes, anchor_ratios=anchors.anchor_ratios)).rpn
+def anchor_matches(
+    anchors: RunConfig = RunConfig(), iou: Callable[[Tensor, Tensor], Tensor] = box_iou
+) -> Pair:
+    """Labels and cells of all anchors of an image; ``iou`` gives the peer its matrix, float32
+    [cells, anchors].
+    """
+    rpn = build_model(
+        RunConfig(anchor_sizes=anchors.anchor_sizes, anchor_ratios=anchors.anchor_ratios)
+    ).rpn
     rpn.box_similarity = iou
-    features = [torch.zeros(1, 1, SIDE_PX // stride, SIDE_PX // stride, device=DEVICE) for stride in STRIDES]
-    places = rpn.anchor_generator(ImageList(torch.zeros(1, 3, SIDE_PX, SIDE_PX), [(SIDE_PX, SIDE_PX)]), features)
+    features = [
+        torch.zeros(1, 1, SIDE_PX // stride, SIDE_PX // stride, device=DEVICE) for stride in STRIDES
+    ]
+    places = rpn.anchor_generator(
+        ImageList(torch.zeros(1, 3, SIDE_PX, SIDE_PX), [(SIDE_PX, SIDE_PX)]), features
+    )
     targets = [scene_target(CELLS)]
 
     def identical(ours: tuple, theirs: tuple) -> str:
@@ -113,7 +158,9 @@ def anchor_matches(anchors: RunConfig = RunConfig(), iou: Callable[[Tensor, Tens
 
 
 def iou_in_chunks(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """``box_iou(boxes, anchors)``, float32 [M, N], without the temporaries that are 8 times as large."""
+    """``box_iou(boxes, anchors)``, float32 [M, N], without the temporaries that are 8 times as
+    large.
+    """
     iou = torch.empty(len(boxes), len(anchors), device=boxes.device)
     for columns, chunk in zip(iou.split(CHUNK, 1), anchors.split(CHUNK), strict=True):
         columns.copy_(box_iou(boxes, chunk))
@@ -130,13 +177,17 @@ def give_images(model: nn.Module, memory_format: torch.memory_format) -> None:
     """Have a package's model take its images in this order, whatever their size."""
 
     def batch_images(*args: Any, **named: Any) -> Tensor:
-        return GeneralizedRCNNTransform.batch_images(model.transform, *args, **named).contiguous(memory_format=memory_format)
+        return GeneralizedRCNNTransform.batch_images(model.transform, *args, **named).contiguous(
+            memory_format=memory_format
+        )
 
     model.transform.batch_images = batch_images
 
 
 def torchvision_model() -> nn.Module:
-    """torchvision's own, of the same weights and anchors, spared its resizing to the size that images have."""
+    """torchvision's own, of the same weights and anchors, spared its resizing to the size that
+    images have.
+    """
     config = RunConfig()
     sizes = tuple((size,) for size in config.anchor_sizes)
     torch.manual_seed(0)
@@ -151,29 +202,40 @@ def torchvision_model() -> nn.Module:
 
 
 def step(cells: int) -> Pair:
-    """Forward, backward and SGD step on one image; the peer's dense masks are there before the call.
+    """Forward, backward and SGD step on one image; the peer's dense masks are there before the
+    call.
 
-    Both RPNs make their proposals, but the same boxes go on to both models' heads: of two boxes that overlap, a rounding decides
-    which one is left. On a GPU convolutions are without TF32, whose 11 bits would move the losses.
+    Both RPNs make their proposals, but the same boxes go on to both models' heads: of two boxes
+    that overlap, a rounding decides which one is left. On a GPU convolutions are without TF32,
+    whose 11 bits would move the losses.
     """
     torch.backends.cudnn.allow_tf32 = False
     image = torch.from_numpy(dense_image(dense_label_maps(SIDE_PX, cells))).to(DEVICE) / 255
     target = scene_target(cells)
     dense = with_dense_masks(target)
     ours, theirs = our_model(), torchvision_model()
-    proposals = boxes_near_cells(target, AS_TORCHVISION["rpn_post_nms_top_n_train"], spread_px=10)[1]
+    proposals = boxes_near_cells(target, AS_TORCHVISION["rpn_post_nms_top_n_train"], spread_px=10)[
+        1
+    ]
     for model in (ours, theirs):
         model.rpn.register_forward_hook(lambda module, inputs, output: ([proposals], output[1]))
     for part in (theirs.rpn, theirs.roi_heads):
-        part.fg_bg_sampler = SeededSampler(part.fg_bg_sampler.batch_size_per_image, part.fg_bg_sampler.positive_fraction)
+        part.fg_bg_sampler = SeededSampler(
+            part.fg_bg_sampler.batch_size_per_image, part.fg_bg_sampler.positive_fraction
+        )
         part.fg_bg_sampler.seeds = [SEED]
     our_step, their_step = stepper(ours, image), stepper(theirs, image)
 
     def identical(ours: dict[str, float], theirs: dict[str, float]) -> str:
         difference = max(abs(ours[name] - loss) / loss for name, loss in theirs.items())
-        return verdict(difference < TOLERANCE, f"{len(theirs)} losses, largest relative difference {difference:.0e}")
+        return verdict(
+            difference < TOLERANCE,
+            f"{len(theirs)} losses, largest relative difference {difference:.0e}",
+        )
 
-    return Pair(lambda: our_step(target | {"seed": SEED}), lambda: their_step(dense), identical, DEVICE.type)
+    return Pair(
+        lambda: our_step(target | {"seed": SEED}), lambda: their_step(dense), identical, DEVICE.type
+    )
 
 
 def stepper(model: nn.Module, image: Tensor) -> Callable[[dict[str, Tensor]], dict[str, float]]:
@@ -191,20 +253,36 @@ def stepper(model: nn.Module, image: Tensor) -> Callable[[dict[str, Tensor]], di
 
 def rows() -> list[Row]:
     repeats, steps = (5, 5) if DEVICE.type == "cuda" else (3, 2)
-    return [*rows_of_mask_targets(repeats), *rows_of_matching(repeats), *rows_of_roi_align(repeats), *rows_of_steps(steps)]
+    return [
+        *rows_of_mask_targets(repeats),
+        *rows_of_matching(repeats),
+        *rows_of_roi_align(repeats),
+        *rows_of_steps(steps),
+    ]
 
 
 def rows_of_mask_targets(repeats: int) -> list[Row]:
     note = f"{POSITIVES} boxes, {SCENE}; project_masks_on_boxes, without making its masks ({MASKS_MB:.0f} MB)"
     measured = side_by_side(targets_of_boxes, repeats=repeats)
-    return time_and_memory("mask targets", measured, f"goal: not slower; {note}", f"goal 20x; {note}")
+    return time_and_memory(
+        "mask targets", measured, f"goal: not slower; {note}", f"goal 20x; {note}"
+    )
 
 
 def rows_of_matching(repeats: int) -> list[Row]:
     three = side_by_side(anchor_matches, repeats=1)
-    eight, oracle, alike = side_by_side(anchor_matches, REPORT_A, iou_in_chunks, repeats=repeats, repeat_peer=False)
-    matrix_gb = 4e-9 * CELLS * len(REPORT_A.anchor_ratios) * sum((SIDE_PX // stride) ** 2 for stride in STRIDES)
-    note = f"three ratios, {SCENE}; torchvision's assign_targets_to_anchors; one timed after a warm-up"
+    eight, oracle, alike = side_by_side(
+        anchor_matches, REPORT_A, iou_in_chunks, repeats=repeats, repeat_peer=False
+    )
+    matrix_gb = (
+        4e-9
+        * CELLS
+        * len(REPORT_A.anchor_ratios)
+        * sum((SIDE_PX // stride) ** 2 for stride in STRIDES)
+    )
+    note = (
+        f"three ratios, {SCENE}; torchvision's assign_targets_to_anchors; one timed after a warm-up"
+    )
     eight_note = (
         f"eight ratios, report A's anchors, {SCENE}; torchvision's own is too large to measure ({matrix_gb:.1f} GB of IoUs, on the "
         f"way to them 8 times that); same matches as its Matcher's on the matrix filled chunk by chunk ({oracle.seconds:.1f} s, "
@@ -219,7 +297,9 @@ def rows_of_matching(repeats: int) -> list[Row]:
 
 def rows_of_roi_align(repeats: int) -> list[Row]:
     note = f"CPU, {POSITIVES} boxes, 256 channels, pyramid of {SIDE_PX} px, 7 x 7 bins; torchvision's MultiScaleRoIAlign"
-    return time_and_memory("RoIAlign, forward and backward", side_by_side(roi_align, repeats=repeats), note, note)
+    return time_and_memory(
+        "RoIAlign, forward and backward", side_by_side(roi_align, repeats=repeats), note, note
+    )
 
 
 def rows_of_steps(steps: int) -> list[Row]:
@@ -235,6 +315,14 @@ def rows_of_steps(steps: int) -> list[Row]:
     memory = f"goal 3x; {compared}: {peaks}; in the ratio, less than {LEAST_DIFFERENCE_MB} MB counts as {LEAST_DIFFERENCE_MB}"
     fewer_times = times_less(max(ours_mb, LEAST_DIFFERENCE_MB), peer_mb)
     return [
-        Row("training step: time", ours.seconds, peer.seconds, "s", times_less(ours.seconds, peer.seconds), alike, note),
+        Row(
+            "training step: time",
+            ours.seconds,
+            peer.seconds,
+            "s",
+            times_less(ours.seconds, peer.seconds),
+            alike,
+            note,
+        ),
         Row("training step: memory", ours_mb, peer_mb, "MB", fewer_times, alike, memory),
     ]

@@ -1,4 +1,6 @@
-"""Every setting of a run as one flat, checked record, and the guard that each notebook runs on its parameters."""
+"""Every setting of a run as one flat, checked record, and the guard that each notebook runs on its
+parameters.
+"""
 
 import difflib
 import hashlib
@@ -12,14 +14,31 @@ from typing import Any, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
 
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")
+RESNETS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+)
 BACKBONES = (*RESNETS, "resnet50_fpn_v2")
 CHOICES = {
     "scale": ("quick", "sample", "full"),
     "instance_reading": ("pixel_values", "connected_components"),
     "split": ("auto", "patient", "random", "all"),
     "truth_reading": ("pixel_values", "connected_components"),
-    "augmentation": ("none", "flips", "flips_turns_stain", "flip_colour_rotation", "joint_full", "basic", "full"),
+    "augmentation": (
+        "none",
+        "flips",
+        "flips_turns_stain",
+        "flip_colour_rotation",
+        "joint_full",
+        "basic",
+        "full",
+    ),
     "normalization": ("imagenet", "data", "imagenet_twice", "imagenet_of_0_255"),
     "backbone": BACKBONES,
     "neck": ("fpn", "none"),
@@ -47,10 +66,11 @@ NOT_PART_OF_A_RUN = ("run_name", "num_workers", "keep_checkpoint")
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run's settings. The names are those of the notebook's parameters cell, of the YAML files and of ``settings.json``.
+    """One run's settings. The names are those of the notebook's parameters cell, of the YAML files
+    and of ``settings.json``.
 
-    The defaults are the quick scale on drawn tissue. Lengths are in px, thresholds and fractions in [0, 1]; the names that
-    torchvision has are torchvision's.
+    The defaults are the quick scale on drawn tissue. Lengths are in px, thresholds and fractions in
+    [0, 1]; the names that torchvision has are torchvision's.
 
     Raises:
         ValueError: a value that no run could use, named with what is allowed.
@@ -134,11 +154,15 @@ class RunConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), field.type))
+            object.__setattr__(
+                self, field.name, _typed(field.name, getattr(self, field.name), field.type)
+            )
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"unknown {name} {value!r}; one of {', '.join(choices)}{_did_you_mean(value, choices)}")
+                raise ValueError(
+                    f"unknown {name} {value!r}; one of {', '.join(choices)}{_did_you_mean(value, choices)}"
+                )
         for name in FRACTIONS:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must lie between 0 and 1")
@@ -147,28 +171,51 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0")
         for field in fields(self):
             if field.type in (int, float) and getattr(self, field.name) < 0:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)}, but must not be negative")
+                raise ValueError(
+                    f"{field.name} is {getattr(self, field.name)}, but must not be negative"
+                )
         if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction is {self.validation_fraction}, but must lie strictly between 0 and 1")
+            raise ValueError(
+                f"validation_fraction is {self.validation_fraction}, but must lie strictly between 0 and 1"
+            )
         if self.plateau_factor == 1:
-            raise ValueError("plateau_factor is 1.0, but must be below 1: the learning rate is multiplied by it")
+            raise ValueError(
+                "plateau_factor is 1.0, but must be below 1: the learning rate is multiplied by it"
+            )
         for part in ("rpn", "box"):
-            background, foreground = getattr(self, f"{part}_bg_iou_thresh"), getattr(self, f"{part}_fg_iou_thresh")
+            background, foreground = (
+                getattr(self, f"{part}_bg_iou_thresh"),
+                getattr(self, f"{part}_fg_iou_thresh"),
+            )
             if background > foreground:
-                raise ValueError(f"{part}_bg_iou_thresh is {background}, but must not be above {part}_fg_iou_thresh, {foreground}")
+                raise ValueError(
+                    f"{part}_bg_iou_thresh is {background}, but must not be above {part}_fg_iou_thresh, {foreground}"
+                )
         if self.precision == "16-mixed" and self.accelerator == "cpu":
-            raise ValueError("precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' with accelerator 'cpu'")
+            raise ValueError(
+                "precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' with accelerator 'cpu'"
+            )
         if not self.weights:
-            raise ValueError("weights is empty; one of none, imagenet, coco, or the path of a weights file")
+            raise ValueError(
+                "weights is empty; one of none, imagenet, coco, or the path of a weights file"
+            )
         if self.trainable_backbone_layers > 5:
-            raise ValueError(f"trainable_backbone_layers is {self.trainable_backbone_layers}, but a backbone has 5 layers")
+            raise ValueError(
+                f"trainable_backbone_layers is {self.trainable_backbone_layers}, but a backbone has 5 layers"
+            )
         for name in ("anchor_sizes", "anchor_ratios"):
             if not getattr(self, name) or min(getattr(self, name)) <= 0:
-                raise ValueError(f"{name} is {list(getattr(self, name))}, but needs at least one number, all above 0")
+                raise ValueError(
+                    f"{name} is {list(getattr(self, name))}, but needs at least one number, all above 0"
+                )
         if self.neck == "fpn" and len(self.anchor_sizes) != 5:
-            raise ValueError(f"anchor_sizes has {len(self.anchor_sizes)} values, but the feature pyramid has 5 levels, one size each")
+            raise ValueError(
+                f"anchor_sizes has {len(self.anchor_sizes)} values, but the feature pyramid has 5 levels, one size each"
+            )
         if self.neck == "none" and self.backbone == "resnet50_fpn_v2":
-            raise ValueError("neck 'none' has no feature pyramid, but backbone 'resnet50_fpn_v2' is one; use backbone 'resnet50' with it")
+            raise ValueError(
+                "neck 'none' has no feature pyramid, but backbone 'resnet50_fpn_v2' is one; use backbone 'resnet50' with it"
+            )
         if bool(self.min_size) != bool(self.max_size) or self.max_size < self.min_size:
             raise ValueError(
                 f"min_size is {self.min_size} and max_size {self.max_size}; give both, min_size <= max_size, "
@@ -186,17 +233,22 @@ class RunConfig:
         """A config from names and values; the others keep their defaults.
 
         Raises:
-            ValueError: a name that no setting has, with the nearest one, or a value out of type or range.
+            ValueError: a name that no setting has, with the nearest one, or a value out of type or
+                range.
         """
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
-                raise ValueError(f"unknown parameter {name!r}{_did_you_mean(name, known) or '; see RunConfig for all names'}")
+                raise ValueError(
+                    f"unknown parameter {name!r}{_did_you_mean(name, known) or '; see RunConfig for all names'}"
+                )
         return cls(**values)
 
     @classmethod
     def from_yaml(cls, *paths: str | Path) -> "RunConfig":
-        """A config from parameter files; a later file wins. YAML 1.1 reads ``1e-4`` as text: write ``1.0e-4``."""
+        """A config from parameter files; a later file wins. YAML 1.1 reads ``1e-4`` as text: write
+        ``1.0e-4``.
+        """
         import yaml
 
         merged: dict[str, Any] = {}
@@ -204,20 +256,27 @@ class RunConfig:
             try:
                 values = yaml.safe_load(resolve_path(path).read_text()) or {}
             except (OSError, yaml.YAMLError) as error:
-                raise ValueError(f"parameter file {path} cannot be read: {' '.join(str(error).split())}") from None
+                raise ValueError(
+                    f"parameter file {path} cannot be read: {' '.join(str(error).split())}"
+                ) from None
             if not isinstance(values, dict):
-                raise ValueError(f"parameter file {path} must hold `name: value` lines, not a {type(values).__name__}")
+                raise ValueError(
+                    f"parameter file {path} must hold `name: value` lines, not a {type(values).__name__}"
+                )
             merged |= values
         return cls.from_dict(merged)
 
     @classmethod
     def from_notebook(cls, namespace: dict[str, Any]) -> "RunConfig":
-        """The config of a notebook whose parameters are run settings; call it with ``globals()`` right after the parameters.
+        """The config of a notebook whose parameters are run settings; call it with ``globals()``
+        right after the parameters.
 
         Raises:
             ValueError: see ``from_dict``; every plain value in the namespace counts as a parameter.
         """
-        config = cls.from_dict(_parameters(namespace, [field.name for field in fields(cls)])).named()
+        config = cls.from_dict(
+            _parameters(namespace, [field.name for field in fields(cls)])
+        ).named()
         namespace[CHECKED] = True
         return config
 
@@ -225,60 +284,83 @@ class RunConfig:
         """The same settings with a ``run_name``; where it is empty, one made from the settings."""
         if self.run_name:
             return self
-        settings = {name: value for name, value in self.to_dict().items() if name not in NOT_PART_OF_A_RUN}
+        settings = {
+            name: value for name, value in self.to_dict().items() if name not in NOT_PART_OF_A_RUN
+        }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         return replace(self, run_name=f"{self.scale}-{self.backbone}-{digest}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain names and values, with lists for tuples, as ``settings.json`` and YAML hold them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
 
     def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Settings that make this another run than ``other``: name -> (other's value, this one's)."""
         mine = self.to_dict()
         names = [name for name in {**mine, **other} if name not in NOT_PART_OF_A_RUN]
-        return {name: (other.get(name), mine.get(name)) for name in names if other.get(name) != mine.get(name)}
+        return {
+            name: (other.get(name), mine.get(name))
+            for name in names
+            if other.get(name) != mine.get(name)
+        }
 
 
 def check_parameters(namespace: dict[str, Any], **types_by_name: type | tuple) -> dict[str, Any]:
-    """Check a notebook's own parameters; call it with ``globals()`` right after the parameters cell.
+    """Check a notebook's own parameters; call it with ``globals()`` right after the parameters
+    cell.
 
     Args:
         namespace: the notebook's globals; every plain value in it counts as a parameter.
-        types_by_name: the parameters that the notebook has, with their types; (type, least, greatest) also bounds the value, or
-            each number of a list, (list, least, greatest, length) its length, too. Names that ``RunConfig`` has too are held to its range.
+        types_by_name: the parameters that the notebook has, with their types; (type, least,
+            greatest) also bounds the value, or each number of a list, (list, least, greatest,
+            length) its length, too. Names that ``RunConfig`` has too are held to its range.
 
     Returns:
         name -> value, in the order of ``types_by_name``.
 
     Raises:
-        ValueError: an unknown name (with the nearest known one), a missing one, or a value out of type or range.
+        ValueError: an unknown name (with the nearest known one), a missing one, or a value out of
+            type or range.
     """
     found = _parameters(namespace, list(types_by_name))
     for name in found:
         if name not in types_by_name:
-            hint = _did_you_mean(name, types_by_name) or f"; this notebook has {', '.join(types_by_name)}"
+            hint = (
+                _did_you_mean(name, types_by_name)
+                or f"; this notebook has {', '.join(types_by_name)}"
+            )
             raise ValueError(f"unknown parameter {name!r}{hint}")
     for name in types_by_name:
         if name not in found:
             raise ValueError(f"parameter {name!r} has no value; the parameters cell must set it")
-    kinds = {name: kind if isinstance(kind, tuple) else (kind,) for name, kind in types_by_name.items()}
+    kinds = {
+        name: kind if isinstance(kind, tuple) else (kind,) for name, kind in types_by_name.items()
+    }
     checked = {name: _typed(name, found[name], kind) for name, (kind, *_) in kinds.items()}
     for name, (_, *bounds) in kinds.items():
         if bounds:
             _check_bounds(name, checked[name], *bounds)
-    RunConfig(**{name: value for name, value in checked.items() if name in RunConfig.__dataclass_fields__})
+    RunConfig(
+        **{name: value for name, value in checked.items() if name in RunConfig.__dataclass_fields__}
+    )
     namespace[CHECKED] = True
     return checked
 
 
 def resolve_path(path: str | Path) -> Path:
-    """An absolute path; a relative one stands under the repository's root, whatever the working folder."""
+    """An absolute path; a relative one stands under the repository's root, whatever the working
+    folder.
+    """
     return ROOT / Path(path).expanduser()
 
 
 def _parameters(namespace: dict[str, Any], known: list[str]) -> dict[str, Any]:
-    """The plain values of a notebook. Once checked, a live kernel also holds later cells' results: then only likely typos count."""
+    """The plain values of a notebook. Once checked, a live kernel also holds later cells' results:
+    then only likely typos count.
+    """
     shell_names = {"In", "Out", "exit", "quit"}
     found = {
         name: value
@@ -289,15 +371,23 @@ def _parameters(namespace: dict[str, Any], known: list[str]) -> dict[str, Any]:
         and not isinstance(value, types.ModuleType)
     }
     if CHECKED in namespace:
-        return {name: value for name, value in found.items() if difflib.get_close_matches(name, known, n=1, cutoff=0.8)}
+        return {
+            name: value
+            for name, value in found.items()
+            if difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        }
     return found
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as ``kind`` where nothing is lost (an int for a float, a list for a tuple), else a ValueError."""
+    """``value`` as ``kind`` where nothing is lost (an int for a float, a list for a tuple), else a
+    ValueError.
+    """
     if get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{name} is {value!r}, but must be a list, such as [8, 16, 32]; -p cannot pass lists, -y and -f can")
+            raise ValueError(
+                f"{name} is {value!r}, but must be a list, such as [8, 16, 32]; -p cannot pass lists, -y and -f can"
+            )
         return tuple(_typed(name, item, get_args(kind)[0]) for item in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -315,9 +405,15 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 def _check_bounds(name: str, value: Any, least: float, greatest: float, length: int = 0) -> None:
     numbers = value if isinstance(value, list) else [value]
-    is_number = [isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers]
+    is_number = [
+        isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers
+    ]
     right_length = len(numbers) == length if length else bool(numbers)
-    if not right_length or not all(is_number) or not all(least <= number <= greatest for number in numbers):
+    if (
+        not right_length
+        or not all(is_number)
+        or not all(least <= number <= greatest for number in numbers)
+    ):
         each = f"hold {length or 'one or more'} numbers, each" if isinstance(value, list) else "lie"
         raise ValueError(f"{name} is {value!r}, but must {each} between {least:g} and {greatest:g}")
 

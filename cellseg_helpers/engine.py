@@ -1,4 +1,5 @@
-"""``fit``: train a run from its settings, on one or several devices, and go on where a killed one stopped.
+"""``fit``: train a run from its settings, on one or several devices, and go on where a killed one
+stopped.
 
 Several devices: ``torchrun --nproc_per_node 2 -m cellseg_helpers.engine params/full.yaml``.
 """
@@ -45,7 +46,9 @@ from cellseg_helpers.runs import (
 NO_MEMORY = (
     "allocate memory", "Unable to allocate", "out of memory", "ALLOC_FAILED", "killed by signal: Killed", "killed by signal: Bus error",
 )  # fmt: skip
-CHECKPOINT_EVERY_S = 60  # at least; after a validated epoch always, as then the best weights may have changed
+CHECKPOINT_EVERY_S = (
+    60  # at least; after a validated epoch always, as then the best weights may have changed
+)
 KEPT = f"the last epoch's checkpoint is kept, or one from less than {CHECKPOINT_EVERY_S} s before"
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 
@@ -57,8 +60,9 @@ class TrainingError(RuntimeError):
 def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = None) -> Path:
     """Train, validate every ``validation_every_epochs``, keep the best epoch, and resume by itself.
 
-    On the CPU the same settings give the same numbers, bit for bit, whatever the number of workers, and also when the run was
-    killed and called again in between: every random choice is drawn from the seed, the epoch and the sample's place in it.
+    On the CPU the same settings give the same numbers, bit for bit, whatever the number of workers,
+    and also when the run was killed and called again in between: every random choice is drawn from
+    the seed, the epoch and the sample's place in it.
 
     Args:
         config: the run's settings.
@@ -92,7 +96,14 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
     )  # fmt: skip
     per_step = config.batch_size * fabric.world_size
     steps = config.steps_per_epoch or -(-len(train) // per_step)
-    sampler = EpochSampler(train, steps * per_step, config.seed, fabric.global_rank, fabric.world_size, config.batch_size)
+    sampler = EpochSampler(
+        train,
+        steps * per_step,
+        config.seed,
+        fabric.global_rank,
+        fabric.world_size,
+        config.batch_size,
+    )
     loader = make_loader(samples, config, sampler)
     per_step_schedule, plateau = make_schedulers(optimizer, config, steps)
     model, optimizer = fabric.setup(model, optimizer)
@@ -117,7 +128,9 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
         before = history[-1] if history else {"train_minutes": 0.0, "cpu_minutes": 0.0}
         with _explaining():
             started, cpu_started = time.perf_counter(), time.process_time()
-            losses = train_epoch(fabric, model, optimizer, per_step_schedule, loader, config, progress)
+            losses = train_epoch(
+                fabric, model, optimizer, per_step_schedule, loader, config, progress
+            )
             row = {
                 "epoch": epoch + 1,
                 "learning_rate": optimizer.param_groups[0]["lr"],
@@ -127,12 +140,19 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
                 "cpu_minutes": before["cpu_minutes"] + (time.process_time() - cpu_started) / 60,
             }
             share_buffers(fabric, model)
-            validated = (epoch + 1) % config.validation_every_epochs == 0 or epoch + 1 == config.epochs
+            validated = (
+                epoch + 1
+            ) % config.validation_every_epochs == 0 or epoch + 1 == config.epochs
             if validated:
                 row["validation_loss"] = validation_loss(fabric, model, dataset, validation, config)
                 detections = predict_images(fabric, model, dataset, validation, config)
         if validated:
-            scores = evaluate(truth, detections, score_threshold=config.score_threshold, iou_threshold=config.iou_threshold)
+            scores = evaluate(
+                truth,
+                detections,
+                score_threshold=config.score_threshold,
+                iou_threshold=config.iou_threshold,
+            )
         row.setdefault("validation_loss", math.nan)
         row["validation_ap50"] = scores["coco_dense"]["summary"]["AP50"] if validated else math.nan
         row["peak_memory_bytes"] = peak_memory_bytes(fabric.device)
@@ -171,16 +191,21 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
     if fabric.is_global_zero:
         sizes = [tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()]
         ended = {"epochs": len(history), "stopped_early": len(history) < config.epochs}
-        write_json(run_dir / "finished.json", ended | {"parameters": count_parameters(model), "model_megabytes": sum(sizes) / 1e6})
+        write_json(
+            run_dir / "finished.json",
+            ended | {"parameters": count_parameters(model), "model_megabytes": sum(sizes) / 1e6},
+        )
         if not config.keep_checkpoint:
             (run_dir / "last.pt").unlink(missing_ok=True)
     return run_dir
 
 
 def resolve_precision(config: RunConfig) -> str:
-    """The precision of a run on this machine: ``auto`` is bf16-mixed on a GPU or a CPU (AMX) with bfloat16 matrix units, else 32.
+    """The precision of a run on this machine: ``auto`` is bf16-mixed on a GPU or a CPU (AMX) with
+    bfloat16 matrix units, else 32.
 
-    A CPU that only has AVX-512's bfloat16 instructions trains faster in 32 bit: measured on one of Intel's, ``bench/README.md``.
+    A CPU that only has AVX-512's bfloat16 instructions trains faster in 32 bit: measured on one of
+    Intel's, ``bench/README.md``.
     """
     if config.precision != "auto":
         return config.precision
@@ -192,42 +217,58 @@ def resolve_precision(config: RunConfig) -> str:
 
 
 def _accelerator(config: RunConfig) -> str:
-    return config.accelerator if config.accelerator != "auto" else "cuda" if torch.cuda.device_count() else "cpu"
+    return (
+        config.accelerator
+        if config.accelerator != "auto"
+        else "cuda"
+        if torch.cuda.device_count()
+        else "cpu"
+    )
 
 
 def make_fabric(config: RunConfig) -> Fabric:
-    """The devices, processes and precision of a run; several devices start one process each (not from a notebook).
+    """The devices, processes and precision of a run; several devices start one process each (not
+    from a notebook).
 
     Raises:
         ValueError: a device or precision that this machine does not have.
     """
     accelerator, gpus = _accelerator(config), torch.cuda.device_count()
     if accelerator == "cuda" and gpus < config.devices:
-        raise ValueError(f"devices is {config.devices}, but this machine has {gpus} GPUs that torch can use; lower it, or accelerator 'cpu'")
+        raise ValueError(
+            f"devices is {config.devices}, but this machine has {gpus} GPUs that torch can use; lower it, or accelerator 'cpu'"
+        )
     if accelerator == "cpu" and config.precision == "16-mixed":
         raise ValueError("precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' on a CPU")
     precision = resolve_precision(config)
     plugin = Precision() if precision == "32" else AutocastPrecision(precision, accelerator)
     strategy = "ddp" if config.devices > 1 else "auto"
-    fabric = Fabric(accelerator=accelerator, devices=config.devices, strategy=strategy, plugins=plugin)
+    fabric = Fabric(
+        accelerator=accelerator, devices=config.devices, strategy=strategy, plugins=plugin
+    )
     fabric.launch()
     return fabric
 
 
 class AutocastPrecision(MixedPrecision):
-    """Mixed precision that leaves the model's inputs in float32: rounded to bfloat16, a box from 256 px on is 1 px off."""
+    """Mixed precision that leaves the model's inputs in float32: rounded to bfloat16, a box from
+    256 px on is 1 px off.
+    """
 
     def convert_input(self, data: Any) -> Any:
         return data
 
 
 def open_data(config: RunConfig) -> tuple[CellDataset, CellDataset]:
-    """The images as the training reads them, and as the validation's truth reads them: every cell of ``truth_reading``, small ones too.
+    """The images as the training reads them, and as the validation's truth reads them: every cell
+    of ``truth_reading``, small ones too.
 
     Raises:
         DataError: see ``readers.open_dataset``.
     """
-    dataset = open_dataset(config.data, config.instance_reading, config.min_instance_area_px, config.skip_faulty_images)
+    dataset = open_dataset(
+        config.data, config.instance_reading, config.min_instance_area_px, config.skip_faulty_images
+    )
     scored = open_dataset(config.data, config.truth_reading, 0, config.skip_faulty_images)
     return dataset, scored
 
@@ -237,41 +278,74 @@ def image_statistics(dataset: CellDataset, indices: list[int]) -> tuple[list[flo
     sums, squares, pixels = np.zeros(3), np.zeros(3), 0
     for index in indices:
         image = dataset[index].image.reshape(3, -1) / 255
-        sums, squares, pixels = sums + image.sum(1), squares + (image**2).sum(1), pixels + image.shape[1]
+        sums, squares, pixels = (
+            sums + image.sum(1),
+            squares + (image**2).sum(1),
+            pixels + image.shape[1],
+        )
     mean = sums / pixels
     return mean.tolist(), np.sqrt(squares / pixels - mean**2).tolist()
 
 
-def split_dataset(dataset: CellDataset, config: RunConfig) -> tuple[list[int], list[int], dict[str, Any]]:
+def split_dataset(
+    dataset: CellDataset, config: RunConfig
+) -> tuple[list[int], list[int], dict[str, Any]]:
     """Indices of the training and of the validation images, and the split as it is saved."""
     split = make_split(
-        dataset.image_ids, dataset.counts, dataset.patients, config.split, config.validation_fraction, config.split_seed
+        dataset.image_ids,
+        dataset.counts,
+        dataset.patients,
+        config.split,
+        config.validation_fraction,
+        config.split_seed,
     )
     index = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
     return [index[i] for i in split.train], [index[i] for i in split.validation], split._asdict()
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """Adam, AdamW or SGD over the parameters that are not frozen; fused where gradients can still be clipped."""
+    """Adam, AdamW or SGD over the parameters that are not frozen; fused where gradients can still
+    be clipped.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    shared = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": config.precision != "16-mixed"}
+    shared = {
+        "lr": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "fused": config.precision != "16-mixed",
+    }
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, momentum=config.momentum, **shared)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](parameters, **shared)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
+        parameters, **shared
+    )
 
 
 def make_schedulers(optimizer: torch.optim.Optimizer, config: RunConfig, steps_per_epoch: int):
-    """A schedule to step after each training step (linear warm-up, then cosine or constant), and one after each epoch (plateau)."""
+    """A schedule to step after each training step (linear warm-up, then cosine or constant), and
+    one after each epoch (plateau).
+    """
     schedulers = torch.optim.lr_scheduler
-    warmup = schedulers.LinearLR(optimizer, 1 / max(config.warmup_steps, 1), total_iters=config.warmup_steps)
+    warmup = schedulers.LinearLR(
+        optimizer, 1 / max(config.warmup_steps, 1), total_iters=config.warmup_steps
+    )
     per_step = warmup
     if config.scheduler == "cosine":
         decay_steps = max(config.epochs * steps_per_epoch - config.warmup_steps, 1)
-        cosine = schedulers.CosineAnnealingLR(optimizer, decay_steps, eta_min=config.min_learning_rate)
-        per_step = schedulers.SequentialLR(optimizer, [warmup, cosine], [config.warmup_steps]) if config.warmup_steps else cosine
+        cosine = schedulers.CosineAnnealingLR(
+            optimizer, decay_steps, eta_min=config.min_learning_rate
+        )
+        per_step = (
+            schedulers.SequentialLR(optimizer, [warmup, cosine], [config.warmup_steps])
+            if config.warmup_steps
+            else cosine
+        )
     mode = "max" if config.monitor == "validation_ap50" else "min"
     plateau = schedulers.ReduceLROnPlateau(
-        optimizer, mode, config.plateau_factor, config.plateau_patience, min_lr=config.min_learning_rate
+        optimizer,
+        mode,
+        config.plateau_factor,
+        config.plateau_patience,
+        min_lr=config.min_learning_rate,
     )
     return per_step, plateau
 
@@ -289,8 +363,11 @@ def make_loader(samples: TrainingSet, config: RunConfig, sampler) -> DataLoader:
     )
 
 
-def train_epoch(fabric: Fabric, model, optimizer, schedule, loader: DataLoader, config: RunConfig, progress) -> dict[str, float]:
-    """One pass: images, targets, losses, backward, step. Returns each loss's mean over the steps and processes.
+def train_epoch(
+    fabric: Fabric, model, optimizer, schedule, loader: DataLoader, config: RunConfig, progress
+) -> dict[str, float]:
+    """One pass: images, targets, losses, backward, step. Returns each loss's mean over the steps
+    and processes.
 
     Raises:
         TrainingError: a loss that is not finite; it is named, with the images.
@@ -303,11 +380,17 @@ def train_epoch(fabric: Fabric, model, optimizer, schedule, loader: DataLoader, 
         optimizer.zero_grad()
         fabric.backward(losses.sum())
         if config.gradient_clip_norm:
-            fabric.clip_gradients(model, optimizer, max_norm=config.gradient_clip_norm, error_if_nonfinite=False)
+            fabric.clip_gradients(
+                model, optimizer, max_norm=config.gradient_clip_norm, error_if_nonfinite=False
+            )
         optimizer.step()
         schedule.step()
         sums += losses.detach()
-        parts = zip(("loss", "objectness", "rpn_box", "class", "box", "mask"), (sum(values), *values), strict=True)
+        parts = zip(
+            ("loss", "objectness", "rpn_box", "class", "box", "mask"),
+            (sum(values), *values),
+            strict=True,
+        )
         progress.set_postfix({name: f"{value:.2f}" for name, value in parts}, refresh=False)
         progress.update()
     means = fabric.all_reduce(sums / len(loader), reduce_op="mean")
@@ -315,17 +398,28 @@ def train_epoch(fabric: Fabric, model, optimizer, schedule, loader: DataLoader, 
 
 
 @torch.no_grad()
-def validation_loss(fabric: Fabric, model, dataset: CellDataset, indices: list[int], config: RunConfig) -> float:
+def validation_loss(
+    fabric: Fabric, model, dataset: CellDataset, indices: list[int], config: RunConfig
+) -> float:
     """The mean total loss over one fixed crop of each validation image.
 
-    The norms' statistics are left alone, unless ``validation_updates_norms`` (a loss computed in training mode, as in report E's
-    released code: the statistics then learn from the validation images, and the model with them).
+    The norms' statistics are left alone, unless ``validation_updates_norms`` (a loss computed in
+    training mode, as in report E's released code: the statistics then learn from the validation
+    images, and the model with them).
 
     Raises:
-        TrainingError: as ``train_epoch``, so that weights which the epoch's last step spoilt reach no checkpoint.
+        TrainingError: as ``train_epoch``, so that weights which the epoch's last step spoilt reach
+            no checkpoint.
     """
     samples = TrainingSet(
-        dataset, indices, config.crop_size_px, 0.0, "none", 0, config.drop_cut_cells, config.boxes_miss_last_pixel
+        dataset,
+        indices,
+        config.crop_size_px,
+        0.0,
+        "none",
+        0,
+        config.drop_cut_cells,
+        config.boxes_miss_last_pixel,
     )
     keys = [SampleKey(0, position, index) for position, index in enumerate(indices)]
     model.train()
@@ -341,8 +435,12 @@ def validation_loss(fabric: Fabric, model, dataset: CellDataset, indices: list[i
     return sum(totals) / len(totals)
 
 
-def predict_images(fabric: Fabric, model, dataset: CellDataset, indices: list[int], config: RunConfig) -> list[dict[str, Any]]:
-    """Detections in whole images as COCO results; ``image_id`` counts from 1 in the order of ``indices``, as ``to_coco`` does."""
+def predict_images(
+    fabric: Fabric, model, dataset: CellDataset, indices: list[int], config: RunConfig
+) -> list[dict[str, Any]]:
+    """Detections in whole images as COCO results; ``image_id`` counts from 1 in the order of
+    ``indices``, as ``to_coco`` does.
+    """
     detections = []
     with fabric.autocast():
         for number in range(fabric.global_rank, len(indices), fabric.world_size):
@@ -357,7 +455,8 @@ def predict_images(fabric: Fabric, model, dataset: CellDataset, indices: list[in
 def predict_run(
     run_dir: str | Path, images: Sequence[np.ndarray], image_ids: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
-    """Detections of a finished run in images, as its validation made them: same weights (of the best epoch), tiles and precision.
+    """Detections of a finished run in images, as its validation made them: same weights (of the
+    best epoch), tiles and precision.
 
     It takes a GPU where there is one, whatever the run had.
 
@@ -407,12 +506,18 @@ def _config_of(run_dir: str | Path) -> RunConfig:
     try:
         return RunConfig.from_dict(read_json(resolve_path(run_dir) / "settings.json"))
     except FileNotFoundError:
-        raise RunError(f"run_dir {run_dir} has no settings.json; give the folder of a run") from None
+        raise RunError(
+            f"run_dir {run_dir} has no settings.json; give the folder of a run"
+        ) from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise RunError(f"run_dir {run_dir} has settings that cannot be used ({error}); give the folder of another run") from None
+        raise RunError(
+            f"run_dir {run_dir} has settings that cannot be used ({error}); give the folder of another run"
+        ) from None
 
 
-def _predict(model: nn.Module, image: np.ndarray, image_id: int, config: RunConfig) -> list[dict[str, Any]]:
+def _predict(
+    model: nn.Module, image: np.ndarray, image_id: int, config: RunConfig
+) -> list[dict[str, Any]]:
     found = predict(
         model,
         image,
@@ -424,21 +529,30 @@ def _predict(model: nn.Module, image: np.ndarray, image_id: int, config: RunConf
 
 
 def share_buffers(fabric: Fabric, model: nn.Module) -> None:
-    """Give every process the first one's norm statistics, which the checkpoint holds, so that all validate one model."""
+    """Give every process the first one's norm statistics, which the checkpoint holds, so that all
+    validate one model.
+    """
     if fabric.world_size > 1:
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
 
 
-def to_device(images: list[Tensor], targets: list[dict], device: torch.device) -> tuple[list[Tensor], list[dict]]:
+def to_device(
+    images: list[Tensor], targets: list[dict], device: torch.device
+) -> tuple[list[Tensor], list[dict]]:
     """Images as float32 in [0, 1] and targets, on ``device``."""
     images = [image.to(device, non_blocking=True).float() / 255 for image in images]
-    moved = [{n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in t.items()} for t in targets]
+    moved = [
+        {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in t.items()}
+        for t in targets
+    ]
     return images, moved
 
 
 def best_epoch(history: list[dict[str, Any]], config: RunConfig) -> int:
-    """Index of the first validated epoch with the best monitored value; one without a value, or not validated, counts as worst."""
+    """Index of the first validated epoch with the best monitored value; one without a value, or not
+    validated, counts as worst.
+    """
     sign = 1 if config.monitor == "validation_ap50" else -1
     values = [row[config.monitor] if _validated(row) else math.nan for row in history]
     values = [-math.inf if value is None or math.isnan(value) else sign * value for value in values]
@@ -446,9 +560,15 @@ def best_epoch(history: list[dict[str, Any]], config: RunConfig) -> int:
 
 
 def stopped_early(history: list[dict[str, Any]], config: RunConfig) -> bool:
-    """Whether the monitored value has not improved for ``early_stopping_patience`` epochs (0: never stop)."""
+    """Whether the monitored value has not improved for ``early_stopping_patience`` epochs (0: never
+    stop).
+    """
     patience = config.early_stopping_patience
-    return bool(patience and history) and _validated(history[-1]) and len(history) - 1 - best_epoch(history, config) >= patience
+    return (
+        bool(patience and history)
+        and _validated(history[-1])
+        and len(history) - 1 - best_epoch(history, config) >= patience
+    )
 
 
 def _validated(row: dict[str, Any]) -> bool:
@@ -457,7 +577,9 @@ def _validated(row: dict[str, Any]) -> bool:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: of the GPU by torch, else of the process by the operating system."""
+    """The most memory held so far: of the GPU by torch, else of the process by the operating
+    system.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -468,10 +590,13 @@ def _explaining() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in NO_MEMORY):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+            words in str(error) for words in NO_MEMORY
+        ):
             raise TrainingError(
                 "out of memory; lower batch_size, crop_size_px (or max_size), box_batch_size_per_image, rpn_post_nms_top_n_train, "
-                "num_workers or, in prediction, tile_size_px, or use precision 'bf16-mixed'; " + KEPT
+                "num_workers or, in prediction, tile_size_px, or use precision 'bf16-mixed'; "
+                + KEPT
             ) from None
         if "Expected more than 1 value per channel when training" in str(error):
             raise TrainingError(
@@ -482,12 +607,16 @@ def _explaining() -> Iterator[None]:
 
 
 def _finite_losses(losses: dict[str, Tensor], targets: list[dict]) -> tuple[Tensor, list[float]]:
-    """The losses as float32 [5], in the order of ``LOSSES``, and their values: read once a step, before a GPU has the backward to do."""
+    """The losses as float32 [5], in the order of ``LOSSES``, and their values: read once a step,
+    before a GPU has the backward to do.
+    """
     stacked = torch.stack([losses[name].float() for name in LOSSES])
     values = stacked.tolist()
     if all(map(math.isfinite, values)):
         return stacked, values
-    bad = ", ".join(f"{n} = {v}" for n, v in zip(LOSSES, values, strict=True) if not math.isfinite(v))
+    bad = ", ".join(
+        f"{n} = {v}" for n, v in zip(LOSSES, values, strict=True) if not math.isfinite(v)
+    )
     images = ", ".join(target["image_id"] for target in targets)
     raise TrainingError(
         f"training stopped: {bad} in a batch of images {images}; lower learning_rate, lengthen warmup_steps or set "

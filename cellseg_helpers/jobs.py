@@ -1,11 +1,14 @@
-"""The study as jobs, one papermill run each. Snakemake orders them (``Snakefile``); here is what starts and ends them.
+"""The study as jobs, one papermill run each. Snakemake orders them (``Snakefile``); here is what
+starts and ends them.
 
-    python -m cellseg_helpers.jobs study|plan --data drawn --scale quick --seeds 1     what `make study` and `make plan` call
-    python -m cellseg_helpers.jobs run NOTEBOOK OUTPUT ...                              one job: a notebook with its parameters
-    python -m cellseg_helpers.jobs page NOTEBOOK PAGE                                   an executed notebook as an HTML page
+    python -m cellseg_helpers.jobs study|plan --data drawn --scale quick --seeds 1     what `make
+    study` and `make plan` call python -m cellseg_helpers.jobs run NOTEBOOK OUTPUT ...
+    one job: a notebook with its parameters python -m cellseg_helpers.jobs page NOTEBOOK PAGE
+    an executed notebook as an HTML page
 
-Nothing outlives the study (on Linux): make, Snakemake, the job and its kernel each die with the one above, whatever ended that
-one, SIGKILL included. What they had open is whole or absent, so the same command goes on from there.
+Nothing outlives the study (on Linux): make, Snakemake, the job and its kernel each die with the one
+above, whatever ended that one, SIGKILL included. What they had open is whole or absent, so the same
+command goes on from there.
 """
 
 import argparse
@@ -43,7 +46,8 @@ NOTHING_TO_DO = "Nothing to do: everything is there, and newer than what it come
 PR_SET_PDEATHSIG = 1
 KERNEL_OPTIONS = [
     "--IPKernelApp.log_level=CRITICAL",
-    # With its own threshold, Python looks for garbage a thousand times while torch is imported: a sixth of the time to the first cell.
+    # With its own threshold, Python looks for garbage a thousand times while torch is imported: a
+    # sixth of the time to the first cell.
     "--IPKernelApp.exec_lines=import gc; gc.set_threshold(10_000); del gc",
     "--IPKernelApp.exec_lines=from cellseg_helpers.jobs import end_forks_too; end_forks_too(); del end_forks_too",
 ]
@@ -54,7 +58,8 @@ class StudyError(ValueError):
 
 
 def die_with(parent: int | None = None) -> None:
-    """Have the kernel end this process by SIGKILL when the thread that started it ends. Linux only; elsewhere it does nothing.
+    """Have the kernel end this process by SIGKILL when the thread that started it ends. Linux only;
+    elsewhere it does nothing.
 
     Args:
         parent: process id of the parent; where that one is gone already, this process ends at once.
@@ -69,14 +74,19 @@ def die_with(parent: int | None = None) -> None:
 def end_forks_too() -> None:
     """Have processes that are forked from this one ``die_with`` it.
 
-    A DataLoader's worker looks for its parent's end itself, but only if that comes after its own first look.
+    A DataLoader's worker looks for its parent's end itself, but only if that comes after its own
+    first look.
     """
     parent = {}
-    os.register_at_fork(before=lambda: parent.update(id=os.getpid()), after_in_child=lambda: die_with(parent["id"]))
+    os.register_at_fork(
+        before=lambda: parent.update(id=os.getpid()), after_in_child=lambda: die_with(parent["id"])
+    )
 
 
 def hold(path: Path) -> TextIO | None:
-    """A lock file that is held until the returned file is closed or its process ends; None where another process holds it."""
+    """A lock file that is held until the returned file is closed or its process ends; None where
+    another process holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
     try:
@@ -88,15 +98,21 @@ def hold(path: Path) -> TextIO | None:
 
 
 def gpus() -> list[str]:
-    """The GPUs that jobs may take: those of ``CUDA_VISIBLE_DEVICES`` where it is set, else all that ``nvidia-smi`` lists."""
+    """The GPUs that jobs may take: those of ``CUDA_VISIBLE_DEVICES`` where it is set, else all that
+    ``nvidia-smi`` lists.
+    """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [part.strip() for part in named.split(",") if part.strip() not in ("", "-1")]
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout.splitlines()
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return []
-    return [str(number) for number, _ in enumerate(line for line in listed if line.startswith("GPU "))]
+    return [
+        str(number) for number, _ in enumerate(line for line in listed if line.startswith("GPU "))
+    ]
 
 
 def memory_mb() -> int:
@@ -105,9 +121,11 @@ def memory_mb() -> int:
 
 
 def take_gpu() -> TextIO | None:
-    """Wait for a GPU that no other job has, and make it the only one that this job sees; None where there is no GPU.
+    """Wait for a GPU that no other job has, and make it the only one that this job sees; None where
+    there is no GPU.
 
-    The lock files are the machine's, so that two studies on it don't share a GPU either; a Slurm job has the GPUs it was given.
+    The lock files are the machine's, so that two studies on it don't share a GPU either; a Slurm
+    job has the GPUs it was given.
     """
     names, waited = gpus(), False
     owner = f"{os.getuid()}-{os.environ.get('SLURM_JOB_ID', '')}"
@@ -124,24 +142,32 @@ def take_gpu() -> TextIO | None:
 
 
 def job_name(notebook: Path, output: Path) -> str:
-    """What a job is called: ``02_train <run>``, or, where a notebook runs once, ``01_explore_data``."""
+    """What a job is called: ``02_train <run>``, or, where a notebook runs once,
+    ``01_explore_data``.
+    """
     return " ".join(dict.fromkeys([notebook.stem, output.stem]))
 
 
 def run(
-    notebook: Path, output: Path, parameters: dict[str, Any], log: Path | None = None, gpu: bool = False, train: bool = False
+    notebook: Path,
+    output: Path,
+    parameters: dict[str, Any],
+    log: Path | None = None,
+    gpu: bool = False,
+    train: bool = False,
 ) -> str:
     """Execute a notebook by papermill, in ``notebooks/``.
 
-    While it runs, the notebook so far is ``<output>.running.ipynb``; it becomes ``output`` when every cell has run, or
-    ``<output>.failed.ipynb``.
+    While it runs, the notebook so far is ``<output>.running.ipynb``; it becomes ``output`` when
+    every cell has run, or ``<output>.failed.ipynb``.
 
     Args:
         parameters: name -> value, for the parameters cell.
-        log: CSV file that gets one row (``COLUMNS``): seconds on the wall, of them until the first cell had imported, and of CPU.
+        log: CSV file that gets one row (``COLUMNS``): seconds on the wall, of them until the first
+            cell had imported, and of CPU.
         gpu: wait for a GPU of its own; otherwise the notebook sees none.
-        train: set a run folder of other settings aside first (``study.set_aside_other_run``); at the end write ``trained.json``
-            there, the row of ``log``.
+        train: set a run folder of other settings aside first (``study.set_aside_other_run``); at
+            the end write ``trained.json`` there, the row of ``log``.
 
     Returns:
         What went wrong, as a sentence, or "".
@@ -152,7 +178,10 @@ def run(
         time.sleep(1)  # a job of a killed study that Slurm goes on with
     taken = take_gpu() if gpu else os.environ.update(CUDA_VISIBLE_DEVICES="")
     if train and (aside := _set_aside(parameters)):
-        print(f"{job}: the run had other settings before; that one is now {_short(aside)}.", flush=True)
+        print(
+            f"{job}: the run had other settings before; that one is now {_short(aside)}.",
+            flush=True,
+        )
     executed, error = _execute(notebook, running, parameters)
     if error:
         if running.exists():
@@ -194,12 +223,16 @@ def _set_aside(parameters: dict[str, Any]) -> Path | None:
 
 def _execute(notebook: Path, running: Path, parameters: dict[str, Any]) -> tuple[Any, str]:
     _skip_slow_imports()
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # of a parameter that no cell has, the notebooks say more
+    logging.getLogger("papermill").setLevel(
+        logging.ERROR
+    )  # of a parameter that no cell has, the notebooks say more
     import papermill
     from jupyter_client import AsyncKernelManager
 
     class KernelManager(AsyncKernelManager):
-        """Its kernel ends with this job. They talk over files: kernels that start together could pick the same free TCP port."""
+        """Its kernel ends with this job. They talk over files: kernels that start together could
+        pick the same free TCP port.
+        """
 
         def __init__(self, **kwargs):
             super().__init__(transport="ipc", connection_file=f"{sockets}/kernel.json", **kwargs)
@@ -222,7 +255,9 @@ def _execute(notebook: Path, running: Path, parameters: dict[str, Any]) -> tuple
 
 
 def _skip_slow_imports() -> None:
-    """What papermill and nbconvert would load and notebooks don't need: jsonschema's grammar, 2 s; pyarrow for Hadoop's files, 0.15 s."""
+    """What papermill and nbconvert would load and notebooks don't need: jsonschema's grammar, 2 s;
+    pyarrow for Hadoop's files, 0.15 s.
+    """
     for name in ("rfc3987_syntax", "pyarrow"):
         sys.modules.setdefault(name, None)
 
@@ -269,7 +304,9 @@ def page(notebook: Path, output: Path) -> None:
     temporary.replace(output)
 
 
-def run_study(data: str, scale: str, seeds: int, profile: str = "", jobs: int = 0, plan: bool = False) -> bool:
+def run_study(
+    data: str, scale: str, seeds: int, profile: str = "", jobs: int = 0, plan: bool = False
+) -> bool:
     """Run every job that is missing or out of date, or list them.
 
     Args:
@@ -277,7 +314,8 @@ def run_study(data: str, scale: str, seeds: int, profile: str = "", jobs: int = 
         scale: quick, sample or full.
         seeds: every training is done with the seeds 0 to ``seeds`` - 1.
         profile: a folder under ``profiles/`` with Snakemake's options for a cluster; "" runs here.
-        jobs: processors to use, or, with a profile, jobs at the same time; 0: all, or as many as the profile says.
+        jobs: processors to use, or, with a profile, jobs at the same time; 0: all, or as many as
+            the profile says.
         plan: only say what would run and why.
 
     Returns:
@@ -289,26 +327,49 @@ def run_study(data: str, scale: str, seeds: int, profile: str = "", jobs: int = 
     name = _check(data, scale, seeds, profile, jobs)
     lock = None if plan else hold(ROOT / LOCK)
     if not lock and not plan:
-        raise StudyError(f"another study runs in this folder (process {(ROOT / LOCK).read_text()}); wait for it or stop it")
+        raise StudyError(
+            f"another study runs in this folder (process {(ROOT / LOCK).read_text()}); wait for it or stop it"
+        )
     if lock:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
 
-    options = ["--snakefile", ROOT / "Snakefile", "--directory", ROOT, "--workflow-profile", ROOT / "profiles" / "default"]
+    options = [
+        "--snakefile",
+        ROOT / "Snakefile",
+        "--directory",
+        ROOT,
+        "--workflow-profile",
+        ROOT / "profiles" / "default",
+    ]
     options += ["--config", f"data={data}", f"scale={scale}", f"seeds={seeds}"]
     if profile:
         options += ["--profile", ROOT / "profiles" / profile, *(["--jobs", jobs] if jobs else [])]
     else:
-        options += ["--cores", jobs or len(os.sched_getaffinity(0)), "--resources", f"gpu={len(gpus())}", f"mem_mb={memory_mb()}"]
+        options += [
+            "--cores",
+            jobs or len(os.sched_getaffinity(0)),
+            "--resources",
+            f"gpu={len(gpus())}",
+            f"mem_mb={memory_mb()}",
+        ]
     reporter, log = _Reporter(plan), ROOT / "outputs" / f"{name}-snakemake.log"
     log.parent.mkdir(exist_ok=True)
-    with open(os.devnull if plan else log, "w") as file, redirect_stderr(file), redirect_stdout(file if plan else sys.stdout):
+    with (
+        open(os.devnull if plan else log, "w") as file,
+        redirect_stderr(file),
+        redirect_stdout(file if plan else sys.stdout),
+    ):
         succeeded = _snakemake([*map(str, options), *(["--dry-run"] if plan else [])], reporter)
         if reporter.failed and any((ROOT / study.RUNS).glob(f"{name}-*/scores.json")):
-            print("\nThe tables of the runs that are there; an empty cell has its reason.", flush=True)
+            print(
+                "\nThe tables of the runs that are there; an empty cell has its reason.", flush=True
+            )
             options.insert(options.index("--config") + 1, "partial=1")
-            _snakemake([*map(str, options), "--allowed-rules", *TABLE_RULES, "--", *TABLE_RULES], reporter)
+            _snakemake(
+                [*map(str, options), "--allowed-rules", *TABLE_RULES, "--", *TABLE_RULES], reporter
+            )
     if plan:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `make plan | head`
         reporter.print_plan()
@@ -327,8 +388,14 @@ def _check(data: str, scale: str, seeds: int, profile: str, jobs: int) -> str:
     if jobs < 0:
         raise StudyError(f"JOBS is {jobs}, but must be at least 1, or 0 for all")
     place = resolve_path(data)
-    if data != "drawn" and not (place / "train").is_dir() and not (place.suffix == ".json" and place.is_file()):
-        raise StudyError(f"DATA={data} is no folder that holds train/; README.md says what must be in it")
+    if (
+        data != "drawn"
+        and not (place / "train").is_dir()
+        and not (place.suffix == ".json" and place.is_file())
+    ):
+        raise StudyError(
+            f"DATA={data} is no folder that holds train/; README.md says what must be in it"
+        )
     for key in study.run_keys():
         try:
             study.settings(key, scale, data, 0)
@@ -337,7 +404,9 @@ def _check(data: str, scale: str, seeds: int, profile: str, jobs: int) -> str:
     if profile:
         file = ROOT / "profiles" / profile / "config.yaml"
         if not file.exists():
-            raise StudyError(f"PROFILE={profile} has no {file.relative_to(ROOT)}; `make study PROFILE=slurm` is for Slurm")
+            raise StudyError(
+                f"PROFILE={profile} has no {file.relative_to(ROOT)}; `make study PROFILE=slurm` is for Slurm"
+            )
         plugin = f"snakemake-executor-plugin-{yaml.safe_load(file.read_text())['executor']}"
         if not importlib.util.find_spec(plugin.replace("-", "_")):
             raise StudyError(
@@ -378,28 +447,51 @@ class _Reporter:
         if event == LogEvent.JOB_INFO and record.rule_name != "all":
             executed = next((Path(file) for file in record.output if file.endswith(".ipynb")), None)
             name = job_name(Path(record.input[0]), executed) if executed else record.rule_name
-            self.jobs[record.jobid], self.started[record.jobid] = (name, str(record.reason)), time.time()
+            self.jobs[record.jobid], self.started[record.jobid] = (
+                (name, str(record.reason)),
+                time.time(),
+            )
         elif event == LogEvent.RUN_INFO and not self.plan:
-            kinds = ", ".join(f"{number} {rule}" for rule, number in record.stats.items() if rule not in ("all", "total"))
-            print(f"{record.stats['total'] - record.stats.get('all', 0)} jobs: {kinds}.", flush=True)
+            kinds = ", ".join(
+                f"{number} {rule}"
+                for rule, number in record.stats.items()
+                if rule not in ("all", "total")
+            )
+            print(
+                f"{record.stats['total'] - record.stats.get('all', 0)} jobs: {kinds}.", flush=True
+            )
         elif event == LogEvent.JOB_FINISHED:
             self.finished.append(record.job_id)
         elif event == LogEvent.PROGRESS and self.finished[-1] in self.jobs:
-            last, total = self.finished[-1], record.total - 1  # without "all", which has nothing to do
+            last, total = (
+                self.finished[-1],
+                record.total - 1,
+            )  # without "all", which has nothing to do
             name, seconds = self.jobs[last][0], time.time() - self.started[last]
-            print(f"{record.done} of {total} jobs done, {total - record.done} left: {name} ({_duration(seconds)})", flush=True)
+            print(
+                f"{record.done} of {total} jobs done, {total - record.done} left: {name} ({_duration(seconds)})",
+                flush=True,
+            )
         elif event == LogEvent.JOB_ERROR:
             self.failed.append(self.jobs[record.jobid][0])
-        elif event == LogEvent.ERROR and not any(words in record.getMessage() for words in TOLD_ELSEWHERE):
+        elif event == LogEvent.ERROR and not any(
+            words in record.getMessage() for words in TOLD_ELSEWHERE
+        ):
             self.errors.append(record.getMessage())
         return True
 
     def print_plan(self) -> None:
         if not self.jobs:
-            print(*self.errors or ["Nothing to do: every table is there, and newer than what it comes from."], sep="\n")
+            print(
+                *self.errors
+                or ["Nothing to do: every table is there, and newer than what it comes from."],
+                sep="\n",
+            )
             return
         kinds = Counter(name.split()[0] for name, _ in sorted(self.jobs.values()))
-        print(f"{len(self.jobs)} jobs would run: {', '.join(f'{number} {kind}' for kind, number in kinds.items())}.")
+        print(
+            f"{len(self.jobs)} jobs would run: {', '.join(f'{number} {kind}' for kind, number in kinds.items())}."
+        )
         width = max(len(name) for name, _ in self.jobs.values())
         for name, reason in sorted(self.jobs.values()):
             print(f"{name:{width}}  {'; '.join(map(_first_only, reason.split('; ')))}")
@@ -415,7 +507,11 @@ def _first_only(reason: str) -> str:
 def _rows(name: str, since: float) -> list[dict[str, str]]:
     try:
         with (ROOT / "outputs" / f"{name}-jobs.csv").open(newline="") as file:
-            return [row for row in csv.DictReader(file) if datetime.fromisoformat(row["ended"]).timestamp() >= since - 1]
+            return [
+                row
+                for row in csv.DictReader(file)
+                if datetime.fromisoformat(row["ended"]).timestamp() >= since - 1
+            ]
     except FileNotFoundError:
         return []
 
@@ -425,20 +521,37 @@ def _print_times(rows: list[dict[str, str]]) -> None:
     for row in rows:
         kinds.setdefault(row["job"].split()[0], []).append(row)
     if kinds:
-        print(f"\n{'notebook':22}{'jobs':>6}{'minutes':>10}{'starting':>10}{'CPU':>8}   (minutes, all jobs together)")
+        print(
+            f"\n{'notebook':22}{'jobs':>6}{'minutes':>10}{'starting':>10}{'CPU':>8}   (minutes, all jobs together)"
+        )
     for kind, of_kind in sorted(kinds.items()):
-        minutes = [sum(float(row[column]) for row in of_kind) / 60 for column in ("seconds", "start_seconds", "cpu_seconds")]
+        minutes = [
+            sum(float(row[column]) for row in of_kind) / 60
+            for column in ("seconds", "start_seconds", "cpu_seconds")
+        ]
         print(f"{kind:22}{len(of_kind):>6}{minutes[0]:>10.1f}{minutes[1]:>10.1f}{minutes[2]:>8.1f}")
 
 
-def _print_end(name: str, succeeded: bool, rows: list[dict[str, str]], reporter: _Reporter, log: Path) -> None:
+def _print_end(
+    name: str, succeeded: bool, rows: list[dict[str, str]], reporter: _Reporter, log: Path
+) -> None:
     print()
     if not succeeded:
         told = {row["job"]: row["error"] for row in rows if row["error"]}
-        failures = [f"{job}: {told.get(job, 'it was ended from outside, perhaps for want of memory')}" for job in reporter.failed]
+        failures = [
+            f"{job}: {told.get(job, 'it was ended from outside, perhaps for want of memory')}"
+            for job in reporter.failed
+        ]
         failures += reporter.errors
-        print(f"{len(failures)} failures; what does not depend on them is done:", *failures, sep="\n- ")
-        print(f"\nSnakemake's own log: {log.relative_to(ROOT)}. The same command goes on from here.", flush=True)
+        print(
+            f"{len(failures)} failures; what does not depend on them is done:",
+            *failures,
+            sep="\n- ",
+        )
+        print(
+            f"\nSnakemake's own log: {log.relative_to(ROOT)}. The same command goes on from here.",
+            flush=True,
+        )
         return
     print(f"The reports' tables, as a page: outputs/{name}.html")
     print("Tables:                         outputs/tables/")
@@ -448,7 +561,13 @@ def _print_end(name: str, succeeded: bool, rows: list[dict[str, str]], reporter:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.1f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def stop(number: int, frame: Any) -> None:
@@ -458,7 +577,9 @@ def stop(number: int, frame: Any) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m cellseg_helpers.jobs", description="The study as jobs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m cellseg_helpers.jobs", description="The study as jobs."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("study", "plan"):
         command = commands.add_parser(name)
@@ -470,9 +591,13 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("run")
     command.add_argument("notebook", type=Path)
     command.add_argument("output", type=Path)
-    command.add_argument("-f", dest="files", nargs="+", default=[], help="parameter files; a later one wins")
+    command.add_argument(
+        "-f", dest="files", nargs="+", default=[], help="parameter files; a later one wins"
+    )
     command.add_argument("-r", dest="raw", nargs=2, action="append", default=[], help="NAME TEXT")
-    command.add_argument("-p", dest="typed", nargs=2, action="append", default=[], help="NAME VALUE")
+    command.add_argument(
+        "-p", dest="typed", nargs=2, action="append", default=[], help="NAME VALUE"
+    )
     command.add_argument("--log", type=Path)
     command.add_argument("--gpu", action="store_true")
     command.add_argument("--train", action="store_true")
@@ -485,7 +610,14 @@ def main(arguments: list[str] | None = None) -> int:
         if "MAKELEVEL" in os.environ:
             die_with()
         try:
-            return not run_study(given.data, given.scale, given.seeds, given.profile, given.jobs, given.command == "plan")
+            return not run_study(
+                given.data,
+                given.scale,
+                given.seeds,
+                given.profile,
+                given.jobs,
+                given.command == "plan",
+            )
         except StudyError as error:
             print(error, file=sys.stderr)
             return 2

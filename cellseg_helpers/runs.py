@@ -1,20 +1,21 @@
-"""The run folder: what a run was, what it measured, and its checkpoints. Every file is written whole or not at all.
+"""The run folder: what a run was, what it measured, and its checkpoints. Every file is written
+whole or not at all.
 
-    settings.json      every setting (RunConfig)
-    provenance.json    code version, package versions, machine, data fingerprint
-    split.json         image ids of each side
-    truth.json         the validation images' instances, as a COCO data set
-    history.csv        one row an epoch
-    last.pt            checkpoint to resume from; not of a finished run where keep_checkpoint is not set
-    best.safetensors   weights of the best epoch
-    detections.json    the best epoch's detections in the validation images, as COCO results
-    metrics.json       its scores
-    epoch_<n>.safetensors  weights of every epoch, where keep_every_epoch is set
-    finished.json      written last: epochs, whether it stopped early, trainable parameters, size of the weights in MB
-    trained.json       how long the study's job took that made the run
-    scores.json        the detections' AP50 and its bootstrap values, once 03_evaluate has run
-    training_detections.json  the best epoch's detections in some training images, once 09_findings asked for them
-    test_detections.json  the best epoch's detections in the test images, once they were predicted
+settings.json      every setting (RunConfig)
+provenance.json    code version, package versions, machine, data fingerprint
+split.json         image ids of each side
+truth.json         the validation images' instances, as a COCO data set
+history.csv        one row an epoch
+last.pt            checkpoint to resume from; not of a finished run where keep_checkpoint is not set
+best.safetensors   weights of the best epoch
+detections.json    the best epoch's detections in the validation images, as COCO results
+metrics.json       its scores
+epoch_<n>.safetensors  weights of every epoch, where keep_every_epoch is set
+finished.json      written last: epochs, whether it stopped early, trainable parameters, size of the
+weights in MB trained.json       how long the study's job took that made the run scores.json
+the detections' AP50 and its bootstrap values, once 03_evaluate has run training_detections.json
+the best epoch's detections in some training images, once 09_findings asked for them
+test_detections.json  the best epoch's detections in the test images, once they were predicted
 """
 
 import json
@@ -34,7 +35,17 @@ from cellseg_helpers.analysis.metrics import load_metrics
 from cellseg_helpers.config import ROOT, RunConfig, resolve_path
 from cellseg_helpers.study import RUNS
 
-PACKAGES = ("torch", "torchvision", "lightning-fabric", "numpy", "hotcoco", "pycocotools", "tifffile", "imagecodecs", "scipy")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "lightning-fabric",
+    "numpy",
+    "hotcoco",
+    "pycocotools",
+    "tifffile",
+    "imagecodecs",
+    "scipy",
+)
 
 
 class RunError(ValueError):
@@ -62,34 +73,53 @@ def load_run(run_dir: str | Path) -> Run:
     """
     folder = resolve_path(run_dir)
     if not folder.is_dir():
-        raise RunError(f"run_dir {run_dir} does not exist; train one with notebooks/02_train.ipynb or give another")
+        raise RunError(
+            f"run_dir {run_dir} does not exist; train one with notebooks/02_train.ipynb or give another"
+        )
     try:
-        parts = {name: read_json(folder / f"{name}.json") for name in Run._fields if name not in ("run_dir", "history", "metrics")}
+        parts = {
+            name: read_json(folder / f"{name}.json")
+            for name in Run._fields
+            if name not in ("run_dir", "history", "metrics")
+        }
         history = pd.read_csv(folder / "history.csv")
-        return Run(run_dir=folder, history=history, metrics=load_metrics(folder / "metrics.json"), **parts)
+        return Run(
+            run_dir=folder, history=history, metrics=load_metrics(folder / "metrics.json"), **parts
+        )
     except FileNotFoundError as error:
-        raise RunError(f"run_dir {run_dir} has no {Path(error.filename).name}: the run has not finished; run 02_train again") from None
+        raise RunError(
+            f"run_dir {run_dir} has no {Path(error.filename).name}: the run has not finished; run 02_train again"
+        ) from None
     except RunError:
         raise
     except ValueError as error:
         problem = " ".join(str(error).split())
-        raise RunError(f"run_dir {run_dir} has a damaged history.csv or metrics.json ({problem}); run 02_train again") from None
+        raise RunError(
+            f"run_dir {run_dir} has a damaged history.csv or metrics.json ({problem}); run 02_train again"
+        ) from None
 
 
-def start_run(config: RunConfig, fingerprint: str, split: dict[str, Any], truth: dict[str, Any]) -> Path:
+def start_run(
+    config: RunConfig, fingerprint: str, split: dict[str, Any], truth: dict[str, Any]
+) -> Path:
     """Make the run's folder, or find it again to go on in.
 
     Raises:
-        RunError: the folder holds a run with other settings or other data; the differing fields are named.
+        RunError: the folder holds a run with other settings or other data; the differing fields are
+            named.
     """
     run_dir = resolve_path(RUNS) / config.named().run_name
     if (run_dir / "settings.json").exists():
         _refuse_other_run(config, fingerprint, run_dir)
-    for left in (left for name in ("last.pt", "best.safetensors") for left in run_dir.glob(f".{name}.*")):
+    for left in (
+        left for name in ("last.pt", "best.safetensors") for left in run_dir.glob(f".{name}.*")
+    ):
         left.unlink(missing_ok=True)  # half-written by a killed process
     write_json(run_dir / "split.json", split)
     write_json(run_dir / "truth.json", truth)
-    if not (run_dir / "provenance.json").exists():  # else it is of the code and machine that began the run
+    if not (
+        run_dir / "provenance.json"
+    ).exists():  # else it is of the code and machine that began the run
         write_json(run_dir / "provenance.json", provenance() | {"data_fingerprint": fingerprint})
     write_json(run_dir / "settings.json", config.named().to_dict())
     return run_dir
@@ -100,7 +130,9 @@ def _refuse_other_run(config: RunConfig, fingerprint: str, run_dir: Path) -> Non
         differences = config.differences(read_json(run_dir / "settings.json"))
         before = read_json(run_dir / "provenance.json")["data_fingerprint"]
     except (FileNotFoundError, TypeError, KeyError, AttributeError):
-        raise RunError(f"{run_dir} has lost or damaged files (settings.json, provenance.json); delete that folder to train anew") from None
+        raise RunError(
+            f"{run_dir} has lost or damaged files (settings.json, provenance.json); delete that folder to train anew"
+        ) from None
     if before != fingerprint:
         differences["data_fingerprint"] = (before[:12], fingerprint[:12])
     if differences:
@@ -120,12 +152,19 @@ def provenance() -> dict[str, Any]:
         "code_version": _code_version(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
-        "machine": {"platform": platform.platform(), "processor": _processor(), "cpu_count": os.cpu_count(), "gpu": _gpu()},
+        "machine": {
+            "platform": platform.platform(),
+            "processor": _processor(),
+            "cpu_count": os.cpu_count(),
+            "gpu": _gpu(),
+        },
     }
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """``torch.save`` to a new file that then takes the old one's place, so a kill at any moment leaves a whole checkpoint."""
+    """``torch.save`` to a new file that then takes the old one's place, so a kill at any moment
+    leaves a whole checkpoint.
+    """
     import torch
 
     with replacing(path) as temporary:
@@ -144,7 +183,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         cause = " ".join(str(error).split())[:120] or type(error).__name__
-        raise RunError(f"checkpoint {path} cannot be read ({cause}); delete it to train anew") from None
+        raise RunError(
+            f"checkpoint {path} cannot be read ({cause}); delete it to train anew"
+        ) from None
 
 
 @contextmanager
@@ -152,27 +193,35 @@ def opening_checkpoint(run_dir: Path, config: RunConfig) -> Iterator[dict[str, A
     """The run's ``last.pt``, of which the block takes what it needs.
 
     Raises:
-        RunError: not readable, of other settings (the differing fields are named), not fitting in the block, or beside it a file
-            is gone that was written before it.
+        RunError: not readable, of other settings (the differing fields are named), not fitting in
+            the block, or beside it a file is gone that was written before it.
     """
     path = run_dir / "last.pt"
     checkpoint = load_checkpoint(path)
     try:
         written = ["history.csv"]
-        if any(row["validation_loss"] == row["validation_loss"] for row in checkpoint["history"]):  # not NaN: it was validated
+        if any(
+            row["validation_loss"] == row["validation_loss"] for row in checkpoint["history"]
+        ):  # not NaN: it was validated
             written = ["best.safetensors", "detections.json", "metrics.json", *written]
         gone = [name for name in written if not (run_dir / name).exists()]
         if gone:
-            raise RunError(f"{run_dir} has lost {', '.join(gone)}; delete that folder to train anew")
+            raise RunError(
+                f"{run_dir} has lost {', '.join(gone)}; delete that folder to train anew"
+            )
         differences = config.differences(checkpoint["settings"])
         if differences:
-            raise RunError(f"checkpoint {path} is of a run with other settings ({_listed(differences)}); delete it to train anew")
+            raise RunError(
+                f"checkpoint {path} is of a run with other settings ({_listed(differences)}); delete it to train anew"
+            )
         yield checkpoint
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
         if isinstance(error, RunError):
             raise
         cause = " ".join(str(error).split())[:120]
-        raise RunError(f"checkpoint {path} does not fit this run ({cause}); delete it to train anew") from None
+        raise RunError(
+            f"checkpoint {path} does not fit this run ({cause}); delete it to train anew"
+        ) from None
 
 
 def save_weights(path: Path, state: dict[str, Any]) -> None:
@@ -180,12 +229,20 @@ def save_weights(path: Path, state: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary
+        )
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """JSON without NaN (null instead is the caller's choice), written whole or not at all; a list stands in one line."""
-    write_text(path, json.dumps(value, indent=None if isinstance(value, list) else indent, allow_nan=False) + "\n")
+    """JSON without NaN (null instead is the caller's choice), written whole or not at all; a list
+    stands in one line.
+    """
+    write_text(
+        path,
+        json.dumps(value, indent=None if isinstance(value, list) else indent, allow_nan=False)
+        + "\n",
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -199,12 +256,16 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise RunError(f"{path} is not valid JSON ({error}); copy it again, or delete it and run again what made it") from None
+        raise RunError(
+            f"{path} is not valid JSON ({error}); copy it again, or delete it and run again what made it"
+        ) from None
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``; moved onto it, with its bytes on disk, when the block ends without an error."""
+    """A temporary path beside ``path``; moved onto it, with its bytes on disk, when the block ends
+    without an error.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -222,7 +283,11 @@ def replacing(path: Path) -> Iterator[Path]:
 def _code_version() -> str:
     try:
         return subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown (not a git checkout)"
@@ -241,7 +306,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def _gpu() -> str | None:

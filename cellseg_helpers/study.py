@@ -1,7 +1,9 @@
-"""The runs of the study: which parameter files make each, what it is called, where its folder is. Starts in no time: no torch.
+"""The runs of the study: which parameter files make each, what it is called, where its folder is.
+Starts in no time: no torch.
 
-A run's key names its parameter files: ``a/resnet101`` is ``params/reports/a/resnet101.yaml``; ``c/final+coco_weights`` is
-``params/reports/c/final.yaml``, then ``params/findings/c/final+coco_weights.yaml``, which changes one thing.
+A run's key names its parameter files: ``a/resnet101`` is ``params/reports/a/resnet101.yaml``;
+``c/final+coco_weights`` is ``params/reports/c/final.yaml``, then
+``params/findings/c/final+coco_weights.yaml``, which changes one thing.
 """
 
 import json
@@ -18,11 +20,18 @@ SCALES = {
     "sample": [Path("params/sample.yaml")],
     "quick": [Path("params/quick.yaml"), Path("params/quick_study.yaml")],
 }
-FINALS = ("a/resnet101", "b/v2_backbone", "c/final", "d/fpn_cbam", "e/full")  # each report's own system
+FINALS = (
+    "a/resnet101",
+    "b/v2_backbone",
+    "c/final",
+    "d/fpn_cbam",
+    "e/full",
+)  # each report's own system
 
 
 def run_keys(scale: str = "full") -> list[str]:
-    """Every run of the study at a scale: those of the reports, then those of the findings that the scale does not make alike their base.
+    """Every run of the study at a scale: those of the reports, then those of the findings that the
+    scale does not make alike their base.
 
     Raises:
         ValueError: no such scale, or a parameter file that cannot be used.
@@ -36,15 +45,20 @@ def run_keys(scale: str = "full") -> list[str]:
 
 
 def differs_from_base(key: str, scale: str) -> bool:
-    """Whether a run of the findings still has other settings than its base at a scale; a run of a report is a base itself."""
+    """Whether a run of the findings still has other settings than its base at a scale; a run of a
+    report is a base itself.
+    """
     if "+" not in key:
         return True
-    own, base = (RunConfig.from_yaml(*parameter_files(each, scale)) for each in (key, key.split("+")[0]))
+    own, base = (
+        RunConfig.from_yaml(*parameter_files(each, scale)) for each in (key, key.split("+")[0])
+    )
     return own != base
 
 
 def parameter_files(key: str, scale: str) -> list[Path]:
-    """The parameter files of a run in their order, relative to the repository's root; the last ones scale it down, unless it is ``full``.
+    """The parameter files of a run in their order, relative to the repository's root; the last ones
+    scale it down, unless it is ``full``.
 
     Raises:
         ValueError: no such run or scale.
@@ -77,11 +91,14 @@ def settings(key: str, scale: str, data: str, seed: int) -> RunConfig:
         ValueError: no such run or scale, or a parameter file that cannot be used.
     """
     config = RunConfig.from_yaml(*parameter_files(key, scale))
-    return replace(config, data=data, seed=seed, run_name=run_name(study_name(scale, data), key, seed))
+    return replace(
+        config, data=data, seed=seed, run_name=run_name(study_name(scale, data), key, seed)
+    )
 
 
 def set_aside_other_run(config: RunConfig) -> Path | None:
-    """Rename the folder of a run that has this one's name and other settings or images, so that this one can start.
+    """Rename the folder of a run that has this one's name and other settings or images, so that
+    this one can start.
 
     Returns:
         The old run's new place, ``<name>.old-<n>``, or None where nothing was in the way.
@@ -91,7 +108,9 @@ def set_aside_other_run(config: RunConfig) -> Path | None:
         differences = config.differences(json.loads((folder / "settings.json").read_text()))
         if config.precision == "auto":
             differences.pop("precision", None)  # saved as what it was on this machine
-        if not differences and json.loads((folder / "provenance.json").read_text())["data_fingerprint"] == _fingerprint(config):
+        if not differences and json.loads((folder / "provenance.json").read_text())[
+            "data_fingerprint"
+        ] == _fingerprint(config):
             return None
     except (OSError, ValueError, KeyError):
         return None  # nothing there, or nothing that start_run would go on with

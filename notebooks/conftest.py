@@ -1,4 +1,6 @@
-"""Keeps out of the compared outputs what depends on a machine's state: progress bars, and matplotlib's note on its first use."""
+"""Keeps out of the compared outputs what depends on a machine's state: progress bars, and
+matplotlib's note on its first use.
+"""
 
 import os
 

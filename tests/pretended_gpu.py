@@ -1,8 +1,10 @@
-"""A GPU for machines without one: tensors that say they are on it, compute on the CPU, and cannot be mixed with those of the CPU.
+"""A GPU for machines without one: tensors that say they are on it, compute on the CPU, and cannot
+be mixed with those of the CPU.
 
-It finds what a CPU cannot: a tensor made on the wrong device, or read without being fetched. It says nothing of speed, of a GPU's
-rounding, or of what its kernels cannot do. Operators that change a tensor's shape in place are beyond it, and so is ``"cuda:0"``.
-torch's own ``FakeTensorMode`` refuses mixed devices, too, but has no values, on which matching, sampling and NMS depend.
+It finds what a CPU cannot: a tensor made on the wrong device, or read without being fetched. It
+says nothing of speed, of a GPU's rounding, or of what its kernels cannot do. Operators that change
+a tensor's shape in place are beyond it, and so is ``"cuda:0"``. torch's own ``FakeTensorMode``
+refuses mixed devices, too, but has no values, on which matching, sampling and NMS depend.
 """
 
 from collections.abc import Iterator
@@ -20,7 +22,9 @@ GPU, META = torch.device("cuda", 0), torch.device("meta")
 
 
 class OnGPU(Tensor):
-    """``held``, a tensor on the CPU, pretending. To torch's own code it is on ``meta``, which needs no driver."""
+    """``held``, a tensor on the CPU, pretending. To torch's own code it is on ``meta``, which needs
+    no driver.
+    """
 
     held: Tensor
     device = property(lambda self: GPU)
@@ -54,14 +58,21 @@ def own_type(kind: type[Tensor]) -> type[OnGPU]:
 
 
 def on_gpu(held: Tensor, kind: type[OnGPU] = OnGPU) -> OnGPU:
-    layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype, "device": META}
+    layout = {
+        "strides": held.stride(),
+        "storage_offset": held.storage_offset(),
+        "dtype": held.dtype,
+        "device": META,
+    }
     made = Tensor._make_wrapper_subclass(kind, held.shape, **layout)
     made.held = held
     return made
 
 
 def dispatch(operator, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """An operator's result by the CPU. As a GPU, it takes from the CPU only numbers (tensors without a dimension) and indices."""
+    """An operator's result by the CPU. As a GPU, it takes from the CPU only numbers (tensors
+    without a dimension) and indices.
+    """
     name = operator._schema.name
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     wanted = kwargs.get("device")  # of an operator that moves a tensor, or makes one like it
@@ -75,7 +86,9 @@ def dispatch(operator, args: tuple, kwargs: dict[str, Any]) -> Any:
         indexes = name.startswith(("aten::index", "aten::_index_put"))
         for tensor in tree_leaves((args[0], args[2:]) if indexes else tensors):
             if isinstance(tensor, Tensor) and not isinstance(tensor, OnGPU) and tensor.dim():
-                raise RuntimeError(f"{name} with tensors on the GPU and one on the CPU, of shape {tuple(tensor.shape)}")
+                raise RuntimeError(
+                    f"{name} with tensors on the GPU and one on the CPU, of shape {tuple(tensor.shape)}"
+                )
     on_cpu = {} if wanted is None else {"device": torch.device("cpu")}
     result = operator(*tree_map(_held, args), **tree_map(_held, kwargs | on_cpu))
     if not there:
@@ -85,7 +98,9 @@ def dispatch(operator, args: tuple, kwargs: dict[str, Any]) -> Any:
     def placed(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return given[id(leaf)] if id(leaf) in given else on_gpu(leaf)  # given: of operators that work in place
+        return (
+            given[id(leaf)] if id(leaf) in given else on_gpu(leaf)
+        )  # given: of operators that work in place
 
     return tree_map(placed, result)
 
@@ -119,7 +134,12 @@ class Names(TorchFunctionMode):
 
 
 def _renamed(leaf: Any) -> Any:
-    named = isinstance(leaf, torch.device) and leaf.type == "cuda" or isinstance(leaf, str) and leaf == "cuda"
+    named = (
+        (isinstance(leaf, torch.device)
+        and leaf.type == "cuda")
+        or (isinstance(leaf, str)
+        and leaf == "cuda")
+    )
     return META if named else leaf
 
 

@@ -30,22 +30,30 @@ BYTES = 50_000_000
 
 @pytest.mark.parametrize("times", [1, 3])
 def test_peak_is_what_a_call_holds_at_once(times) -> None:
-    """In a process of its own, as the benchmarks measure it: another one may have freed memory left to use."""
+    """In a process of its own, as the benchmarks measure it: another one may have freed memory left
+    to use.
+    """
     call = f"lambda: [len(np.ones({BYTES}, np.uint8)) for _ in range({times})]"
     code = f"import numpy as np\nfrom bench.measure import peak_bytes\nprint(peak_bytes({call}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) == pytest.approx(BYTES, abs=5e6)
 
 
 def test_memory_of_a_pair_in_a_process_of_its_own() -> None:
-    """200 masks as run-length encodings, of an image of 3 megapixels: far less than one dense mask each, 623 MB."""
+    """200 masks as run-length encodings, of an image of 3 megapixels: far less than one dense mask
+    each, 623 MB.
+    """
     assert 0.5 < measure.alone("ours", masks_to_rles, 200).megabytes < 50
     with pytest.raises(AttributeError, match="no_such_side"):
         measure.alone("no_such_side", masks_to_rles, 200)
 
 
 def holders(seconds: float, megabytes: int) -> measure.Pair:
-    """Ours holds that many MB and gives the number of its call, the peer holds ten times as many for at least ``seconds``."""
+    """Ours holds that many MB and gives the number of its call, the peer holds ten times as many
+    for at least ``seconds``.
+    """
     calls = count(1)
 
     def hold(many: int) -> int:
@@ -55,7 +63,11 @@ def holders(seconds: float, megabytes: int) -> measure.Pair:
         time.sleep(seconds)
         return hold(10 * megabytes)
 
-    return measure.Pair(lambda: hold(megabytes), peer, lambda ours, peer: measure.verdict(ours == peer, f"{ours} and {peer}"))
+    return measure.Pair(
+        lambda: hold(megabytes),
+        peer,
+        lambda ours, peer: measure.verdict(ours == peer, f"{ours} and {peer}"),
+    )
 
 
 @pytest.mark.parametrize("pixels", [np.zeros((9, 8), np.uint8), np.zeros((9, 8, 3), np.uint16)])
@@ -63,16 +75,23 @@ def test_loading_names_an_image_that_its_peer_cannot_read(pixels, tmp_path, monk
     (tmp_path / "train" / "a").mkdir(parents=True)
     tifffile.imwrite(tmp_path / "train" / "a" / "image.tif", pixels)
     monkeypatch.setenv("BENCH_SAMPLE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"a/image\.tif: the peer reads RGB of 8 bits a channel only; name a folder of such images"):
+    with pytest.raises(
+        ValueError,
+        match=r"a/image\.tif: the peer reads RGB of 8 bits a channel only; name a folder of such images",
+    ):
         next(loading.tiff_samples())
 
 
 @pytest.mark.parametrize("repeat_peer", [True, False])
 def test_sides_are_each_in_a_process_of_their_own(repeat_peer) -> None:
-    """The results that are compared are of each side's first call; a warm peer is not timed with a call that was its first."""
+    """The results that are compared are of each side's first call; a warm peer is not timed with a
+    call that was its first.
+    """
     ours, peer, alike = measure.side_by_side(holders, 0.2, 20, repeats=3, repeat_peer=repeat_peer)
     assert alike == "1 and 1"
-    assert ours.megabytes == pytest.approx(20, abs=5) and peer.megabytes == pytest.approx(200, abs=5)
+    assert ours.megabytes == pytest.approx(20, abs=5) and peer.megabytes == pytest.approx(
+        200, abs=5
+    )
     assert ours.seconds < 0.2 <= peer.seconds < 2 and ours.cpu_seconds < 0.2
 
 
@@ -82,7 +101,9 @@ def test_pair_that_differs_is_called_so_side_by_side() -> None:
 
 
 def differing() -> measure.Pair:
-    return measure.Pair(lambda: 1, lambda: 2, lambda ours, peer: measure.verdict(ours == peer, f"{ours} and {peer}"))
+    return measure.Pair(
+        lambda: 1, lambda: 2, lambda ours, peer: measure.verdict(ours == peer, f"{ours} and {peer}")
+    )
 
 
 def test_benchmark_that_fails_leaves_a_row_that_says_so() -> None:
@@ -108,7 +129,9 @@ def test_work_side_by_side_on_a_gpu_counts_once() -> None:
 
 @given(
     label_maps=arrays(
-        np.int32, st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)), elements=st.sampled_from([0, 0, 0, 1, 2, 5, 65_000])
+        np.int32,
+        st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
+        elements=st.sampled_from([0, 0, 0, 1, 2, 5, 65_000]),
     )
 )
 @settings(max_examples=100, deadline=None)
@@ -126,13 +149,19 @@ def test_crops_augmented_on_the_device_are_the_workers_samples() -> None:
     images, targets = gpu.augment_on_device(collate([gpu.Crops(samples)[key] for key in keys]))
     assert sum(len(target["boxes"]) for target in expected) > 40
     for image, expected_image in zip(images, expected_images, strict=True):
-        differs = (image.cpu().int() - expected_image.int()).abs() > 1  # the colours may be rounded otherwise
+        differs = (
+            image.cpu().int() - expected_image.int()
+        ).abs() > 1  # the colours may be rounded otherwise
         assert differs.float().mean() < 1e-3
     for target, expected_target in zip(targets, expected, strict=True):
         assert target.keys() == expected_target.keys()
         for name, value in expected_target.items():
             found = target[name]
-            assert torch.equal(found.cpu(), value) if isinstance(value, torch.Tensor) else found == value
+            assert (
+                torch.equal(found.cpu(), value)
+                if isinstance(value, torch.Tensor)
+                else found == value
+            )
 
 
 @pytest.mark.parametrize("way", ["ours", "peer", "channels_first", "augmented_on_gpu", "float32"])
@@ -145,7 +174,9 @@ def test_training_for_the_gpus_table_runs_to_its_end(way, monkeypatch) -> None:
 
 
 def test_reference_loop_finds_the_masks_of_over_256_cells_in_bfloat16(monkeypatch) -> None:
-    """torchvision's own, under autocast, takes the numbers of cells as bfloat16, which are exact to 256."""
+    """torchvision's own, under autocast, takes the numbers of cells as bfloat16, which are exact to
+    256.
+    """
     seen = []
 
     class Batches(list):
@@ -170,14 +201,23 @@ def test_rows_of_a_gpu_say_what_failed(capsys) -> None:
     reason = gpu.reason(1, "x\nOutOfMemoryError: CUDA out of memory\nhint")
     failed = gpu.Measured(gpu.NAN, gpu.NAN, gpu.NAN, f"peer failed: {reason}")
     table = gpu.rows_of(512, 2, "", gpu.Measured(8.0, 0.0, 0.0), failed)
-    assert [row.ours for row in table] == [8.0, 0.0, 0.0] and all(math.isnan(row.ratio) for row in table)
-    assert all(row.note.endswith("peer failed: OutOfMemoryError: CUDA out of memory") for row in table)
+    assert [row.ours for row in table] == [8.0, 0.0, 0.0] and all(
+        math.isnan(row.ratio) for row in table
+    )
+    assert all(
+        row.note.endswith("peer failed: OutOfMemoryError: CUDA out of memory") for row in table
+    )
     assert gpu.reason(-9, "") == "SIGKILL" and gpu.reason(3, "") == "exit status 3"
     assert "8.0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("identical", "note", "code"), [("5 of 5", "", 0), ("OTHER: 4 of 5", "", 1), ("", "failed: no memory", 1)])
-def test_bench_writes_its_table_and_fails_where_results_differ(identical, note, code, tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(
+    ("identical", "note", "code"),
+    [("5 of 5", "", 0), ("OTHER: 4 of 5", "", 1), ("", "failed: no memory", 1)],
+)
+def test_bench_writes_its_table_and_fails_where_results_differ(
+    identical, note, code, tmp_path, monkeypatch, capsys
+) -> None:
     row = measure.Row("a thing", 1.0, 20.0, "s", 20.0, identical, note)
     monkeypatch.setattr(bench_main, "run", lambda name, sample: [row])
     monkeypatch.setattr(sys, "argv", ["bench", "prediction", "--out", str(tmp_path / "bench.csv")])

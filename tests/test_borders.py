@@ -27,13 +27,21 @@ def cell_of(image: dict, mask: np.ndarray, x: int, y: int, class_id: int = 1) ->
     x, y = int(max(x, 0) + columns[0]), int(max(y, 0) + rows[0])
     rle = encode_box_mask(part, x, y, image["height"], image["width"])
     box = [x, y, part.shape[1], part.shape[0]]
-    return {"image_id": image["id"], "category_id": class_id, "bbox": box, "area": int(part.sum()), "segmentation": rle}
+    return {
+        "image_id": image["id"],
+        "category_id": class_id,
+        "bbox": box,
+        "area": int(part.sum()),
+        "segmentation": rle,
+    }
 
 
 def everywhere(image: dict, width: int, height: int) -> list[dict]:
     """A box of this size, in turn at every position at which any of it shows."""
     mask = np.ones((height, width), bool)
-    places = itertools.product(range(-width + 1, image["width"]), range(-height + 1, image["height"]))
+    places = itertools.product(
+        range(-width + 1, image["width"]), range(-height + 1, image["height"])
+    )
     return [cell_of(image, mask, x, y) for x, y in places]
 
 
@@ -44,15 +52,23 @@ def disc(radius: int) -> np.ndarray:
 DISCS = {radius: disc(radius) for radius in range(5, 17)}
 
 
-def scatter(seed: int, images: int = 6, side: int = 160, mean: float = 35) -> tuple[list[dict], list[dict]]:
-    """Discs thrown at random on planes that are larger than the images, and what shows of them in the images."""
+def scatter(
+    seed: int, images: int = 6, side: int = 160, mean: float = 35
+) -> tuple[list[dict], list[dict]]:
+    """Discs thrown at random on planes that are larger than the images, and what shows of them in
+    the images.
+    """
     rng = np.random.default_rng(seed)
     frames = [image_of(number, side, side) for number in range(1, images + 1)]
     cells = []
     for frame in frames:
-        for x, y in rng.integers(-40, side + 40, (rng.poisson(mean * (side + 80) ** 2 / side**2), 2)).tolist():
+        for x, y in rng.integers(
+            -40, side + 40, (rng.poisson(mean * (side + 80) ** 2 / side**2), 2)
+        ).tolist():
             radius = int(rng.integers(5, 17))
-            cells.append(cell_of(frame, DISCS[radius], x - radius, y - radius, class_id=1 + (radius > 10)))
+            cells.append(
+                cell_of(frame, DISCS[radius], x - radius, y - radius, class_id=1 + (radius > 10))
+            )
     return [cell for cell in cells if cell], frames
 
 
@@ -61,7 +77,8 @@ def without_cut_cells(cells: list[dict], images: list[dict]) -> list[dict]:
     return [
         cell
         for cell in cells
-        if min(cell["bbox"][:2]) > 0 and all(cell["bbox"][i] + cell["bbox"][2 + i] < sides[cell["image_id"]][i] for i in (0, 1))
+        if min(cell["bbox"][:2]) > 0
+        and all(cell["bbox"][i] + cell["bbox"][2 + i] < sides[cell["image_id"]][i] for i in (0, 1))
     ]
 
 
@@ -72,13 +89,25 @@ def as_detections(cells: list[dict]) -> list[dict]:
 
 @pytest.mark.parametrize(
     "width, height, margin_px, min_visible_px",
-    [(4, 3, 0, 1), (4, 3, 0, 3), (5, 7, 1, 2), (3, 3, 2, 3), (6, 2, 1, 2), (1, 1, 0, 1), (9, 6, 0, 3)],
+    [
+        (4, 3, 0, 1),
+        (4, 3, 0, 3),
+        (5, 7, 1, 2),
+        (3, 3, 2, 3),
+        (6, 2, 1, 2),
+        (1, 1, 0, 1),
+        (9, 6, 0, 3),
+    ],
 )
 @pytest.mark.parametrize("virtual, inset_px", [(False, 1), (True, 1), (True, 3), (True, 5)])
-def test_a_box_at_every_position_is_as_expected(width, height, margin_px, min_visible_px, virtual, inset_px):
+def test_a_box_at_every_position_is_as_expected(
+    width, height, margin_px, min_visible_px, virtual, inset_px
+):
     image = image_of(1, 24, 21)
     cells = everywhere(image, width, height)
-    contact = border_contact(cells, [image], margin_px, virtual, inset_px, min_visible_px).loc["epithelial"]
+    contact = border_contact(cells, [image], margin_px, virtual, inset_px, min_visible_px).loc[
+        "epithelial"
+    ]
     inset = inset_px if virtual else 0
     left, right, top, bottom = inset, 24 - inset, inset, 21 - inset
     counted = inside = 0
@@ -87,22 +116,33 @@ def test_a_box_at_every_position_is_as_expected(width, height, margin_px, min_vi
         shown[y + height : y + 2 * height, x + width : x + 2 * width] = True
         shown = shown[height:-height, width:-width]
         inner = shown[top:bottom, left:right]
-        if virtual and shown.sum() - shown[1 + margin_px : 20 - margin_px, 1 + margin_px : 23 - margin_px].sum():
+        if (
+            virtual
+            and shown.sum()
+            - shown[1 + margin_px : 20 - margin_px, 1 + margin_px : 23 - margin_px].sum()
+        ):
             continue
         if inner.any(axis=0).sum() >= min_visible_px and inner.any(axis=1).sum() >= min_visible_px:
             counted += 1
-            core = shown[top + 1 + margin_px : bottom - 1 - margin_px, left + 1 + margin_px : right - 1 - margin_px]
+            core = shown[
+                top + 1 + margin_px : bottom - 1 - margin_px,
+                left + 1 + margin_px : right - 1 - margin_px,
+            ]
             inside += core.sum() == width * height
     assert (contact["cells"], contact["at_border"]) == (counted, counted - inside)
     assert contact["expected"] == pytest.approx(counted - inside) and inside > 0
 
 
 def test_a_single_cell_is_weighted_by_hand():
-    """A box of 4 x 3 in 20 x 10 px: 15 x 6 positions inside, 23 x 12 at which it shows, 19 x 8 with 3 px of it."""
+    """A box of 4 x 3 in 20 x 10 px: 15 x 6 positions inside, 23 x 12 at which it shows, 19 x 8 with
+    3 px of it.
+    """
     image = image_of(1, 20, 10)
     cell = cell_of(image, np.ones((3, 4), bool), 8, 4)
     for min_visible_px, weight in ((1, 23 * 12 / 90 - 1), (3, 19 * 8 / 90 - 1)):
-        contact = border_contact([cell], [image], inset_px=1, min_visible_px=min_visible_px).loc["epithelial"]
+        contact = border_contact([cell], [image], inset_px=1, min_visible_px=min_visible_px).loc[
+            "epithelial"
+        ]
         assert contact[["cells", "at_border", "ratio", "low"]].tolist() == [1, 0, 0, 0]
         assert contact["expected"] == pytest.approx(weight)
         assert contact["verdict"] == "cannot tell" and contact["dispersion"] == 1
@@ -112,7 +152,10 @@ def test_a_single_cell_is_weighted_by_hand():
 def test_slivers_do_not_count():
     image = image_of(1, 100, 100)
     bar = np.ones((12, 12), bool)
-    cells = [cell_of(image, bar, x, y) for x, y in ((-10, 50), (-9, 50), (50, 98), (50, 97), (97, 97), (98, 97))]
+    cells = [
+        cell_of(image, bar, x, y)
+        for x, y in ((-10, 50), (-9, 50), (50, 98), (50, 97), (97, 97), (98, 97))
+    ]
     assert border_contact(cells, [image])["at_border"]["all"] == 3
     assert border_contact(cells, [image], min_visible_px=1)["at_border"]["all"] == 6
 
@@ -123,7 +166,9 @@ def test_small_images_are_left_out():
     extra = cell_of(small, disc(8), 30, 30)
     with_small = border_contact([*cells, extra], [*images, small])
     assert with_small.equals(border_contact(cells, images))
-    assert border_contact([*cells, extra], [*images, small], inset_px=31)["cells"]["all"] == len(cells) + 1 - slivers(cells)
+    assert border_contact([*cells, extra], [*images, small], inset_px=31)["cells"]["all"] == len(
+        cells
+    ) + 1 - slivers(cells)
 
 
 def slivers(cells: list[dict]) -> int:
@@ -134,7 +179,9 @@ def test_cells_that_ignore_the_border_are_there_as_by_chance():
     outcomes = [border_contact(*scatter(seed, images=3)).loc["all"] for seed in range(200)]
     held = [row["low"] <= row["at_border"] <= row["high"] for row in outcomes]
     assert 0.9 <= np.mean(held) < 1
-    at_border, expected = (sum(row[column] for row in outcomes) for column in ("at_border", "expected"))
+    at_border, expected = (
+        sum(row[column] for row in outcomes) for column in ("at_border", "expected")
+    )
     assert at_border / expected == pytest.approx(1, abs=0.03)
 
 
@@ -145,7 +192,9 @@ def test_the_table_finds_no_effect_where_there_is_none_and_the_planted_one():
     assert (neutral.loc[["all", *CLEAR], "verdict"] == "as by chance").all()
     assert neutral.loc[["all", *CLEAR], "ratio"].between(0.8, 1.2).all()
     numbers = ["cells", "at_border", "expected"]
-    np.testing.assert_allclose(neutral.loc["all", numbers].astype(float), neutral.loc[list(CLASS_NAMES), numbers].sum())
+    np.testing.assert_allclose(
+        neutral.loc["all", numbers].astype(float), neutral.loc[list(CLASS_NAMES), numbers].sum()
+    )
 
     planted = border_contact(without_cut_cells(cells, images), images)
     assert (planted.loc[["all", *CLEAR], "verdict"] == "fewer than by chance").all()
@@ -160,13 +209,20 @@ def test_the_virtual_border_does_not_see_the_planted_effect():
     cells, images = scatter(5, images=60)
     for inset_px in (8, 32):  # narrower and wider than a cell
         neutral = border_contact(cells, images, virtual=True, inset_px=inset_px)
-        planted = border_contact(without_cut_cells(cells, images), images, virtual=True, inset_px=inset_px)
+        planted = border_contact(
+            without_cut_cells(cells, images), images, virtual=True, inset_px=inset_px
+        )
         assert planted.equals(neutral)
-        assert planted.loc["all", "ratio"] == pytest.approx(1, abs=0.15) and planted.loc["all", "verdict"] == "as by chance"
+        assert (
+            planted.loc["all", "ratio"] == pytest.approx(1, abs=0.15)
+            and planted.loc["all", "verdict"] == "as by chance"
+        )
 
 
 def test_clustered_cells_widen_the_interval():
-    """Each cell twice: twice the expectation, four times the variance, of which a Poisson process explains half."""
+    """Each cell twice: twice the expectation, four times the variance, of which a Poisson process
+    explains half.
+    """
     cells, images = scatter(1, images=60)
     once, twice = border_contact(cells, images), border_contact(cells + cells, images)
     assert once.loc["all", "dispersion"] < 1.4 and 1.5 < twice.loc["all", "dispersion"] < 2.8
@@ -175,10 +231,14 @@ def test_clustered_cells_widen_the_interval():
 
 
 def test_dispersion_adds_up_squares_of_images():
-    """One image with cells inside alone, one with cells at the virtual border alone: the differences must not cancel."""
+    """One image with cells inside alone, one with cells at the virtual border alone: the
+    differences must not cancel.
+    """
     images = [image_of(1, 120, 120), image_of(2, 120, 120)]
     square = np.ones((10, 10), bool)
-    cells = [cell_of(images[0], square, 55, 50 + k) for k in range(6)] + [cell_of(images[1], square, 28, 50)] * 8
+    cells = [cell_of(images[0], square, 55, 50 + k) for k in range(6)] + [
+        cell_of(images[1], square, 28, 50)
+    ] * 8
     weight = (120 - 64 + 10 - 6 + 1) ** 2 / (120 - 64 - 11) ** 2 - 1
     expected = ((6 * weight) ** 2 + 8**2) / (6 * weight * (1 + weight))
     for virtual in (False, True):
@@ -188,18 +248,27 @@ def test_dispersion_adds_up_squares_of_images():
 
 def tissue(annotate_border_cells: bool, rng: np.random.Generator) -> dict:
     kinds = ("epithelium", "lymphoid", "mixed") * 5
-    drawn = [draw_tissue(rng, 200, 220, kind, annotate_border_cells=annotate_border_cells) for kind in kinds]
+    drawn = [
+        draw_tissue(rng, 200, 220, kind, annotate_border_cells=annotate_border_cells)
+        for kind in kinds
+    ]
     return to_coco(CellImage(str(number), None, *one) for number, one in enumerate(drawn))
 
 
 def cut_out_tissue(rng: np.random.Generator) -> dict:
-    """Windows of larger drawings. (At its own border, a drawing sets more cells: their parts outside need no free place.)"""
+    """Windows of larger drawings. (At its own border, a drawing sets more cells: their parts
+    outside need no free place.)
+    """
     windows = []
     for kind in ("epithelium", "lymphoid", "mixed"):
         image, label_maps = draw_tissue(rng, 620, 620, kind, annotate_border_cells=True)
         for y, x in itertools.product((60, 340), (60, 340)):
             place = np.s_[:, y : y + 220, x : x + 220]
-            windows.append(CellImage(f"{kind}{y}{x}", None, image[place], np.ascontiguousarray(label_maps[place])))
+            windows.append(
+                CellImage(
+                    f"{kind}{y}{x}", None, image[place], np.ascontiguousarray(label_maps[place])
+                )
+            )
     return to_coco(windows)
 
 
@@ -213,7 +282,9 @@ def test_drawn_tissue_leaves_out_border_cells_unless_asked():
     assert control.loc["all", "ratio"] == pytest.approx(1, abs=0.2)
 
     windows = cut_out_tissue(np.random.default_rng(0))
-    assert border_contact(windows["annotations"], windows["images"]).loc["all", "ratio"] == pytest.approx(1, abs=0.2)
+    assert border_contact(windows["annotations"], windows["images"]).loc[
+        "all", "ratio"
+    ] == pytest.approx(1, abs=0.2)
     for virtual in (False, True):
         contact = border_contact(windows["annotations"], windows["images"], virtual=virtual)
         assert (contact.loc[["all", *CLEAR], "verdict"] == "as by chance").all()
@@ -229,7 +300,11 @@ def test_one_class_no_cells_no_images():
     cells, images = scatter(2)
     one = border_contact([{**cell, "category_id": 4} for cell in cells], images)
     assert one.loc["all"].equals(one.loc["macrophage"]) and one.loc["all", "cells"] > 100
-    for table in (one.drop(["all", "macrophage"]), border_contact([], images), border_contact([], [])):
+    for table in (
+        one.drop(["all", "macrophage"]),
+        border_contact([], images),
+        border_contact([], []),
+    ):
         assert (table[["cells", "at_border", "expected", "low", "high"]] == 0).all(axis=None)
         assert table["ratio"].isna().all() and (table["verdict"] == "cannot tell").all()
     empty = {**cells[0], "segmentation": encode_box_mask(np.zeros((0, 0), bool), 0, 0, 160, 160)}
@@ -239,7 +314,11 @@ def test_one_class_no_cells_no_images():
 def test_cells_at_the_border_alone_tell_nothing():
     image = image_of(1, 100, 100)
     contact = border_contact([cell_of(image, disc(8), -8, 40)] * 5, [image]).loc["epithelial"]
-    assert contact["at_border"] == 5 and contact["expected"] == 0 and contact["verdict"] == "cannot tell"
+    assert (
+        contact["at_border"] == 5
+        and contact["expected"] == 0
+        and contact["verdict"] == "cannot tell"
+    )
 
 
 def test_bad_input_is_refused():
@@ -261,27 +340,50 @@ def test_bad_input_is_refused():
 
 
 IMAGE = image_of(4, 100, 80)
-GAPS = [(0, 30), (1, 30), (2, 30), (3, 30), (40, 0), (40, 1), (40, 2), (40, 3)]  # left and top edge; then right and bottom
-PLACES = [*GAPS, *((90 - x, y) for x, y in GAPS[:4]), *((x, 68 - y) for x, y in GAPS[4:])]  # of boxes of 10 x 12 px
+GAPS = [
+    (0, 30),
+    (1, 30),
+    (2, 30),
+    (3, 30),
+    (40, 0),
+    (40, 1),
+    (40, 2),
+    (40, 3),
+]  # left and top edge; then right and bottom
+PLACES = [
+    *GAPS,
+    *((90 - x, y) for x, y in GAPS[:4]),
+    *((x, 68 - y) for x, y in GAPS[4:]),
+]  # of boxes of 10 x 12 px
 
 
 @pytest.mark.parametrize("border_margin_px", [0, 1, 2])
 @pytest.mark.parametrize("by", ["box", "mask"])
 def test_the_filter_drops_what_touches_each_edge(border_margin_px, by):
-    detections = [{**cell_of(IMAGE, np.ones((12, 10), bool), x, y), "score": 0.5} for x, y in PLACES]
+    detections = [
+        {**cell_of(IMAGE, np.ones((12, 10), bool), x, y), "score": 0.5} for x, y in PLACES
+    ]
     expected = [gap <= border_margin_px for gap in (0, 1, 2, 3)] * 4
     near = near_border(detections, [image_of(3, 9, 9), IMAGE], border_margin_px, by)
     assert near.dtype == bool and near.tolist() == expected
     kept = drop_border_detections(detections, [IMAGE], border_margin_px, by)
-    assert kept == [detection for detection, dropped in zip(detections, expected, strict=True) if not dropped]
+    assert kept == [
+        detection for detection, dropped in zip(detections, expected, strict=True) if not dropped
+    ]
 
 
 def test_boxes_and_masks_may_differ_at_the_border():
     inner = cell_of(IMAGE, disc(6), 40, 30)
     at_edge = cell_of(IMAGE, disc(6), 100 - 13, 30)
-    detections = [{**inner, "bbox": [0.0, 30.0, 20.0, 12.0]}, {**at_edge, "bbox": [86.9, 30.1, 13.0999, 12.0]}]
+    detections = [
+        {**inner, "bbox": [0.0, 30.0, 20.0, 12.0]},
+        {**at_edge, "bbox": [86.9, 30.1, 13.0999, 12.0]},
+    ]
     before = copy.deepcopy(detections)
-    assert near_border(detections, [IMAGE], 0, "box").tolist() == [True, False]  # the second ends at 99.9999
+    assert near_border(detections, [IMAGE], 0, "box").tolist() == [
+        True,
+        False,
+    ]  # the second ends at 99.9999
     assert near_border(detections, [IMAGE], 1, "box").tolist() == [True, True]
     assert near_border(detections, [IMAGE], 0, "mask").tolist() == [False, True]
     assert drop_border_detections(detections, [IMAGE]) == detections[1:]
@@ -291,16 +393,25 @@ def test_boxes_and_masks_may_differ_at_the_border():
 
 def test_the_filter_takes_no_detections_and_empty_masks():
     assert near_border([], [IMAGE]).tolist() == [] and drop_border_detections([], []) == []
-    empty = {"image_id": 4, "bbox": [5.0, 5, 9, 9], "segmentation": encode_box_mask(np.zeros((0, 0), bool), 0, 0, 80, 100)}
+    empty = {
+        "image_id": 4,
+        "bbox": [5.0, 5, 9, 9],
+        "segmentation": encode_box_mask(np.zeros((0, 0), bool), 0, 0, 80, 100),
+    }
     assert not near_border([empty], [IMAGE], 2, "mask").any()
 
 
 def test_an_excess_is_told_where_none_would_be_as_by_chance():
-    """Eight cells at the border and one inside: far more than chance, of which the interval reaches down to 0."""
+    """Eight cells at the border and one inside: far more than chance, of which the interval reaches
+    down to 0.
+    """
     images = [{"id": 1, "file_name": "a", "height": 200, "width": 200}]
     places = [(0, y) for y in range(20, 180, 20)] + [(100, 100)]
     mask = np.ones((8, 8), bool)
-    cells = [{"image_id": 1, "category_id": 1, "segmentation": encode_box_mask(mask, x, y, 200, 200)} for x, y in places]
+    cells = [
+        {"image_id": 1, "category_id": 1, "segmentation": encode_box_mask(mask, x, y, 200, 200)}
+        for x, y in places
+    ]
     table = border_contact(cells, images)
     assert table.loc["epithelial", "low"] == 0 and table.loc["epithelial", "at_border"] == 8
     assert table.loc["epithelial", "verdict"] == "more than by chance"

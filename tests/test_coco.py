@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
+from tiny_training import build_tiny, history_without_clock, tiny_settings
 from torchvision.datasets import CocoDetection
 
 from cellseg_helpers import engine, runs
@@ -28,7 +29,6 @@ from cellseg_helpers.data.synthetic import draw_dataset
 from cellseg_helpers.data.test_images import open_test_images
 from cellseg_helpers.engine import fit
 from cellseg_helpers.runs import load_checkpoint
-from tiny_training import build_tiny, history_without_clock, tiny_settings
 
 HEIGHT, WIDTH = 30, 24
 
@@ -40,9 +40,13 @@ def cache_dir(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tissue(tmp_path_factory) -> Path:
-    """Six drawn images of six patients, 64 to 94 px a side, with border cells, whose instance ids are spread and turned round."""
+    """Six drawn images of six patients, 64 to 94 px a side, with border cells, whose instance ids
+    are spread and turned round.
+    """
     folder = tmp_path_factory.mktemp("tissue") / "cells"
-    draw_dataset(folder, num_train=6, num_test=1, image_size_px=(64, 72), annotate_border_cells=True)
+    draw_dataset(
+        folder, num_train=6, num_test=1, image_size_px=(64, 72), annotate_border_cells=True
+    )
     for path in folder.glob("train/*/class*.tif"):
         label_map = tifffile.imread(path)
         tifffile.imwrite(path, np.where(label_map > 0, 500 - 3 * label_map, 0))
@@ -56,7 +60,9 @@ def exported(tissue, tmp_path) -> Path:
 
 @pytest.fixture
 def written(tmp_path):
-    """A function that writes a COCO data set: two images ``a`` and ``b``, and these annotations and changes."""
+    """A function that writes a COCO data set: two images ``a`` and ``b``, and these annotations and
+    changes.
+    """
 
     def write(*annotations, **changes) -> Path:
         for seed, name in enumerate("ab"):
@@ -78,8 +84,14 @@ def pixels(seed=0, shape=(HEIGHT, WIDTH)):
 
 
 def data_set(*annotations):
-    images = [{"id": i, "file_name": f"{name}.tif", "height": HEIGHT, "width": WIDTH} for i, name in ((7, "a"), (5, "b"))]
-    categories = [{"id": k, "name": name} for k, name in enumerate(("epithelial", "lymphocyte", "neutrophil", "macrophage"), 1)]
+    images = [
+        {"id": i, "file_name": f"{name}.tif", "height": HEIGHT, "width": WIDTH}
+        for i, name in ((7, "a"), (5, "b"))
+    ]
+    categories = [
+        {"id": k, "name": name}
+        for k, name in enumerate(("epithelial", "lymphocyte", "neutrophil", "macrophage"), 1)
+    ]
     return {"images": images, "annotations": list(annotations), "categories": categories}
 
 
@@ -96,13 +108,23 @@ def rle(full):
 
 def cell(number=1, segmentation=None, category=1, image=7, **more):
     segmentation = rle(mask(2, 3, 8, 9)) if segmentation is None else segmentation
-    return {"id": number, "image_id": image, "category_id": category, "segmentation": segmentation, "iscrowd": 0, **more}
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "segmentation": segmentation,
+        "iscrowd": 0,
+        **more,
+    }
 
 
 def instance_masks(label_maps):
     """(class id, mask) of each instance, in their order."""
     found = find_instances(label_maps)
-    return [(k, label_maps[k - 1] == i) for k, i in zip(found.labels.tolist(), found.ids.tolist(), strict=True)]
+    return [
+        (k, label_maps[k - 1] == i)
+        for k, i in zip(found.labels.tolist(), found.ids.tolist(), strict=True)
+    ]
 
 
 def assert_same_data(one, other):
@@ -132,14 +154,23 @@ def test_reads_as_the_tiff_data(tissue, exported, reading, min_area):
     assert_same_data(as_tiff, as_coco)
     assert len(set(as_coco.patients)) == 6 and as_coco.counts.sum() > 20
     assert as_coco.name == "as coco/annotations.json"
-    assert as_coco[0].label_maps.max() == as_coco.counts[0].max() or reading == "connected_components" or min_area
+    assert (
+        as_coco[0].label_maps.max() == as_coco.counts[0].max()
+        or reading == "connected_components"
+        or min_area
+    )
 
 
 def test_exported_again_it_is_the_same(exported, tmp_path):
     again = export_coco(exported, tmp_path / "again")
-    assert json.loads(again.read_text())["annotations"] == json.loads(exported.read_text())["annotations"]
+    assert (
+        json.loads(again.read_text())["annotations"]
+        == json.loads(exported.read_text())["annotations"]
+    )
     assert open_dataset(again).fingerprint == open_dataset(exported).fingerprint
-    assert [p.name for p in sorted((again.parent / "images").iterdir())] == [f"{i}.tif" for i in open_dataset(again).image_ids]
+    assert [p.name for p in sorted((again.parent / "images").iterdir())] == [
+        f"{i}.tif" for i in open_dataset(again).image_ids
+    ]
 
 
 def test_official_sample_through_coco(sample_data, tmp_path):
@@ -160,7 +191,11 @@ def test_official_sample_through_coco(sample_data, tmp_path):
 
 
 def test_unpacked_sample_through_coco(sample_data, tmp_path):
-    subprocess.run([sys.executable, sample_data / "unpack.py", tmp_path / "hw3"], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, sample_data / "unpack.py", tmp_path / "hw3"],
+        check=True,
+        capture_output=True,
+    )
     exported = export_coco(tmp_path / "hw3", tmp_path / "coco")
     assert_same_data(open_dataset(tmp_path / "hw3"), open_dataset(exported))
 
@@ -173,7 +208,9 @@ def test_pycocotools_reads_it(tissue, exported, capsys):
     assert_masks_of_reader(reader, truth, COCO.annToMask)
     assert reader.loadCats(reader.getCatIds())[3] == {"id": 4, "name": "macrophage"}
     keys = ("image_id", "category_id", "segmentation")
-    results = reader.loadRes([{key: row[key] for key in keys} | {"score": 0.5} for row in reader.dataset["annotations"]])
+    results = reader.loadRes(
+        [{key: row[key] for key in keys} | {"score": 0.5} for row in reader.dataset["annotations"]]
+    )
     assert len(results.getAnnIds()) == truth.counts.sum()
     assert_masks_of_reader(results, truth, COCO.annToMask)
 
@@ -189,7 +226,9 @@ def assert_masks_of_reader(reader, truth, mask_of):
         (listed,) = reader.loadImgs([number])
         assert (listed["height"], listed["width"]) == cell_image.image.shape[1:]
         annotations = reader.loadAnns(reader.getAnnIds(imgIds=[number]))
-        for annotation, (class_id, full) in zip(annotations, instance_masks(cell_image.label_maps), strict=True):
+        for annotation, (class_id, full) in zip(
+            annotations, instance_masks(cell_image.label_maps), strict=True
+        ):
             y, x = np.nonzero(full)
             assert annotation["category_id"] == class_id
             assert annotation["area"] == len(x)
@@ -211,11 +250,18 @@ def test_torchvision_reads_it(tissue, exported, capsys):
 def test_trains_as_the_tiff_data(tissue, exported, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(engine, "build_model", build_tiny)
-    more = {"augmentation": "flips_turns_stain", "normalization": "data", "min_instance_area_px": 20}
+    more = {
+        "augmentation": "flips_turns_stain",
+        "normalization": "data",
+        "min_instance_area_px": 20,
+    }
     as_tiff, as_coco = (
-        fit(tiny_settings(data, run_name=name, epochs=2, **more)) for data, name in ((tissue, "as_tiff"), (exported, "as_coco"))
+        fit(tiny_settings(data, run_name=name, epochs=2, **more))
+        for data, name in ((tissue, "as_tiff"), (exported, "as_coco"))
     )
-    pd.testing.assert_frame_equal(history_without_clock(as_tiff), history_without_clock(as_coco), check_exact=True)
+    pd.testing.assert_frame_equal(
+        history_without_clock(as_tiff), history_without_clock(as_coco), check_exact=True
+    )
     assert len(history_without_clock(as_coco)) == 2
     for name in ("split.json", "truth.json", "detections.json", "metrics.json", "best.safetensors"):
         assert (as_tiff / name).read_bytes() == (as_coco / name).read_bytes(), name
@@ -227,11 +273,23 @@ def test_trains_as_the_tiff_data(tissue, exported, tmp_path, monkeypatch):
 
 
 def test_command_line(tissue, tmp_path):
-    command = [sys.executable, "-m", "cellseg_helpers.data.coco", str(tissue), str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "cellseg_helpers.data.coco",
+        str(tissue),
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert done.stdout == f"{tmp_path}/out/annotations.json: train from it with data = '{tmp_path}/out/annotations.json'\n"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["annotations.json", "images"]
+    assert (
+        done.stdout
+        == f"{tmp_path}/out/annotations.json: train from it with data = '{tmp_path}/out/annotations.json'\n"
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "annotations.json",
+        "images",
+    ]
     before = (tmp_path / "out" / "annotations.json").read_bytes()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
@@ -270,7 +328,9 @@ def test_segmentations_of_every_kind(written):
     full = mask(4, 5, 20, 12)
     full[10:12, 7:9] = 0
     parts = mask(1, 1, 4, 4) | mask(22, 15, 29, 23)
-    counts = np.diff(np.flatnonzero(np.diff(np.r_[2, full.T.ravel(), 2]))).tolist()  # from background on, column after column
+    counts = np.diff(
+        np.flatnonzero(np.diff(np.r_[2, full.T.ravel(), 2]))
+    ).tolist()  # from background on, column after column
     polygons = [[1, 1, 4, 1, 4, 4, 1, 4], [15.0, 22, 23, 22, 23, 29.0, 15, 29]]
     dataset = open_dataset(
         written(
@@ -289,7 +349,11 @@ def test_segmentations_of_every_kind(written):
 def test_only_what_is_needed_is_asked_for(written):
     annotation = cell(1, category=3)
     del annotation["iscrowd"]
-    path = written(annotation, annotation | {"id": 2, "image_id": 5, "iscrowd": None, "bbox": "none", "area": -1}, info=3)
+    path = written(
+        annotation,
+        annotation | {"id": 2, "image_id": 5, "iscrowd": None, "bbox": "none", "area": -1},
+        info=3,
+    )
     content = json.loads(path.read_text())
     del content["categories"]
     path.write_text(json.dumps(content))
@@ -299,8 +363,14 @@ def test_only_what_is_needed_is_asked_for(written):
 @pytest.mark.parametrize(
     "names, class_ids",
     [
-        ({1: "epithelial", 2: "lymphocyte", 3: "neutrophil", 4: "macrophage"}, {1: 1, 2: 2, 3: 3, 4: 4}),
-        ({0: "Epithelial", 1: " lymphocyte", 2: "NEUTROPHIL", 3: "macrophage"}, {0: 1, 1: 2, 2: 3, 3: 4}),
+        (
+            {1: "epithelial", 2: "lymphocyte", 3: "neutrophil", 4: "macrophage"},
+            {1: 1, 2: 2, 3: 3, 4: 4},
+        ),
+        (
+            {0: "Epithelial", 1: " lymphocyte", 2: "NEUTROPHIL", 3: "macrophage"},
+            {0: 1, 1: 2, 2: 3, 3: 4},
+        ),
         ({4: "lymphocyte", 90: "macrophage", 1: "ambiguous"}, {4: 2, 90: 4}),
         ({0: "class1", 1: "class2", 2: "Class3", 3: "class4"}, {0: 1, 1: 2, 2: 3, 3: 4}),
         ({1: "A", 2: "B", 3: "C", 4: "D"}, {1: 1, 2: 2, 3: 3, 4: 4}),
@@ -309,16 +379,22 @@ def test_only_what_is_needed_is_asked_for(written):
 )
 def test_categories(written, names, class_ids):
     cells = [cell(n, category=category) for n, category in enumerate(class_ids, 1)]
-    dataset = open_dataset(written(*cells, categories=[{"id": i, "name": name} for i, name in names.items()]))
+    dataset = open_dataset(
+        written(*cells, categories=[{"id": i, "name": name} for i, name in names.items()])
+    )
     assert dataset.counts[0].tolist() == [list(class_ids.values()).count(k) for k in (1, 2, 3, 4)]
 
 
 def test_the_smaller_of_two_overlapping_keeps_the_pixels(written):
     large, small, other = mask(2, 2, 12, 12), mask(8, 8, 13, 13), mask(11, 11, 16, 16)
     for order in ((large, small, other), (small, large, other)):
-        label_map = open_dataset(written(*[cell(n, rle(full)) for n, full in enumerate(order, 1)]))[0].label_maps[0]
+        label_map = open_dataset(written(*[cell(n, rle(full)) for n, full in enumerate(order, 1)]))[
+            0
+        ].label_maps[0]
         ids = {id(full): n for n, full in enumerate(order, 1)}
-        assert np.array_equal(label_map == ids[id(small)], small)  # as large as the other, and before it
+        assert np.array_equal(
+            label_map == ids[id(small)], small
+        )  # as large as the other, and before it
         assert np.array_equal(label_map == ids[id(large)], large & ~small & ~other)
         assert np.array_equal(label_map == ids[id(other)], other & ~small)
     classes_apart = open_dataset(written(cell(1, rle(large)), cell(2, rle(small), 2)))[0].label_maps
@@ -326,7 +402,11 @@ def test_the_smaller_of_two_overlapping_keeps_the_pixels(written):
 
 
 def test_annotations_need_not_stand_in_order(written):
-    cells = [cell(9, rle(mask(0, 0, 3, 3)), image=5), cell(4, rle(mask(5, 5, 8, 8))), cell(2, rle(mask(10, 10, 14, 14)))]
+    cells = [
+        cell(9, rle(mask(0, 0, 3, 3)), image=5),
+        cell(4, rle(mask(5, 5, 8, 8))),
+        cell(2, rle(mask(10, 10, 14, 14))),
+    ]
     first, second = open_dataset(written(*cells))
     assert np.array_equal(first.label_maps[0], mask(5, 5, 8, 8) + 2 * mask(10, 10, 14, 14))
     assert np.array_equal(second.label_maps[0], mask(0, 0, 3, 3))
@@ -339,12 +419,23 @@ def test_patients(written):
     path = written(images=images)
     write_image(path.parent / "b" / "TCGA-A2-A0ES_3.tif")
     dataset = open_dataset(path)
-    assert (dataset.image_ids, dataset.patients) == (["TCGA-A2-A0ES_3", "a"], ["TCGA-A2-A0ES", "P1"])
+    assert (dataset.image_ids, dataset.patients) == (
+        ["TCGA-A2-A0ES_3", "a"],
+        ["TCGA-A2-A0ES", "P1"],
+    )
 
 
 @pytest.mark.parametrize(
     "mode, ending",
-    [("RGB", "png"), ("RGBA", "png"), ("L", "PNG"), ("P", "png"), ("I;16", "png"), ("RGB", "jpg"), ("CMYK", "jpeg")],
+    [
+        ("RGB", "png"),
+        ("RGBA", "png"),
+        ("L", "PNG"),
+        ("P", "png"),
+        ("I;16", "png"),
+        ("RGB", "jpg"),
+        ("CMYK", "jpeg"),
+    ],
 )
 def test_pictures(written, mode, ending):
     images = data_set()["images"]
@@ -377,7 +468,12 @@ def test_the_cache_follows_file_and_images(written):
     assert open_dataset(path).fingerprint == first.fingerprint
     write_image(path.parent / "b.tif", seed=9)
     assert np.array_equal(open_dataset(path)[1].image, pixels(9).transpose(2, 0, 1))
-    assert open_dataset(written(cell(), cell(2, rle(mask(20, 10, 25, 20))))).counts[0].tolist() == [2, 0, 0, 0]
+    assert open_dataset(written(cell(), cell(2, rle(mask(20, 10, 25, 20))))).counts[0].tolist() == [
+        2,
+        0,
+        0,
+        0,
+    ]
 
 
 # Faults
@@ -389,9 +485,15 @@ OUTSIDE = "reaches far outside its 30 x 24 px image (height x width); correct or
 COUNTS = "must be text, or a list of whole numbers from 0 on"
 ANNOTATION_FAULTS = {
     "crowd": (cell(iscrowd=1), CROWD),
-    "no segmentation": ({k: v for k, v in cell().items() if k != "segmentation"}, f"its segmentation is 'None', {NO_MASK}"),
+    "no segmentation": (
+        {k: v for k, v in cell().items() if k != "segmentation"},
+        f"its segmentation is 'None', {NO_MASK}",
+    ),
     "text": (cell(segmentation="0101"), f"its segmentation is '0101', {NO_MASK}"),
-    "no counts": (cell(segmentation={"size": [1, 2]}), f"its segmentation is \"{{'size': [1, 2]}}\", {NO_MASK}"),
+    "no counts": (
+        cell(segmentation={"size": [1, 2]}),
+        f"its segmentation is \"{{'size': [1, 2]}}\", {NO_MASK}",
+    ),
     "other size": (
         cell(segmentation={"size": [WIDTH, HEIGHT], "counts": "01"}),
         "its RLE has size '[24, 30]', but its image is listed as [30, 24] (height, width); correct one of them",
@@ -401,7 +503,9 @@ ANNOTATION_FAULTS = {
         "its counts are damaged: they are no text of a compressed RLE",
     ),
     "cut text": (
-        cell(segmentation={"size": [HEIGHT, WIDTH], "counts": rle(mask(2, 3, 8, 9))["counts"][:-2]}),
+        cell(
+            segmentation={"size": [HEIGHT, WIDTH], "counts": rle(mask(2, 3, 8, 9))["counts"][:-2]}
+        ),
         "its counts are damaged: run lengths must cover the mask's 720 px, but they cover 248 px",
     ),
     "short list": (
@@ -416,11 +520,20 @@ ANNOTATION_FAULTS = {
         cell(segmentation={"size": [HEIGHT, WIDTH], "counts": [1.0, 719]}),
         f"its RLE's counts are '[1.0, 719]', but {COUNTS}",
     ),
-    "no polygon": (cell(segmentation=[]), "its segmentation is an empty list; give at least one polygon, or remove it"),
+    "no polygon": (
+        cell(segmentation=[]),
+        "its segmentation is an empty list; give at least one polygon, or remove it",
+    ),
     "two vertices": (cell(segmentation=[[1, 2, 3, 4]]), f"its polygon '[1, 2, 3, 4]' {VERTICES}"),
-    "odd": (cell(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), f"its polygon '[1, 2, 3, 4, 5, 6, 7]' {VERTICES}"),
+    "odd": (
+        cell(segmentation=[[1, 2, 3, 4, 5, 6, 7]]),
+        f"its polygon '[1, 2, 3, 4, 5, 6, 7]' {VERTICES}",
+    ),
     "flat": (cell(segmentation=[1, 2, 3, 4, 5, 6]), f"its polygon '1' {VERTICES}"),
-    "not a number": (cell(segmentation=[[1, 2, 3, float("nan"), 5, 6]]), f"its polygon '[1, 2, 3, nan, 5, 6]' {VERTICES}"),
+    "not a number": (
+        cell(segmentation=[[1, 2, 3, float("nan"), 5, 6]]),
+        f"its polygon '[1, 2, 3, nan, 5, 6]' {VERTICES}",
+    ),
     "far away": (
         cell(segmentation=[[0, 0, 10**9, 0, 9, 9]]),
         f"its polygon '[0, 0, 1000000000, 0, 9, 9]' {OUTSIDE}",
@@ -439,13 +552,19 @@ def test_faulty_annotation(written, annotation, problem):
     assert str(fault) == f"cells.json, annotation 3: {problem}"
     with pytest.raises(DataError) as error:
         open_dataset(path)
-    assert str(error.value).endswith("Repair it, or set skip_faulty_images to go on without these images.")
+    assert str(error.value).endswith(
+        "Repair it, or set skip_faulty_images to go on without these images."
+    )
     assert open_dataset(path, skip_faulty_images=True).image_ids == ["b"]
 
 
 @pytest.mark.parametrize(
     "segmentation",
-    [rle(mask(3, 3, 3, 3)), {"size": [HEIGHT, WIDTH], "counts": [720]}, [[40.0, 50, 45, 50, 45, 55]]],
+    [
+        rle(mask(3, 3, 3, 3)),
+        {"size": [HEIGHT, WIDTH], "counts": [720]},
+        [[40.0, 50, 45, 50, 45, 55]],
+    ],
     ids=["text", "list", "polygon outside the image"],
 )
 def test_no_pixel(written, segmentation):
@@ -454,18 +573,31 @@ def test_no_pixel(written, segmentation):
 
 
 def test_covered_annotation(written):
-    cells = [cell(1), cell(2), cell(3, rle(mask(2, 3, 8, 6))), cell(4, rle(mask(2, 6, 8, 9))), cell(5, category=2)]
+    cells = [
+        cell(1),
+        cell(2),
+        cell(3, rle(mask(2, 3, 8, 6))),
+        cell(4, rle(mask(2, 6, 8, 9))),
+        cell(5, category=2),
+    ]
     covered = "annotations of its class that are smaller, or as large, cover all its pixels; remove what is there twice"
     path = written(*cells)
-    assert list(map(str, check_folder(path))) == [f"cells.json, annotation {n}: {covered}" for n in (1, 2)]
+    assert list(map(str, check_folder(path))) == [
+        f"cells.json, annotation {n}: {covered}" for n in (1, 2)
+    ]
     assert open_dataset(path, skip_faulty_images=True).image_ids == ["b"]
 
 
 def test_too_many_of_one_class(written, monkeypatch):
     monkeypatch.setattr(coco_reading, "LARGEST_ID", 2)
-    cells = [cell(n, rle(mask(n, n, n + 1, n + 1)), category) for n, category in enumerate((1, 1, 1, 2, 2))]
+    cells = [
+        cell(n, rle(mask(n, n, n + 1, n + 1)), category)
+        for n, category in enumerate((1, 1, 1, 2, 2))
+    ]
     (fault,) = check_folder(written(*cells))
-    assert str(fault) == "a.tif: it has 3 annotations of class epithelial, above 2; cut the image up"
+    assert (
+        str(fault) == "a.tif: it has 3 annotations of class epithelial, above 2; cut the image up"
+    )
 
 
 def test_faulty_images(written):
@@ -477,7 +609,12 @@ def test_faulty_images(written):
         {"id": 4, "file_name": "huge.tif", "height": 10**9, "width": 10**9},
         {"id": 6, "file_name": "cut.jpg", "height": HEIGHT, "width": WIDTH},
     ]
-    path = written(cell(1), cell(2, [], image=2), cell(3, [[0, 0, 10**9, 0, 10**9, 10**9]], image=4), images=images)
+    path = written(
+        cell(1),
+        cell(2, [], image=2),
+        cell(3, [[0, 0, 10**9, 0, 10**9, 10**9]], image=4),
+        images=images,
+    )
     for name in ("turned", "huge"):
         write_image(path.parent / f"{name}.tif", shape=(WIDTH, HEIGHT))
     Image.fromarray(pixels()).save(path.parent / "cut.jpg")
@@ -511,10 +648,22 @@ OWN = "give each its own"
 SAME = f"but for folder, ending, upper and lower case; {OWN}, since it is the image id"
 ONE_OF = "name it in categories as one of epithelial, lymphocyte, neutrophil, macrophage, or remove what it marks"
 FILE_FAULTS = {
-    "a list": ([1], "it holds no COCO data set but a list; give an object with images, annotations, categories"),
-    "results": ({"images": []}, "it has no annotations; a COCO data set is an object with images, annotations, categories"),
-    "no list": (data_set() | {"annotations": {}}, "its annotations are no list but a dict; export it again"),
-    "no images": (data_set() | {"images": []}, "its list of images is empty; export it again, with images"),
+    "a list": (
+        [1],
+        "it holds no COCO data set but a list; give an object with images, annotations, categories",
+    ),
+    "results": (
+        {"images": []},
+        "it has no annotations; a COCO data set is an object with images, annotations, categories",
+    ),
+    "no list": (
+        data_set() | {"annotations": {}},
+        "its annotations are no list but a dict; export it again",
+    ),
+    "no images": (
+        data_set() | {"images": []},
+        "its list of images is empty; export it again, with images",
+    ),
     "an image is text": (
         data_set() | {"images": ["a.tif"]},
         "entry 0 of its images is 'a.tif', but must be an object with id, file_name, height, width",
@@ -523,7 +672,10 @@ FILE_FAULTS = {
         without("images", 1, "file_name"),
         "entry 1 of its images has no file_name; it needs id, file_name, height, width",
     ),
-    "empty file name": (changed("images", 0, file_name=" "), "entry 0 of its images has file_name ' ', but it must be text"),
+    "empty file name": (
+        changed("images", 0, file_name=" "),
+        "entry 0 of its images has file_name ' ', but it must be text",
+    ),
     "file name of zeros": (
         changed("images", 0, file_name="\0"),
         "entry 0 of its images has file_name '\\x00', but it must be text",
@@ -536,24 +688,42 @@ FILE_FAULTS = {
         changed("images", 0, width=0),
         "entry 0 of its images has width '0', but it must be a whole number of pixels, 1 or more",
     ),
-    "patient": (changed("images", 0, patient=3), "entry 0 of its images has patient '3', but it must be text"),
+    "patient": (
+        changed("images", 0, patient=3),
+        "entry 0 of its images has patient '3', but it must be text",
+    ),
     "image id twice": (
         changed("images", 1, id=7) | {"annotations": []},
         f"entry 1 of its images has id '7', as one before it; {OWN}",
     ),
-    "file twice": (changed("images", 1, file_name="x/A.png"), f"2 entries of its images have the file name 'a', {SAME}"),
-    "category without name": (without("categories", 3, "name"), "entry 3 of its categories has no name; it needs id, name"),
-    "category twice": (changed("categories", 3, id=3), f"entry 3 of its categories has id 3, as one before it; {OWN}"),
+    "file twice": (
+        changed("images", 1, file_name="x/A.png"),
+        f"2 entries of its images have the file name 'a', {SAME}",
+    ),
+    "category without name": (
+        without("categories", 3, "name"),
+        "entry 3 of its categories has no name; it needs id, name",
+    ),
+    "category twice": (
+        changed("categories", 3, id=3),
+        f"entry 3 of its categories has id 3, as one before it; {OWN}",
+    ),
     "unknown image": (
         changed("annotations", 0, image_id=8),
         "image_id '8' of 1 annotation is no image's id; correct it, or remove what it marks",
     ),
-    "unknown category": (changed("annotations", 0, category_id=0), f"category 0 of 1 annotation is no class; {ONE_OF}"),
+    "unknown category": (
+        changed("annotations", 0, category_id=0),
+        f"category 0 of 1 annotation is no class; {ONE_OF}",
+    ),
     "other category": (
         changed("categories", 0, name="ambiguous"),
         f"category 1 ('ambiguous') of 2 annotations is no class; {ONE_OF}",
     ),
-    "annotation id twice": (changed("annotations", 1, id=1), f"annotation id 1 is given 2 times; {OWN}"),
+    "annotation id twice": (
+        changed("annotations", 1, id=1),
+        f"annotation id 1 is given 2 times; {OWN}",
+    ),
     "no annotation id": (
         without("annotations", 1, "id"),
         "entry 1 of its annotations has no id; it needs id, image_id, category_id",
@@ -586,7 +756,13 @@ def test_faulty_file(written, content, problem):
         assert str(error.value).splitlines()[-1].endswith(" and run again.")
 
 
-NO_JSON = {"empty": b"", "cut": b"{", "deep": b"[" * 100_000, "binary": b"\xff\xfe{}", "a number too long": b"9" * 5000}
+NO_JSON = {
+    "empty": b"",
+    "cut": b"{",
+    "deep": b"[" * 100_000,
+    "binary": b"\xff\xfe{}",
+    "a number too long": b"9" * 5000,
+}
 
 
 @pytest.mark.parametrize("content", NO_JSON.values(), ids=NO_JSON)
@@ -594,13 +770,17 @@ def test_no_json(written, content):
     path = written()
     path.write_bytes(content)
     (fault,) = check_folder(path)
-    assert str(fault).startswith("cells.json: it cannot be read as JSON (") and str(fault).endswith("; copy or export it again")
+    assert str(fault).startswith("cells.json: it cannot be read as JSON (") and str(fault).endswith(
+        "; copy or export it again"
+    )
     with pytest.raises(DataError, match="cannot be read as JSON"):
         open_dataset(path)
 
 
 def test_no_file(tmp_path):
-    problem = "there is no such file; give the .json of a COCO data set, or a folder that holds train/"
+    problem = (
+        "there is no such file; give the .json of a COCO data set, or a folder that holds train/"
+    )
     with pytest.raises(DataError, match=f"none.json: {problem}"):
         open_dataset(tmp_path / "none.json")
 
@@ -611,7 +791,10 @@ def test_the_folder_of_a_coco_file_names_it(exported):
 
 
 def test_all_faults_at_once(written):
-    images = [*data_set()["images"], {"id": 1, "file_name": "gone.tif", "height": HEIGHT, "width": WIDTH}]
+    images = [
+        *data_set()["images"],
+        {"id": 1, "file_name": "gone.tif", "height": HEIGHT, "width": WIDTH},
+    ]
     cells = [cell(1, iscrowd=1), cell(2, image=99), cell(3, category=9), cell(4, [], image=5)]
     faults = check_folder(written(*cells, images=images))
     assert [fault.image_id for fault in faults] == ["", "", "a", "b", "gone"]
@@ -619,7 +802,12 @@ def test_all_faults_at_once(written):
 
 PLACES = st.lists(st.integers(0, 10), min_size=1, max_size=4)
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 40), st.floats(), st.text(max_size=3), st.sampled_from([[], {}, [[1, 2, 3]]])
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 40),
+    st.floats(),
+    st.text(max_size=3),
+    st.sampled_from([[], {}, [[1, 2, 3]]]),
 )
 
 
@@ -633,7 +821,13 @@ def test_whatever_stands_in_the_file_it_is_read_or_refused(tmp_path_factory, pla
     content = copy.deepcopy(data_set(cell(1), cell(2, [[1, 1, 5, 1, 5, 5]], 2)))
     part, key = content, None
     for place in places:
-        keys = list(part) if isinstance(part, dict) else list(range(len(part))) if isinstance(part, list) else []
+        keys = (
+            list(part)
+            if isinstance(part, dict)
+            else list(range(len(part)))
+            if isinstance(part, list)
+            else []
+        )
         if not keys:
             break
         key, holder = keys[place % len(keys)], part

@@ -25,13 +25,22 @@ NAMES = {field.name for field in fields(RunConfig)}
 PARAMETER_FILES = sorted((ROOT / "params").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("names", [CHOICES, POSITIVE, FRACTIONS, NOT_PART_OF_A_RUN], ids=["choices", "positive", "fractions", "outside"])
+@pytest.mark.parametrize(
+    "names",
+    [CHOICES, POSITIVE, FRACTIONS, NOT_PART_OF_A_RUN],
+    ids=["choices", "positive", "fractions", "outside"],
+)
 def test_the_checks_name_only_fields(names):
     assert set(names) <= NAMES
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right"), [("bakbone", "backbone"), ("learning_rat", "learning_rate"), ("box_nms_tresh", "box_nms_thresh")]
+    ("wrong", "right"),
+    [
+        ("bakbone", "backbone"),
+        ("learning_rat", "learning_rate"),
+        ("box_nms_tresh", "box_nms_thresh"),
+    ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(wrong, right):
     with pytest.raises(ValueError, match=f"unknown parameter '{wrong}'; did you mean '{right}'\\?"):
@@ -110,7 +119,9 @@ def test_every_choice_is_accepted(name, choices):
 
 
 def test_values_take_their_settings_type_where_nothing_is_lost():
-    config = RunConfig.from_dict({"learning_rate": 1, "anchor_sizes": [4, 8, 16, 32, 64], "precision": 32})
+    config = RunConfig.from_dict(
+        {"learning_rate": 1, "anchor_sizes": [4, 8, 16, 32, 64], "precision": 32}
+    )
     assert config.learning_rate == 1.0 and isinstance(config.learning_rate, float)
     assert config.anchor_sizes == (4.0, 8.0, 16.0, 32.0, 64.0)
     assert config.precision == "32"
@@ -127,16 +138,29 @@ def test_a_run_is_named_after_its_settings():
     assert name.startswith("quick-resnet18-")
     assert RunConfig().named().run_name == name
     assert RunConfig(num_workers=3).named().run_name == name
-    others = [{"seed": 1}, {"learning_rate": 2e-3}, {"anchor_ratios": [1.0]}, {"data": "outputs/sample"}, {"scale": "full"}]
-    assert len({name, *(RunConfig(**other).named().run_name for other in others)}) == 1 + len(others)
+    others = [
+        {"seed": 1},
+        {"learning_rate": 2e-3},
+        {"anchor_ratios": [1.0]},
+        {"data": "outputs/sample"},
+        {"scale": "full"},
+    ]
+    assert len({name, *(RunConfig(**other).named().run_name for other in others)}) == 1 + len(
+        others
+    )
     assert RunConfig(run_name="mine", seed=5).named().run_name == "mine"
 
 
 def test_differences_leave_out_what_makes_no_other_run():
     old = RunConfig(run_name="a", num_workers=2, epochs=3, anchor_ratios=[1.0]).to_dict()
     assert RunConfig(run_name="b", epochs=3, anchor_ratios=[1.0]).differences(old) == {}
-    assert RunConfig(epochs=4).differences(old) == {"epochs": (3, 4), "anchor_ratios": ([1.0], [0.5, 1.0, 2.0])}
-    assert RunConfig().differences(RunConfig().to_dict() | {"old_setting": 1}) == {"old_setting": (1, None)}
+    assert RunConfig(epochs=4).differences(old) == {
+        "epochs": (3, 4),
+        "anchor_ratios": ([1.0], [0.5, 1.0, 2.0]),
+    }
+    assert RunConfig().differences(RunConfig().to_dict() | {"old_setting": 1}) == {
+        "old_setting": (1, None)
+    }
 
 
 def test_later_parameter_files_win(tmp_path):
@@ -165,7 +189,9 @@ def test_a_faulty_parameter_file_is_refused(tmp_path, text, message):
 
 
 def test_a_missing_parameter_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="parameter file .*none.yaml cannot be read: .*No such file"):
+    with pytest.raises(
+        ValueError, match="parameter file .*none.yaml cannot be read: .*No such file"
+    ):
         RunConfig.from_yaml(tmp_path / "none.yaml")
 
 
@@ -174,26 +200,47 @@ def test_every_parameter_file_loads_and_can_be_scaled_down(path):
     values = yaml.safe_load(path.read_text())
     assert values.items() <= RunConfig.from_yaml(path).to_dict().items()
     scaled_down, quick = RunConfig.from_yaml(path, "params/quick.yaml"), RunConfig()
-    for name in ("scale", "weights", "crop_size_px", "batch_size", "epochs", "steps_per_epoch", "learning_rate", "tile_size_px"):
+    for name in (
+        "scale",
+        "weights",
+        "crop_size_px",
+        "batch_size",
+        "epochs",
+        "steps_per_epoch",
+        "learning_rate",
+        "tile_size_px",
+    ):
         assert getattr(scaled_down, name) == getattr(quick, name)
 
 
 def test_the_quick_file_keeps_what_a_run_is_about():
-    assert not {"backbone", "data", "split", "seed", "optimizer", "augmentation"} & yaml.safe_load(
-        (ROOT / "params/quick.yaml").read_text()
-    ).keys()
+    assert (
+        not {"backbone", "data", "split", "seed", "optimizer", "augmentation"}
+        & yaml.safe_load((ROOT / "params/quick.yaml").read_text()).keys()
+    )
 
 
 def notebook(**parameters):
     """A notebook's globals after its imports and its parameters cell."""
-    kernel = {"__name__": "__main__", "_": 1, "_i1": "x", "In": [""], "Out": {}, "exit": object(), "quit": object()}
+    kernel = {
+        "__name__": "__main__",
+        "_": 1,
+        "_i1": "x",
+        "In": [""],
+        "Out": {},
+        "exit": object(),
+        "quit": object(),
+    }
     return kernel | {"json": json, "Path": Path, "check_parameters": check_parameters} | parameters
 
 
 def test_a_notebooks_parameters_become_a_named_config():
     config = RunConfig.from_notebook(notebook(backbone="resnet34", anchor_ratios=[1.0], epochs=2))
     assert (config.backbone, config.anchor_ratios, config.epochs) == ("resnet34", (1.0,), 2)
-    assert config.run_name == RunConfig(backbone="resnet34", anchor_ratios=[1.0], epochs=2).named().run_name
+    assert (
+        config.run_name
+        == RunConfig(backbone="resnet34", anchor_ratios=[1.0], epochs=2).named().run_name
+    )
 
 
 def test_a_notebook_with_an_injected_typo_stops():
@@ -202,7 +249,12 @@ def test_a_notebook_with_an_injected_typo_stops():
 
 
 def test_a_notebooks_own_parameters_are_checked():
-    checked = check_parameters(notebook(limit=3, run_dir="outputs/x", scores=[0.1, 1]), run_dir=str, limit=int, scores=tuple[float, ...])
+    checked = check_parameters(
+        notebook(limit=3, run_dir="outputs/x", scores=[0.1, 1]),
+        run_dir=str,
+        limit=int,
+        scores=tuple[float, ...],
+    )
     assert checked == {"run_dir": "outputs/x", "limit": 3, "scores": (0.1, 1.0)}
     assert list(checked) == ["run_dir", "limit", "scores"]
 
@@ -211,11 +263,20 @@ def test_a_notebooks_own_parameters_are_checked():
     ("parameters", "message"),
     [
         ({"run_dir": "x", "rundir": "y"}, "unknown parameter 'rundir'; did you mean 'run_dir'"),
-        ({"run_dir": "x", "zzz": "y"}, "unknown parameter 'zzz'; this notebook has run_dir, score_threshold"),
+        (
+            {"run_dir": "x", "zzz": "y"},
+            "unknown parameter 'zzz'; this notebook has run_dir, score_threshold",
+        ),
         ({"run_dir": "x"}, "parameter 'score_threshold' has no value"),
         ({"run_dir": 3, "score_threshold": 0.5}, "run_dir is 3, but must be of type str"),
-        ({"run_dir": "x", "score_threshold": "0.5"}, "score_threshold is '0.5', but must be of type float"),
-        ({"run_dir": "x", "score_threshold": 1.5}, "score_threshold is 1.5, but must lie between 0 and 1"),
+        (
+            {"run_dir": "x", "score_threshold": "0.5"},
+            "score_threshold is '0.5', but must be of type float",
+        ),
+        (
+            {"run_dir": "x", "score_threshold": 1.5},
+            "score_threshold is 1.5, but must lie between 0 and 1",
+        ),
     ],
 )
 def test_a_notebooks_wrong_parameter_stops_it(parameters, message):
@@ -243,7 +304,14 @@ def test_the_guard_can_run_again_in_a_live_kernel_and_still_finds_typos():
 
     namespace = {"backbone": "resnet34"}
     config = RunConfig.from_notebook(namespace)
-    namespace |= {"config": config, "best": 3, "megabytes": 1.5, "train": [0], "validation": [1, 2], "scores": object()}
+    namespace |= {
+        "config": config,
+        "best": 3,
+        "megabytes": 1.5,
+        "train": [0],
+        "validation": [1, 2],
+        "scores": object(),
+    }
     assert RunConfig.from_notebook(namespace) == config
     with pytest.raises(ValueError, match="did you mean 'backbone'"):
         RunConfig.from_notebook(namespace | {"bakbone": "resnet101"})
@@ -255,11 +323,19 @@ def test_the_guard_can_run_again_in_a_live_kernel_and_still_finds_typos():
         (0, (int, 1, 12), "shown is 0, but must lie between 1 and 12"),
         (13, (int, 1, 12), "shown is 13, but must lie between 1 and 12"),
         (1.5, (float, 0, 1), "shown is 1.5, but must lie between 0 and 1"),
-        ([0.2, 25], (list, 0, 1), "shown is [0.2, 25], but must hold one or more numbers, each between 0 and 1"),
+        (
+            [0.2, 25],
+            (list, 0, 1),
+            "shown is [0.2, 25], but must hold one or more numbers, each between 0 and 1",
+        ),
         ([], (list, 0, 1), "shown is [], but must hold one or more numbers"),
         (["0.2"], (list, 0, 1), "shown is ['0.2'], but must hold one or more numbers"),
         ("3", (int, 1, 12), "shown is '3', but must be of type int"),
-        ([0.2, 0.3], (list, 0, 1, 4), "shown is [0.2, 0.3], but must hold 4 numbers, each between 0 and 1"),
+        (
+            [0.2, 0.3],
+            (list, 0, 1, 4),
+            "shown is [0.2, 0.3], but must hold 4 numbers, each between 0 and 1",
+        ),
     ],
 )
 def test_a_notebooks_own_parameter_out_of_bounds_is_told(value, bounds, message):
@@ -268,5 +344,7 @@ def test_a_notebooks_own_parameter_out_of_bounds_is_told(value, bounds, message)
 
 
 def test_a_notebooks_own_parameter_within_bounds_passes():
-    found = check_parameters({"shown": 12, "limits": [0, 0.5, 1]}, shown=(int, 1, 12), limits=(list, 0, 1))
+    found = check_parameters(
+        {"shown": 12, "limits": [0, 0.5, 1]}, shown=(int, 1, 12), limits=(list, 0, 1)
+    )
     assert found == {"shown": 12, "limits": [0, 0.5, 1]}

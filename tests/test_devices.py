@@ -1,4 +1,6 @@
-"""What a GPU is given and gives back, by a pretended one; ``TestOnAGpu`` in ``test_engine.py`` is for a real one."""
+"""What a GPU is given and gives back, by a pretended one; ``TestOnAGpu`` in ``test_engine.py`` is
+for a real one.
+"""
 
 import numpy as np
 import pytest
@@ -25,7 +27,11 @@ def test_a_pretended_gpu_refuses_tensors_of_the_cpu():
         there, here = torch.arange(6, device="cuda"), torch.arange(6)
         assert there.device == GPU and (there * 2 + 1).sum().item() == 36
         assert there.to(here.device).equal(here) and here.to(GPU).equal(there)
-        assert torch.zeros_like(here, device="cuda").device == here.new_zeros(6, device="cuda").device == GPU
+        assert (
+            torch.zeros_like(here, device="cuda").device
+            == here.new_zeros(6, device="cuda").device
+            == GPU
+        )
         assert there[here].tolist() == here.tolist()  # a GPU takes indices from the CPU
         mixes = [
             lambda: there + here,
@@ -43,8 +49,9 @@ def test_a_pretended_gpu_refuses_tensors_of_the_cpu():
 
 @pytest.mark.parametrize("mask_batch", [0, 8])
 def test_a_training_step(mask_batch):
-    """Losses and gradients are those of the CPU, but for RoIAlign, here torchvision's, and for torchvision's NMS, which goes another
-    way on a GPU, so that some proposals without cells are others. One of the images has no cell."""
+    """Losses and gradients are those of the CPU, but for RoIAlign, here torchvision's, and for
+    torchvision's NMS, which goes another way on a GPU, so that some proposals without cells are
+    others. One of the images has no cell."""
     torch.manual_seed(0)
     model = build_tiny(RunConfig(mask_batch_size_per_image=mask_batch)).train()
     empty = make_target(torch.zeros(4, 100, 90, dtype=torch.int32)) | {"seed": 3}
@@ -55,7 +62,9 @@ def test_a_training_step(mask_batch):
         losses = model(*to_device(images, targets, torch.device(device)))
         assert {loss.device.type for loss in losses.values()} == {device}
         gradients = torch.autograd.grad(sum(losses.values()), list(model.parameters()))
-        return {name: loss.item() for name, loss in losses.items()}, [gradient.cpu() for gradient in gradients]
+        return {name: loss.item() for name, loss in losses.items()}, [
+            gradient.cpu() for gradient in gradients
+        ]
 
     losses, gradients = step("cpu")
     with pretended_gpu():
@@ -78,14 +87,20 @@ def test_prediction():
     assert len(found) == len(expected) > 20
     for name in ("category_id", "segmentation"):
         assert [cell[name] for cell in found] == [cell[name] for cell in expected]
-    np.testing.assert_allclose([cell["bbox"] for cell in found], [cell["bbox"] for cell in expected], atol=1e-3)
-    np.testing.assert_allclose([cell["score"] for cell in found], [cell["score"] for cell in expected], atol=1e-5)
+    np.testing.assert_allclose(
+        [cell["bbox"] for cell in found], [cell["bbox"] for cell in expected], atol=1e-3
+    )
+    np.testing.assert_allclose(
+        [cell["score"] for cell in found], [cell["score"] for cell in expected], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("seed", range(3))
 def test_augmentation(recipe, seed, monkeypatch):
-    """Of ``bench/gpu.py``: the boxes, classes and ids that a worker makes, and the pixels but for how the CPU blurs bytes."""
+    """Of ``bench/gpu.py``: the boxes, classes and ids that a worker makes, and the pixels but for
+    how the CPU blurs bytes.
+    """
     monkeypatch.setattr(bench_gpu, "RECIPE", recipe)
     monkeypatch.setattr(bench_gpu, "DEVICE", torch.device("cuda"))
     image, target = scene(seed)
@@ -104,5 +119,7 @@ def test_noise():
     image, target = scene(0)
     expected, _ = augment(image, target["label_maps"], [GaussianNoise(0.02)], 5)
     with pretended_gpu():
-        found, _ = augment(image.to("cuda"), target["label_maps"].to("cuda"), [GaussianNoise(0.02)], 5)
+        found, _ = augment(
+            image.to("cuda"), target["label_maps"].to("cuda"), [GaussianNoise(0.02)], 5
+        )
         assert found.device == GPU and found.cpu().equal(expected) and not expected.equal(image)

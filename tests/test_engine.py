@@ -1,6 +1,8 @@
-"""Training: same seed, same numbers; killed and resumed, the same weights; what goes wrong ends in a sentence.
+"""Training: same seed, same numbers; killed and resumed, the same weights; what goes wrong ends in
+a sentence.
 
-``CELLSEG_KILL_POINTS=10 pytest tests/test_engine.py -k random_moments`` kills ten runs instead of three.
+``CELLSEG_KILL_POINTS=10 pytest tests/test_engine.py -k random_moments`` kills ten runs instead of
+three.
 """
 
 import json
@@ -74,14 +76,23 @@ def tiny(tmp_path, cache, monkeypatch):
 
 
 def assert_same_run(run_dir: Path, expected: Path) -> None:
-    """The same weights, optimizer, scores and history, bit for bit; only the clock's columns may differ."""
+    """The same weights, optimizer, scores and history, bit for bit; only the clock's columns may
+    differ.
+    """
     for name in ("best.safetensors", "detections.json", "metrics.json", "truth.json", "split.json"):
         assert (run_dir / name).read_bytes() == (expected / name).read_bytes(), name
-    pd.testing.assert_frame_equal(history_without_clock(run_dir), history_without_clock(expected), check_exact=True)
+    pd.testing.assert_frame_equal(
+        history_without_clock(run_dir), history_without_clock(expected), check_exact=True
+    )
     mine, theirs = load_checkpoint(run_dir / "last.pt"), load_checkpoint(expected / "last.pt")
     torch.testing.assert_close(mine["model"], theirs["model"], rtol=0, atol=0)
-    torch.testing.assert_close(mine["optimizer"]["state"], theirs["optimizer"]["state"], rtol=0, atol=0)
-    assert mine["per_step_schedule"] == theirs["per_step_schedule"] and mine["plateau"] == theirs["plateau"]
+    torch.testing.assert_close(
+        mine["optimizer"]["state"], theirs["optimizer"]["state"], rtol=0, atol=0
+    )
+    assert (
+        mine["per_step_schedule"] == theirs["per_step_schedule"]
+        and mine["plateau"] == theirs["plateau"]
+    )
     assert not list(run_dir.glob(".*"))
 
 
@@ -120,36 +131,72 @@ def test_the_best_weights_are_those_of_the_best_epoch(data, monkeypatch):
     three = fit(tiny_settings(data, run_name="three", **changes))
     two = fit(tiny_settings(data, run_name="two", epochs=2, **changes))
     best, last = load_file(three / "best.safetensors"), load_checkpoint(three / "last.pt")["model"]
-    torch.testing.assert_close(best, dict(load_checkpoint(two / "last.pt")["model"]), rtol=0, atol=0)
+    torch.testing.assert_close(
+        best, dict(load_checkpoint(two / "last.pt")["model"]), rtol=0, atol=0
+    )
     assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
 def test_the_same_seed_gives_the_same_numbers_with_and_without_workers(data):
     alone = fit(tiny_settings(data, run_name="alone", augmentation="flips_turns_stain"))
     torch.manual_seed(99)
-    workers = fit(tiny_settings(data, run_name="workers", augmentation="flips_turns_stain", num_workers=2))
+    workers = fit(
+        tiny_settings(data, run_name="workers", augmentation="flips_turns_stain", num_workers=2)
+    )
     assert_same_run(workers, alone)
     other = fit(tiny_settings(data, run_name="other", augmentation="flips_turns_stain", seed=1))
     assert not history_without_clock(other).equals(history_without_clock(alone))
 
 
 def test_training_lowers_the_loss(data):
-    history = load_run(fit(tiny_settings(data, epochs=1, steps_per_epoch=25, learning_rate=5e-3))).history
-    untrained = load_run(fit(tiny_settings(data, run_name="untrained", epochs=1, steps_per_epoch=1, learning_rate=1e-9))).history
+    history = load_run(
+        fit(tiny_settings(data, epochs=1, steps_per_epoch=25, learning_rate=5e-3))
+    ).history
+    untrained = load_run(
+        fit(
+            tiny_settings(
+                data, run_name="untrained", epochs=1, steps_per_epoch=1, learning_rate=1e-9
+            )
+        )
+    ).history
     assert history["validation_loss"][0] < 0.9 * untrained["validation_loss"][0]
 
 
 def test_the_real_model_trains(data, monkeypatch):
     monkeypatch.setattr(engine, "build_model", build_model)
-    run_dir = fit(tiny_settings(data, epochs=1, optimizer="sgd", momentum=0.0, learning_rate=1e-3, precision="bf16-mixed"))
+    run_dir = fit(
+        tiny_settings(
+            data,
+            epochs=1,
+            optimizer="sgd",
+            momentum=0.0,
+            learning_rate=1e-3,
+            precision="bf16-mixed",
+        )
+    )
     history = load_run(run_dir).history
     assert history[list(LOSSES)].notna().all(axis=None) and 0 < history["loss"][0] < 10
     torch.manual_seed(0)
     before, after = build_model(RunConfig()).state_dict(), load_file(run_dir / "best.safetensors")
     assert before.keys() == after.keys()
-    assert all(not torch.equal(before[name], after[name]) for name in ("backbone.body.conv1.weight", "rpn.head.cls_logits.weight"))
-    with pytest.raises(TrainingError, match="training stopped: .*loss_classifier = (nan|inf).* in a batch of images"):
-        fit(tiny_settings(data, run_name="wild", learning_rate=1e30, warmup_steps=0, gradient_clip_norm=0.0, steps_per_epoch=4))
+    assert all(
+        not torch.equal(before[name], after[name])
+        for name in ("backbone.body.conv1.weight", "rpn.head.cls_logits.weight")
+    )
+    with pytest.raises(
+        TrainingError,
+        match="training stopped: .*loss_classifier = (nan|inf).* in a batch of images",
+    ):
+        fit(
+            tiny_settings(
+                data,
+                run_name="wild",
+                learning_rate=1e30,
+                warmup_steps=0,
+                gradient_clip_norm=0.0,
+                steps_per_epoch=4,
+            )
+        )
 
 
 # Predicting with a finished run
@@ -158,12 +205,18 @@ def test_the_real_model_trains(data, monkeypatch):
 def validation_images(run_dir: Path) -> list[np.ndarray]:
     settings = load_run(run_dir).settings
     dataset = readers.open_dataset(settings["data"])
-    return [dataset[dataset.image_ids.index(image["file_name"])].image for image in load_run(run_dir).truth["images"]]
+    return [
+        dataset[dataset.image_ids.index(image["file_name"])].image
+        for image in load_run(run_dir).truth["images"]
+    ]
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"precision": "bf16-mixed"}, {"weights": "partial", "tile_size_px": 48, "tile_overlap_px": 16, "mask_threshold": 0.4}],
+    [
+        {"precision": "bf16-mixed"},
+        {"weights": "partial", "tile_size_px": 48, "tile_overlap_px": 16, "mask_threshold": 0.4},
+    ],
     ids=["no_weights", "partial_weights"],
 )
 def test_a_finished_run_predicts_what_its_validation_found(data, tmp_path, monkeypatch, changes):
@@ -171,9 +224,14 @@ def test_a_finished_run_predicts_what_its_validation_found(data, tmp_path, monke
     monkeypatch.setattr(engine, "build_model", build_model)
     if "weights" in changes:
         body = build_model(RunConfig()).backbone.body.state_dict()
-        save_file({name: tensor for name, tensor in body.items() if not name.startswith("layer3")}, tmp_path / "partial.safetensors")
+        save_file(
+            {name: tensor for name, tensor in body.items() if not name.startswith("layer3")},
+            tmp_path / "partial.safetensors",
+        )
         changes = changes | {"weights": str(tmp_path / "partial.safetensors")}
-    run_dir = fit(tiny_settings(data, epochs=1, learning_rate=1e-4, box_score_thresh=0.0, **changes))
+    run_dir = fit(
+        tiny_settings(data, epochs=1, learning_rate=1e-4, box_score_thresh=0.0, **changes)
+    )
     (tmp_path / "partial.safetensors").unlink(missing_ok=True)
     (run_dir / "last.pt").unlink()
     images = validation_images(run_dir)
@@ -191,8 +249,13 @@ def test_trainable_parameters_are_counted_without_weights(data, monkeypatch):
     (run_dir / "best.safetensors").unlink()
     settings = read_json(run_dir / "settings.json")
     assert count_run_parameters(run_dir) == count_parameters(build_model(RunConfig()))
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *args, **kwargs: pytest.fail("downloaded"))
-    write_json(run_dir / "settings.json", settings | {"weights": "imagenet", "trainable_backbone_layers": 2})
+    monkeypatch.setattr(
+        torch.hub, "load_state_dict_from_url", lambda *args, **kwargs: pytest.fail("downloaded")
+    )
+    write_json(
+        run_dir / "settings.json",
+        settings | {"weights": "imagenet", "trainable_backbone_layers": 2},
+    )
     body = RunConfig(weights="none", trainable_backbone_layers=2)
     frozen = [
         parameter.numel()
@@ -204,16 +267,27 @@ def test_trainable_parameters_are_counted_without_weights(data, monkeypatch):
 
 def test_a_run_that_cannot_predict_says_why(data):
     run_dir = fit(tiny_settings(data, epochs=1, steps_per_epoch=1))
-    with pytest.raises(RunError, match="cannot predict: the weights do not fit a model of these settings"):
+    with pytest.raises(
+        RunError, match="cannot predict: the weights do not fit a model of these settings"
+    ):
         predict_run(run_dir, [])
     (run_dir / "best.safetensors").write_bytes(b"half a file")
-    with pytest.raises(RunError, match="cannot predict: weights file .*best.safetensors cannot be read"):
+    with pytest.raises(
+        RunError, match="cannot predict: weights file .*best.safetensors cannot be read"
+    ):
         predict_run(run_dir, [])
     (run_dir / "best.safetensors").unlink()
-    with pytest.raises(RunError, match="run_dir .* has no weights \\(best.safetensors\\); give a run folder that has them"):
+    with pytest.raises(
+        RunError,
+        match="run_dir .* has no weights \\(best.safetensors\\); give a run folder that has them",
+    ):
         predict_run(run_dir, [])
-    write_json(run_dir / "settings.json", read_json(run_dir / "settings.json") | {"backbone": "resnet19"})
-    with pytest.raises(RunError, match="has settings that cannot be used \\(unknown backbone 'resnet19'"):
+    write_json(
+        run_dir / "settings.json", read_json(run_dir / "settings.json") | {"backbone": "resnet19"}
+    )
+    with pytest.raises(
+        RunError, match="has settings that cannot be used \\(unknown backbone 'resnet19'"
+    ):
         count_run_parameters(run_dir)
     (run_dir / "settings.json").unlink()
     with pytest.raises(RunError, match="has no settings.json; give the folder of a run"):
@@ -239,7 +313,13 @@ def interrupt_after(epoch: int):
     "changes",
     [
         {"optimizer": "adamw", "scheduler": "cosine"},
-        {"optimizer": "sgd", "scheduler": "plateau", "plateau_patience": 1, "monitor": "validation_loss", "num_workers": 1},
+        {
+            "optimizer": "sgd",
+            "scheduler": "plateau",
+            "plateau_patience": 1,
+            "monitor": "validation_loss",
+            "num_workers": 1,
+        },
         {"optimizer": "adam", "scheduler": "none", "warmup_steps": 0, "precision": "bf16-mixed"},
     ],
     ids=lambda changes: changes["optimizer"],
@@ -268,19 +348,34 @@ def test_another_configuration_is_refused_before_any_work(data, monkeypatch):
 
 
 def test_a_checkpoint_of_another_run_is_refused(data):
-    mine, other = fit(tiny_settings(data, epochs=1)), fit(tiny_settings(data, epochs=1, run_name="other", seed=5))
+    mine, other = (
+        fit(tiny_settings(data, epochs=1)),
+        fit(tiny_settings(data, epochs=1, run_name="other", seed=5)),
+    )
     (mine / "last.pt").write_bytes((other / "last.pt").read_bytes())
-    with pytest.raises(RunError, match="checkpoint .*last.pt is of a run with other settings \\(seed was 5, is 0\\); delete it"):
+    with pytest.raises(
+        RunError,
+        match="checkpoint .*last.pt is of a run with other settings \\(seed was 5, is 0\\); delete it",
+    ):
         fit(tiny_settings(data, epochs=1))
 
 
-@pytest.mark.parametrize("change", [lambda c: c["model"].popitem(), lambda c: c.pop("optimizer"), lambda c: c["optimizer"].clear()])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["model"].popitem(),
+        lambda c: c.pop("optimizer"),
+        lambda c: c["optimizer"].clear(),
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_is_named(data, change):
     run_dir = fit(tiny_settings(data, epochs=1))
     checkpoint = load_checkpoint(run_dir / "last.pt")
     change(checkpoint)
     torch.save(checkpoint, run_dir / "last.pt")
-    with pytest.raises(RunError, match="checkpoint .*last.pt does not fit this run .*; delete it to train anew"):
+    with pytest.raises(
+        RunError, match="checkpoint .*last.pt does not fit this run .*; delete it to train anew"
+    ):
         fit(tiny_settings(data, epochs=1))
 
 
@@ -303,7 +398,9 @@ def test_going_on_leaves_the_provenance_of_the_start(data):
 def test_a_damaged_checkpoint_is_named(data):
     run_dir = fit(tiny_settings(data, epochs=1))
     (run_dir / "last.pt").write_bytes((run_dir / "last.pt").read_bytes()[:1000])
-    with pytest.raises(RunError, match="checkpoint .*last.pt cannot be read .*; delete it to train anew"):
+    with pytest.raises(
+        RunError, match="checkpoint .*last.pt cannot be read .*; delete it to train anew"
+    ):
         fit(tiny_settings(data, epochs=1))
 
 
@@ -311,7 +408,11 @@ def test_a_damaged_checkpoint_is_named(data):
 
 
 def start(folder: Path, config: RunConfig, *arguments, **more):
-    process = ALONE.Process(target=tiny_training.train_in_process, args=(folder, config.to_dict(), *arguments), kwargs=more)
+    process = ALONE.Process(
+        target=tiny_training.train_in_process,
+        args=(folder, config.to_dict(), *arguments),
+        kwargs=more,
+    )
     process.start()
     return process
 
@@ -324,7 +425,9 @@ def finish(folder: Path, config: RunConfig, *arguments) -> Path:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process, which other programs on the machine do not stretch as they do the clock's."""
+    """Processor time of a process, which other programs on the machine do not stretch as they do
+    the clock's.
+    """
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -347,20 +450,32 @@ def uninterrupted(data, tmp_path_factory) -> tuple[Path, float]:
     return run_dir, read_json(folder / "finished.json")["cpu_seconds"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux: reads processor time from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="needs Linux: reads processor time from /proc"
+)
 @pytest.mark.parametrize("point", range(KILL_POINTS))
-def test_killed_at_random_moments_a_run_ends_as_an_uninterrupted_one(data, tmp_path, uninterrupted, point):
+def test_killed_at_random_moments_a_run_ends_as_an_uninterrupted_one(
+    data, tmp_path, uninterrupted, point
+):
     expected, seconds = uninterrupted
     moment = seconds * random.uniform(0.05, 0.9)
     killed = kill_at(start(tmp_path, tiny_settings(data)), moment)
     history = tmp_path / "runs" / "tiny" / "history.csv"
     epochs = len(pd.read_csv(history)) if history.exists() else 0
-    print(f"killed after {moment:.2f} of {seconds:.2f} s, in epoch {epochs + 1}" if killed else f"ended before {moment:.2f} s")
+    print(
+        f"killed after {moment:.2f} of {seconds:.2f} s, in epoch {epochs + 1}"
+        if killed
+        else f"ended before {moment:.2f} s"
+    )
     assert_same_run(finish(tmp_path, tiny_settings(data)), expected)
 
 
-@pytest.mark.parametrize(("file", "nth", "epochs"), [("last.pt", 2, 1), ("last.pt", 1, 0), ("best.safetensors", 1, 0)])
-def test_killed_in_the_middle_of_a_save_a_run_ends_as_an_uninterrupted_one(data, tmp_path, uninterrupted, file, nth, epochs):
+@pytest.mark.parametrize(
+    ("file", "nth", "epochs"), [("last.pt", 2, 1), ("last.pt", 1, 0), ("best.safetensors", 1, 0)]
+)
+def test_killed_in_the_middle_of_a_save_a_run_ends_as_an_uninterrupted_one(
+    data, tmp_path, uninterrupted, file, nth, epochs
+):
     process = start(tmp_path, tiny_settings(data), "tiny", file, nth)
     process.join(600)
     assert process.exitcode == -signal.SIGKILL
@@ -393,7 +508,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(data, 
     expected = fit(tiny_settings(data, run_name="expected"))
     config = tiny_settings(data)
     with monkeypatch.context() as patch:
-        poison_after(4, patch)  # two training steps and one validation batch make an epoch: the second of epoch 2
+        poison_after(
+            4, patch
+        )  # two training steps and one validation batch make an epoch: the second of epoch 2
         with pytest.raises(TrainingError) as caught:
             fit(config)
     message = str(caught.value)
@@ -407,7 +524,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(data, 
 
 
 def test_weights_that_the_last_step_spoilt_reach_no_checkpoint(data, monkeypatch):
-    """A gradient that overflows in the second epoch's last step: its loss is finite, the weights after it are not."""
+    """A gradient that overflows in the second epoch's last step: its loss is finite, the weights
+    after it are not.
+    """
 
     def build(config: RunConfig) -> nn.Module:
         model, steps = build_tiny(config), []
@@ -435,10 +554,14 @@ NO_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
     MemoryError(),
     RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-    RuntimeError("numpy._core._exceptions._ArrayMemoryError: Unable to allocate 20.0 GiB for an array with shape (9,)"),
+    RuntimeError(
+        "numpy._core._exceptions._ArrayMemoryError: Unable to allocate 20.0 GiB for an array with shape (9,)"
+    ),
     OSError(12, "Cannot allocate memory"),
     RuntimeError("CUDA error: out of memory"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    ),
 ]
 
 
@@ -460,7 +583,16 @@ def test_out_of_memory_ends_in_a_sentence(data, monkeypatch, where, error):
         fit(tiny_settings(data))
     message = str(caught.value)
     assert message.startswith("out of memory") and "\n" not in message
-    assert all(name in message for name in ("batch_size", "crop_size_px", "tile_size_px", "bf16-mixed", "rpn_post_nms_top_n_train"))
+    assert all(
+        name in message
+        for name in (
+            "batch_size",
+            "crop_size_px",
+            "tile_size_px",
+            "bf16-mixed",
+            "rpn_post_nms_top_n_train",
+        )
+    )
     names = RunConfig().to_dict().keys()
     assert {word.strip("(),;") for word in message.split() if "_" in word} <= names
 
@@ -468,7 +600,9 @@ def test_out_of_memory_ends_in_a_sentence(data, monkeypatch, where, error):
 def test_a_batch_too_small_for_its_norms_is_explained(data, monkeypatch):
     monkeypatch.setattr(engine, "build_model", build_model)
     changes = {"crop_size_px": 32, "batch_size": 1, "steps_per_epoch": 1}
-    with pytest.raises(TrainingError, match="too small for the batch norms .*; raise batch_size or crop_size_px$"):
+    with pytest.raises(
+        TrainingError, match="too small for the batch norms .*; raise batch_size or crop_size_px$"
+    ):
         fit(tiny_settings(data, epochs=1, **changes))
 
 
@@ -478,7 +612,9 @@ def test_precision_is_saved_as_it_was(data):
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(data, monkeypatch):
-    monkeypatch.setattr(tiny_training.LabelMapMaskRCNN, "forward", raising(RuntimeError("shapes do not match")))
+    monkeypatch.setattr(
+        tiny_training.LabelMapMaskRCNN, "forward", raising(RuntimeError("shapes do not match"))
+    )
     with pytest.raises(RuntimeError, match="shapes do not match") as caught:
         fit(tiny_settings(data))
     assert not isinstance(caught.value, TrainingError)
@@ -486,7 +622,10 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(data, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_devices_that_this_machine_lacks_are_named():
-    with pytest.raises(ValueError, match="devices is 1, but this machine has 0 GPUs that torch can use; .*accelerator 'cpu'"):
+    with pytest.raises(
+        ValueError,
+        match="devices is 1, but this machine has 0 GPUs that torch can use; .*accelerator 'cpu'",
+    ):
         make_fabric(RunConfig(accelerator="cuda"))
     with pytest.raises(ValueError, match="'16-mixed' needs a GPU"):
         make_fabric(RunConfig(precision="16-mixed"))
@@ -506,7 +645,9 @@ def test_mixed_precision_leaves_images_and_boxes_whole(data, monkeypatch):
     def build(config: RunConfig) -> nn.Module:
         model = build_tiny(config)
         model.register_forward_pre_hook(remember)
-        model.roi_heads.box_head.fc6.register_forward_hook(lambda module, inputs, output: computed.add(output.dtype))
+        model.roi_heads.box_head.fc6.register_forward_hook(
+            lambda module, inputs, output: computed.add(output.dtype)
+        )
         return model
 
     monkeypatch.setattr(engine, "build_model", build)
@@ -522,7 +663,12 @@ def test_half_precision_with_loss_scaling_clips_and_resumes(data, monkeypatch, o
         return Fabric(accelerator="cpu", plugins=engine.AutocastPrecision("16-mixed", "cpu"))
 
     monkeypatch.setattr(engine, "make_fabric", half_precision)
-    changes = {"accelerator": "cuda", "precision": "16-mixed", "optimizer": optimizer, "gradient_clip_norm": 0.5}
+    changes = {
+        "accelerator": "cuda",
+        "precision": "16-mixed",
+        "optimizer": optimizer,
+        "gradient_clip_norm": 0.5,
+    }
     whole = fit(tiny_settings(data, run_name="whole", **changes))
     config = tiny_settings(data, **changes)
     with pytest.raises(Interrupt):
@@ -557,16 +703,29 @@ def test_warm_up_rises_to_the_learning_rate_and_stays():
 def test_cosine_falls_from_the_learning_rate_to_the_least():
     found = rates(5, epochs=4, scheduler="cosine", warmup_steps=4, min_learning_rate=0.01)
     assert found[:5] == pytest.approx([0.025, 0.04375, 0.0625, 0.08125, 0.1])
-    assert found[4:] == pytest.approx([0.01 + 0.09 * (1 + math.cos(math.pi * step / 16)) / 2 for step in range(17)])
+    assert found[4:] == pytest.approx(
+        [0.01 + 0.09 * (1 + math.cos(math.pi * step / 16)) / 2 for step in range(17)]
+    )
     without = rates(5, epochs=4, scheduler="cosine", warmup_steps=0)
-    assert without == pytest.approx([0.1 * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(21)])
+    assert without == pytest.approx(
+        [0.1 * (1 + math.cos(math.pi * step / 20)) / 2 for step in range(21)]
+    )
 
 
 def test_the_plateau_lowers_the_rate_after_patience(data, monkeypatch):
-    """No epoch after the first is better: patience 1 forgives the second, so the third's end lowers the rate."""
+    """No epoch after the first is better: patience 1 forgives the second, so the third's end lowers
+    the rate.
+    """
     monkeypatch.setattr(engine, "validation_loss", lambda *args: 1.0)
-    changes = {"scheduler": "plateau", "monitor": "validation_loss", "plateau_patience": 1, "plateau_factor": 0.5}
-    history = load_run(fit(tiny_settings(data, epochs=6, min_learning_rate=3e-4, **changes))).history
+    changes = {
+        "scheduler": "plateau",
+        "monitor": "validation_loss",
+        "plateau_patience": 1,
+        "plateau_factor": 0.5,
+    }
+    history = load_run(
+        fit(tiny_settings(data, epochs=6, min_learning_rate=3e-4, **changes))
+    ).history
     assert history["learning_rate"].tolist() == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4, 5e-4, 3e-4])
 
 
@@ -624,7 +783,9 @@ def test_validation_every_second_epoch_and_after_the_last(data):
 
 @pytest.mark.parametrize("seconds", [0, engine.CHECKPOINT_EVERY_S])
 def test_a_run_killed_before_its_first_validation_goes_on(data, monkeypatch, seconds):
-    """A short epoch that was not validated leaves a checkpoint only where some time has passed since the last."""
+    """A short epoch that was not validated leaves a checkpoint only where some time has passed
+    since the last.
+    """
     monkeypatch.setattr(engine, "CHECKPOINT_EVERY_S", seconds)
     changes = {"validation_every_epochs": 3, "keep_every_epoch": True}
     whole = fit(tiny_settings(data, run_name="whole", **changes))
@@ -634,7 +795,9 @@ def test_a_run_killed_before_its_first_validation_goes_on(data, monkeypatch, sec
     run_dir = fit(tiny_settings(data, **changes))
     assert_same_run(run_dir, whole)
     kept = [load_file(run_dir / f"epoch_{epoch}.safetensors") for epoch in (1, 2, 3)]
-    torch.testing.assert_close(kept[-1], dict(load_checkpoint(run_dir / "last.pt")["model"]), rtol=0, atol=0)
+    torch.testing.assert_close(
+        kept[-1], dict(load_checkpoint(run_dir / "last.pt")["model"]), rtol=0, atol=0
+    )
     assert any(not torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
 
 
@@ -645,9 +808,17 @@ def test_norms_learn_from_validation_images_only_where_told(data, monkeypatch, u
     validation_loss = engine.validation_loss
 
     def watched(fabric, model, *rest):
-        before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+        before = {
+            name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name
+        }
         loss = validation_loss(fabric, model, *rest)
-        seen.append(any(not torch.equal(before[name], buffer) for name, buffer in model.named_buffers() if name in before))
+        seen.append(
+            any(
+                not torch.equal(before[name], buffer)
+                for name, buffer in model.named_buffers()
+                if name in before
+            )
+        )
         return loss
 
     monkeypatch.setattr(engine, "validation_loss", watched)
@@ -656,11 +827,18 @@ def test_norms_learn_from_validation_images_only_where_told(data, monkeypatch, u
 
 
 def test_truth_is_read_as_told_whatever_the_training_reads(data):
-    pieces = fit(tiny_settings(data, epochs=1, instance_reading="connected_components", min_instance_area_px=150))
+    pieces = fit(
+        tiny_settings(
+            data, epochs=1, instance_reading="connected_components", min_instance_area_px=150
+        )
+    )
     cells = fit(tiny_settings(data, epochs=1, run_name="cells"))
     for name in ("truth.json", "split.json"):
         assert (pieces / name).read_bytes() == (cells / name).read_bytes()
-    assert history_without_clock(pieces)["loss"].tolist() != history_without_clock(cells)["loss"].tolist()
+    assert (
+        history_without_clock(pieces)["loss"].tolist()
+        != history_without_clock(cells)["loss"].tolist()
+    )
 
 
 def test_training_with_boxes_that_miss_the_last_pixel(data):
@@ -670,7 +848,12 @@ def test_training_with_boxes_that_miss_the_last_pixel(data):
     assert target["boxes"].tolist() == [[2, 1, 6, 3]] and target["labels"].tolist() == [1]
     assert make_target(label_maps)["boxes"].tolist() == [[2, 1, 7, 4], [0, 5, 3, 6]]
     short = fit(tiny_settings(data, epochs=1, boxes_miss_last_pixel=True))
-    assert history_without_clock(short)["loss"].tolist() != history_without_clock(fit(tiny_settings(data, epochs=1, run_name="whole")))["loss"].tolist()
+    assert (
+        history_without_clock(short)["loss"].tolist()
+        != history_without_clock(fit(tiny_settings(data, epochs=1, run_name="whole")))[
+            "loss"
+        ].tolist()
+    )
 
 
 def test_statistics_of_the_training_images_normalise(data):
@@ -693,7 +876,9 @@ def test_a_finished_run_without_its_checkpoint_stays_as_it_is(data):
     assert finished["epochs"] == 3 and not finished["stopped_early"] and finished["parameters"] > 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"epochs": 9, "early_stopping_patience": 1, "monitor": "validation_loss"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"epochs": 9, "early_stopping_patience": 1, "monitor": "validation_loss"}]
+)
 def test_a_checkpoint_that_is_not_kept_is_there_until_the_run_has_ended(data, monkeypatch, changes):
     """Killed in between, the run goes on from it and ends the same; a finished one stays as it is."""
     losses = iter([2.0, 1.0, 3.0] * 3)
@@ -706,17 +891,28 @@ def test_a_checkpoint_that_is_not_kept_is_there_until_the_run_has_ended(data, mo
         with pytest.raises(Interrupt):
             fit(unkept, on_epoch=interrupt_after(epoch))
         assert len(load_checkpoint(run_dir / "last.pt")["history"]) == epoch
-    assert fit(unkept) == run_dir and not (run_dir / "last.pt").exists() and not list(run_dir.glob(".*"))
+    assert (
+        fit(unkept) == run_dir
+        and not (run_dir / "last.pt").exists()
+        and not list(run_dir.glob(".*"))
+    )
     for name in ("best.safetensors", "detections.json", "metrics.json"):
         assert (run_dir / name).read_bytes() == (kept / name).read_bytes(), name
-    pd.testing.assert_frame_equal(history_without_clock(run_dir), history_without_clock(kept), check_exact=True)
+    pd.testing.assert_frame_equal(
+        history_without_clock(run_dir), history_without_clock(kept), check_exact=True
+    )
     fit(unkept, on_epoch=lambda history: pytest.fail("trained again"))
-    assert len(history_without_clock(run_dir)) == 3 and read_json(run_dir / "finished.json")["epochs"] == 3
+    assert (
+        len(history_without_clock(run_dir)) == 3
+        and read_json(run_dir / "finished.json")["epochs"] == 3
+    )
 
 
 def test_the_last_checkpoint_is_not_written_where_it_would_not_be_kept(data, monkeypatch):
     saved = []
-    monkeypatch.setattr(engine, "save_checkpoint", lambda path, checkpoint: saved.append(len(checkpoint["history"])))
+    monkeypatch.setattr(
+        engine, "save_checkpoint", lambda path, checkpoint: saved.append(len(checkpoint["history"]))
+    )
     fit(tiny_settings(data, keep_checkpoint=False))
     assert saved == [1, 2]
 
@@ -725,47 +921,95 @@ def test_the_last_checkpoint_is_not_written_where_it_would_not_be_kept(data, mon
 
 
 # every positive box takes part in the mask loss, so that the processes' counts differ
-TOGETHER = {"optimizer": "sgd", "learning_rate": 1e-2, "scheduler": "none", "mask_batch_size_per_image": 0}
+TOGETHER = {
+    "optimizer": "sgd",
+    "learning_rate": 1e-2,
+    "scheduler": "none",
+    "mask_batch_size_per_image": 0,
+}
 
 
 def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(data, tmp_path):
     alone = fit(tiny_settings(data, run_name="alone", batch_size=4, **TOGETHER))
-    write_json(tmp_path / "settings.json", tiny_settings(data, batch_size=2, devices=2, **TOGETHER).to_dict())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    write_json(
+        tmp_path / "settings.json",
+        tiny_settings(data, batch_size=2, devices=2, **TOGETHER).to_dict(),
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, tiny_training.__file__, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        [*command, tiny_training.__file__, str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     together = tmp_path / "runs" / "tiny"
     expected, found = history_without_clock(alone), history_without_clock(together)
-    pd.testing.assert_frame_equal(found.drop(columns="validation_ap50"), expected.drop(columns="validation_ap50"), rtol=1e-5)
-    assert load_metrics(together / "metrics.json")["detections"] == load_metrics(alone / "metrics.json")["detections"] > 0
+    pd.testing.assert_frame_equal(
+        found.drop(columns="validation_ap50"), expected.drop(columns="validation_ap50"), rtol=1e-5
+    )
+    assert (
+        load_metrics(together / "metrics.json")["detections"]
+        == load_metrics(alone / "metrics.json")["detections"]
+        > 0
+    )
     mine, theirs = load_file(together / "best.safetensors"), load_file(alone / "best.safetensors")
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(torch.load(tmp_path / "rank0.pt"), torch.load(tmp_path / "rank1.pt"), rtol=0, atol=0)
+    torch.testing.assert_close(
+        torch.load(tmp_path / "rank0.pt"), torch.load(tmp_path / "rank1.pt"), rtol=0, atol=0
+    )
 
 
 def test_two_processes_keep_one_model_where_norms_see_other_images(data, tmp_path):
-    """Norm statistics differ between processes; the validation loss, and the rate that follows it, may not."""
+    """Norm statistics differ between processes; the validation loss, and the rate that follows it,
+    may not.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    changes = {"scheduler": "plateau", "monitor": "validation_loss", "plateau_patience": 1, "learning_rate": 0.1}
+    changes = {
+        "scheduler": "plateau",
+        "monitor": "validation_loss",
+        "plateau_patience": 1,
+        "learning_rate": 0.1,
+    }
     config = tiny_settings(data, batch_size=2, devices=2, **(TOGETHER | changes))
-    shared = {"TORCHELASTIC_RUN_ID": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared = {
+        "TORCHELASTIC_RUN_ID": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     environments = [shared | {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0"} for rank in "01"]
-    processes = [start(tmp_path, config, "tiny_with_norm", environment=environment) for environment in environments]
+    processes = [
+        start(tmp_path, config, "tiny_with_norm", environment=environment)
+        for environment in environments
+    ]
     for process in processes:
         process.join(600)
     assert [process.exitcode for process in processes] == [0, 0]
-    torch.testing.assert_close(torch.load(tmp_path / "rank0.pt"), torch.load(tmp_path / "rank1.pt"), rtol=0, atol=0)
+    torch.testing.assert_close(
+        torch.load(tmp_path / "rank0.pt"), torch.load(tmp_path / "rank1.pt"), rtol=0, atol=0
+    )
 
 
 # On a GPU
 
 
-@pytest.mark.parametrize("precision", ["32", "16-mixed", "bf16-mixed"], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    "precision", ["32", "16-mixed", "bf16-mixed"], ids=["fp32", "fp16", "bf16"]
+)
 class TestOnAGpu:
     pytestmark = gpu
 
@@ -790,7 +1034,9 @@ class TestOnAGpu:
         assert parts["loss"].tolist() == pytest.approx(whole["loss"].tolist(), rel=0.05)
 
     def test_losses_are_those_of_the_cpu(self, precision, monkeypatch):
-        """The same weights and samples; boxes at the edge of a threshold may fall on the other side."""
+        """The same weights and samples; boxes at the edge of a threshold may fall on the other
+        side.
+        """
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         torch.manual_seed(0)
         model = build_model(RunConfig(mask_batch_size_per_image=0)).train()
@@ -799,11 +1045,17 @@ class TestOnAGpu:
         image = torch.from_numpy(image).float() / 255
         expected = model([image], [target])
         model.cuda()
-        moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in target.items()}
+        moved = {
+            name: value.cuda() if isinstance(value, torch.Tensor) else value
+            for name, value in target.items()
+        }
         types = {"32": None, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
-        with torch.autocast("cuda", dtype=types[precision] or torch.float16, enabled=precision != "32"):
+        with torch.autocast(
+            "cuda", dtype=types[precision] or torch.float16, enabled=precision != "32"
+        ):
             found = model([image.cuda()], [moved])
         for name in LOSSES:
             tolerance = 0.01 if precision == "32" else 0.1
-            assert found[name].item() == pytest.approx(expected[name].item(), rel=tolerance, abs=tolerance / 10), name
-
+            assert found[name].item() == pytest.approx(
+                expected[name].item(), rel=tolerance, abs=tolerance / 10
+            ), name

@@ -25,10 +25,14 @@ def test_requirements_are_pinned_versions_and_nothing_else():
     assert names == sorted(set(names))
 
 
-@pytest.mark.parametrize("file", ["requirements.txt", "environment.yml", "pyproject.toml", "Makefile"])
+@pytest.mark.parametrize(
+    "file", ["requirements.txt", "environment.yml", "pyproject.toml", "Makefile"]
+)
 def test_no_package_host_is_named(file):
     text = (ROOT / file).read_text()
-    assert not re.search(r"https?://|index-url [^=\s-]|--(extra-)?index|find-links|trusted-host|\.org/simple", text)
+    assert not re.search(
+        r"https?://|index-url [^=\s-]|--(extra-)?index|find-links|trusted-host|\.org/simple", text
+    )
 
 
 def test_every_dependency_is_pinned():
@@ -52,7 +56,9 @@ def test_pins_hold_for_every_python_that_the_project_takes():
 
 
 def test_the_installed_versions_are_the_pinned_ones():
-    """A local build, such as torch's for CPUs, counts as its public version and needs no CUDA libraries."""
+    """A local build, such as torch's for CPUs, counts as its public version and needs no CUDA
+    libraries.
+    """
     wrong = {}
     for name, pin in PINS.items():
         if pin.marker is None or pin.marker.evaluate():

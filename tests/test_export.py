@@ -41,12 +41,17 @@ def three_cells():
     ring = coco_mask.decode(disc(70, 50, 12)) & ~coco_mask.decode(disc(70, 50, 4)) & 1
     ring[80:84, 100:103] = 1
     cells = [disc(30, 30, 9), disc(0, 88, 11), rle(ring.astype(bool))]
-    return [result(1, class_id, score, mask) for class_id, score, mask in zip((2, 1, 4), (0.9, 0.5, 0.7), cells, strict=True)]
+    return [
+        result(1, class_id, score, mask)
+        for class_id, score, mask in zip((2, 1, 4), (0.9, 0.5, 0.7), cells, strict=True)
+    ]
 
 
 def rasterize(geometry, height, width):
     """How many of the geometry's rings hold each pixel's centre, modulo 2."""
-    polygons = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+    polygons = (
+        geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+    )
     ys, xs = np.mgrid[:height, :width] + 0.5
     centres = np.column_stack([xs.ravel(), ys.ravel()])
     inside = [Outline(ring).contains_points(centres) for polygon in polygons for ring in polygon]
@@ -63,22 +68,40 @@ def test_labels_and_table_are_those_of_the_masks():
     for number, cell in enumerate(cells, 1):
         assert np.array_equal(labels == number, coco_mask.decode(cell["segmentation"]) == 1)
     assert table["id"].tolist() == [1, 2, 3]
-    assert table["class_id"].tolist() == [2, 1, 4] and table["class"].tolist() == ["lymphocyte", "epithelial", "macrophage"]
+    assert table["class_id"].tolist() == [2, 1, 4] and table["class"].tolist() == [
+        "lymphocyte",
+        "epithelial",
+        "macrophage",
+    ]
     assert table["score"].tolist() == [0.9, 0.5, 0.7]
     for row, region in zip(table.itertuples(), measure.regionprops(labels), strict=True):
         assert row.area_px == region.area
-        assert (row.centroid_y_px, row.centroid_x_px) == pytest.approx(np.add(region.centroid, 0.5), abs=1e-9)
+        assert (row.centroid_y_px, row.centroid_x_px) == pytest.approx(
+            np.add(region.centroid, 0.5), abs=1e-9
+        )
         top, left, bottom, right = region.bbox
-        assert (row.x_px, row.y_px, row.width_px, row.height_px) == (left, top, right - left, bottom - top)
+        assert (row.x_px, row.y_px, row.width_px, row.height_px) == (
+            left,
+            top,
+            right - left,
+            bottom - top,
+        )
 
 
 def test_cells_may_touch_but_not_overlap():
     halves = np.zeros((2, HEIGHT, WIDTH), bool)
     halves[0, :, :55], halves[1, :, 55:] = True, True
-    assert np.unique(label_image([result(1, 1, 0.5, rle(half)) for half in halves], HEIGHT, WIDTH)[0]).tolist() == [1, 2]
+    assert np.unique(
+        label_image([result(1, 1, 0.5, rle(half)) for half in halves], HEIGHT, WIDTH)[0]
+    ).tolist() == [1, 2]
     overlapping = [*three_cells(), result(1, 1, 0.4, disc(38, 30, 3))]
-    shared_px = np.count_nonzero(coco_mask.decode(disc(30, 30, 9)) & coco_mask.decode(disc(38, 30, 3)))
-    with pytest.raises(ValueError, match=f"cells 1 and 4 overlap in {shared_px} px.*call postprocess.resolve_overlaps first"):
+    shared_px = np.count_nonzero(
+        coco_mask.decode(disc(30, 30, 9)) & coco_mask.decode(disc(38, 30, 3))
+    )
+    with pytest.raises(
+        ValueError,
+        match=f"cells 1 and 4 overlap in {shared_px} px.*call postprocess.resolve_overlaps first",
+    ):
         label_image(overlapping, HEIGHT, WIDTH)
 
 
@@ -90,15 +113,27 @@ def test_a_mask_of_another_size_is_refused():
 def test_no_cells_and_empty_masks():
     labels, table = label_image([], 5, 7)
     assert labels.shape == (5, 7) and not labels.any() and len(table) == 0
-    empty = {"image_id": 1, "category_id": 1, "score": 0.5, "segmentation": rle(np.zeros((5, 7), bool))}
+    empty = {
+        "image_id": 1,
+        "category_id": 1,
+        "score": 0.5,
+        "segmentation": rle(np.zeros((5, 7), bool)),
+    }
     labels, table = label_image([empty], 5, 7)
-    assert not labels.any() and table["area_px"].tolist() == [0] and table["centroid_x_px"].isna().all()
+    assert (
+        not labels.any()
+        and table["area_px"].tolist() == [0]
+        and table["centroid_x_px"].isna().all()
+    )
     assert geojson([empty])["features"] == geojson([])["features"] == []
 
 
 def test_more_cells_than_16_bits_hold():
     pixels = [(np.ones((1, 1), bool), number % 300, number // 300) for number in range(65_536)]
-    cells = [{"category_id": 1, "score": 0.5, "segmentation": mask} for mask in encode_box_masks(pixels, [(300, 300)] * 65_536)]
+    cells = [
+        {"category_id": 1, "score": 0.5, "segmentation": mask}
+        for mask in encode_box_masks(pixels, [(300, 300)] * 65_536)
+    ]
     labels, table = label_image(cells, 300, 300)
     assert labels.dtype == np.uint32 and labels.max() == 65_536 == table["id"].max()
     assert label_image(cells[:-1], 300, 300)[0].dtype == np.uint16
@@ -142,7 +177,10 @@ def test_outlines_of_shapes_with_corners_in_common(mask, rings):
 
 def test_many_masks_at_once_are_as_one_by_one(monkeypatch):
     rng = np.random.default_rng(0)
-    several = [(rng.random(rng.integers(1, 9, 2)) < 0.6, int(x), int(y)) for x, y in rng.integers(0, 50, (40, 2))]
+    several = [
+        (rng.random(rng.integers(1, 9, 2)) < 0.6, int(x), int(y))
+        for x, y in rng.integers(0, 50, (40, 2))
+    ]
     alone = [pixel_outlines([mask])[0] for mask in several]
     assert pixel_outlines(several) == alone
     monkeypatch.setattr("cellseg_helpers.data.outlines.MASKS_PER_STRIP", 7)
@@ -154,7 +192,11 @@ def test_geojson_has_what_qupath_reads():
     cells = three_cells()
     collection = json.loads(json.dumps(geojson(cells)))
     assert collection["type"] == "FeatureCollection"
-    assert [feature["geometry"]["type"] for feature in collection["features"]] == ["Polygon", "Polygon", "MultiPolygon"]
+    assert [feature["geometry"]["type"] for feature in collection["features"]] == [
+        "Polygon",
+        "Polygon",
+        "MultiPolygon",
+    ]
     for number, (feature, cell) in enumerate(zip(collection["features"], cells, strict=True), 1):
         mask = coco_mask.decode(cell["segmentation"]) == 1
         assert feature["type"] == "Feature"
@@ -180,16 +222,29 @@ def test_saved_cells_are_read_back_by_others(tmp_path):
     stems = ("slide.one_cells", "image2_cells")
     expected = [f"{stem}.{ending}" for stem in stems for ending in ("tif", "csv", "geojson")]
     assert [path.name for path in paths] == [*expected, "cells.json"]
-    assert sorted(file.name for file in (tmp_path / "cells").iterdir()) == sorted(path.name for path in paths)
+    assert sorted(file.name for file in (tmp_path / "cells").iterdir()) == sorted(
+        path.name for path in paths
+    )
 
     labels, table = label_image(cells, HEIGHT, WIDTH)
-    assert np.array_equal(tifffile.imread(paths[0]), labels) and np.array_equal(skimage.io.imread(paths[0]), labels)
+    assert np.array_equal(tifffile.imread(paths[0]), labels) and np.array_equal(
+        skimage.io.imread(paths[0]), labels
+    )
     with tifffile.TiffFile(paths[0]) as tif:
         (page,) = tif.pages
         tags = {tag.name: tag.value for tag in page.tags}
         assert not tif.is_bigtiff and tif.byteorder in "<>"
-    assert (tags["ImageWidth"], tags["ImageLength"], tags["BitsPerSample"], tags["SamplesPerPixel"]) == (WIDTH, HEIGHT, 16, 1)
-    assert tags["Compression"] == 8 and tags["PhotometricInterpretation"] == 1 and tags.get("SampleFormat", 1) == 1
+    assert (
+        tags["ImageWidth"],
+        tags["ImageLength"],
+        tags["BitsPerSample"],
+        tags["SamplesPerPixel"],
+    ) == (WIDTH, HEIGHT, 16, 1)
+    assert (
+        tags["Compression"] == 8
+        and tags["PhotometricInterpretation"] == 1
+        and tags.get("SampleFormat", 1) == 1
+    )
     pd.testing.assert_frame_equal(pd.read_csv(paths[1]), table)
     assert json.loads(paths[2].read_text()) == json.loads(json.dumps(geojson(cells)))
     assert not tifffile.imread(paths[3]).any()
@@ -205,17 +260,26 @@ def test_the_coco_data_set_is_read_by_pycocotools(tmp_path, capsys):
     for annotation, cell in zip(annotations, three_cells(), strict=True):
         mask = coco.annToMask(annotation)
         assert np.array_equal(mask, coco_mask.decode(cell["segmentation"]))
-        assert annotation["area"] == mask.sum() and annotation["bbox"] == coco_mask.toBbox(cell["segmentation"]).tolist()
+        assert (
+            annotation["area"] == mask.sum()
+            and annotation["bbox"] == coco_mask.toBbox(cell["segmentation"]).tolist()
+        )
         assert annotation["score"] == cell["score"]
     assert [category["name"] for category in coco.loadCats([1, 2, 3, 4])] == list(CLASS_NAMES)
 
 
 def test_what_cannot_be_saved_is_said(tmp_path):
     images = truth_of([], images=2)["images"]
-    with pytest.raises(ValueError, match="detections of image 3, which is not among the 2 images given"):
+    with pytest.raises(
+        ValueError, match="detections of image 3, which is not among the 2 images given"
+    ):
         save_cells([result(3, 1, 0.5, disc(20, 20, 5))], images, tmp_path)
     with pytest.raises(ValueError, match="image image2: cells 1 and 2 overlap"):
-        save_cells([result(2, 1, 0.5, disc(20, 20, 5)), result(2, 1, 0.5, disc(22, 20, 5))], images, tmp_path)
+        save_cells(
+            [result(2, 1, 0.5, disc(20, 20, 5)), result(2, 1, 0.5, disc(22, 20, 5))],
+            images,
+            tmp_path,
+        )
     assert not (tmp_path / "cells.json").exists()
     images[1]["file_name"] = "image1.tiff"
     with pytest.raises(ValueError, match="two images have the same id or name"):
@@ -244,11 +308,19 @@ def test_a_thousand_cells_take_about_a_second(tmp_path, monkeypatch):
     cell = np.hypot(ys, xs) < 12
     places = [(25 * (number % 20), 25 * (number // 20)) for number in range(300)]
     cells = [
-        {"image_id": image_id, "category_id": 1, "score": 0.5, "segmentation": encode_box_mask(cell, *place, 500, 500)}
+        {
+            "image_id": image_id,
+            "category_id": 1,
+            "score": 0.5,
+            "segmentation": encode_box_mask(cell, *place, 500, 500),
+        }
         for image_id in range(1, 5)
         for place in places
     ]
-    images = [{"id": number, "file_name": f"{number}", "height": 500, "width": 500} for number in range(1, 5)]
+    images = [
+        {"id": number, "file_name": f"{number}", "height": 500, "width": 500}
+        for number in range(1, 5)
+    ]
     started = time.process_time()
     save_cells(cells, images, tmp_path)
     assert time.process_time() - started < 2

@@ -62,7 +62,12 @@ def runs_dir(tmp_path, truth):
             "settings": config.to_dict() | changes,
             "truth": truth,
             "detections": detections,
-            "finished": {"epochs": 5, "stopped_early": False, "parameters": 1, "model_megabytes": 1.0},
+            "finished": {
+                "epochs": 5,
+                "stopped_early": False,
+                "parameters": 1,
+                "model_megabytes": 1.0,
+            },
         }
         for name, value in files.items():
             (folder / f"{name}.json").write_text(json.dumps(value))
@@ -75,17 +80,30 @@ def runs_dir(tmp_path, truth):
 class TestRegistry:
     def test_has_all_differences_in_their_order(self):
         assert len(findings.FINDINGS) == len(findings.BY_KEY) == 21
-        assert [finding.report for finding in findings.FINDINGS] == ["B"] * 6 + ["C"] * 4 + ["B, C, E"] + ["E"] * 10
+        assert [finding.report for finding in findings.FINDINGS] == ["B"] * 6 + ["C"] * 4 + [
+            "B, C, E"
+        ] + ["E"] * 10
 
     def test_names_runs_of_the_study_that_differ(self):
         for finding in findings.FINDINGS:
-            assert (finding.as_reported is None) == (finding.as_released is None) == (finding.claim == "")
+            assert (
+                (finding.as_reported is None)
+                == (finding.as_released is None)
+                == (finding.claim == "")
+            )
             if finding.as_reported:
-                one, two = (study_runs.settings(key, "full", "drawn", 0) for key in (finding.as_reported, finding.as_released))
+                one, two = (
+                    study_runs.settings(key, "full", "drawn", 0)
+                    for key in (finding.as_reported, finding.as_released)
+                )
                 assert one.differences(two.to_dict())
 
     def test_uses_every_variant_of_the_findings(self):
-        used = {run for finding in findings.FINDINGS for run in (finding.as_reported, finding.as_released)}
+        used = {
+            run
+            for finding in findings.FINDINGS
+            for run in (finding.as_reported, finding.as_released)
+        }
         assert {key for key in study_runs.run_keys() if "+" in key} <= used
 
     def test_heading(self):
@@ -96,11 +114,16 @@ class TestRegistry:
 
 class TestModel:
     def test_parameters_of_report_b(self):
-        whole, mixed = (released_code.model_parts(key)["parameters"] for key in ("b/v2_whole", "b/v2_backbone"))
+        whole, mixed = (
+            released_code.model_parts(key)["parameters"] for key in ("b/v2_whole", "b/v2_backbone")
+        )
         assert (round(whole["all"] / 1e6, 2), round(mixed["all"] / 1e6, 2)) == (45.90, 43.99)
         assert whole["RPN convolutions"] == 2 * mixed["RPN convolutions"] == 2 * 256 * (256 * 9 + 1)
         assert mixed["box head"] == (256 * 49 + 1) * 1024 + 1025 * 1024
-        assert (whole[released_code.HEAD_NORMS], mixed[released_code.HEAD_NORMS]) == (8 * 2 * 256, 0)
+        assert (whole[released_code.HEAD_NORMS], mixed[released_code.HEAD_NORMS]) == (
+            8 * 2 * 256,
+            0,
+        )
         assert whole[:-1].sum() == whole["all"]
 
     @pytest.mark.parametrize("key", ["c/final", "c/final+coco_weights", "b/v2_backbone"])
@@ -110,7 +133,10 @@ class TestModel:
         def published(weights_enum, kind):
             import torchvision
 
-            name = {"imagenet": "resnet50", "coco": "maskrcnn_resnet50_fpn" + "_v2" * ("v2" in config.backbone)}[kind]
+            name = {
+                "imagenet": "resnet50",
+                "coco": "maskrcnn_resnet50_fpn" + "_v2" * ("v2" in config.backbone),
+            }[kind]
             options = {"weights_backbone": None} if kind == "coco" else {}
             with torch.device("meta"):
                 return torchvision.models.get_model(name, weights=None, **options).state_dict()
@@ -121,8 +147,12 @@ class TestModel:
         loaded = set(model.load_report.loaded)
         parameters = dict(model.named_parameters())
         parts = released_code.model_parts(key)
-        assert parts.loc["all", "loaded"] == sum(p.numel() for name, p in parameters.items() if name in loaded)
-        assert parts.loc["all", "trainable"] == sum(p.numel() for p in parameters.values() if p.requires_grad)
+        assert parts.loc["all", "loaded"] == sum(
+            p.numel() for name, p in parameters.items() if name in loaded
+        )
+        assert parts.loc["all", "trainable"] == sum(
+            p.numel() for p in parameters.values() if p.requires_grad
+        )
 
     def test_plateau(self):
         assert released_code.plateau_rates([1.0] * 6, 0.1, 0.5, 3) == [0.1] * 4 + [0.05] * 2
@@ -132,17 +162,25 @@ class TestModel:
         image = np.zeros((3, 2, 2), np.uint8)
         image[:, 0] = 255
         dataset = [CellImage("a", None, image, np.zeros((4, 2, 2), np.int32))]
-        table = released_code.normalised_values(dataset, ["imagenet", "imagenet_of_0_255", "imagenet_twice", "data"])
+        table = released_code.normalised_values(
+            dataset, ["imagenet", "imagenet_of_0_255", "imagenet_twice", "data"]
+        )
         assert table.loc[("data", "R")].tolist() == pytest.approx([0, 1, -1, 1])
         assert table.loc[("imagenet", "R")].tolist() == pytest.approx(
             [(0.5 - 0.485) / 0.229, 0.5 / 0.229, -0.485 / 0.229, 0.515 / 0.229]
         )
-        assert table.loc[("imagenet_of_0_255", "G"), "greatest"] == pytest.approx((255 - 0.456) / 0.224)
+        assert table.loc[("imagenet_of_0_255", "G"), "greatest"] == pytest.approx(
+            (255 - 0.456) / 0.224
+        )
         once = (1 - 0.406) / 0.225
-        assert table.loc[("imagenet_twice", "B"), "greatest"] == pytest.approx((once - 0.406) / 0.225)
+        assert table.loc[("imagenet_twice", "B"), "greatest"] == pytest.approx(
+            (once - 0.406) / 0.225
+        )
 
     def test_only_a_frozen_norm_lets_the_range_through(self):
-        table = released_code.range_behind_a_norm(np.random.default_rng(0).integers(0, 256, (3, 40, 40), dtype=np.uint8))
+        table = released_code.range_behind_a_norm(
+            np.random.default_rng(0).integers(0, 256, (3, 40, 40), dtype=np.uint8)
+        )
         ratio = table["0 to 255"] / table["0 to 1"]
         assert ratio.tolist() == pytest.approx([255, 1, 255], rel=1e-3)
 
@@ -165,13 +203,24 @@ class TestAnchorsAndProposals:
 
     def test_anchor_fit(self):
         cells = pd.DataFrame(
-            {"width_px": [32, 10], "height_px": [32, 10], "image_height_px": [400, 400], "image_width_px": [500, 500]}
+            {
+                "width_px": [32, 10],
+                "height_px": [32, 10],
+                "image_height_px": [400, 400],
+                "image_width_px": [500, 500],
+            }
         )
-        scales = {"own": released_code.input_scale(cells, 0), "enlarged": released_code.input_scale(cells)}
+        scales = {
+            "own": released_code.input_scale(cells, 0),
+            "enlarged": released_code.input_scale(cells),
+        }
         assert scales["enlarged"].tolist() == [2, 2]
         table = released_code.anchor_fit(cells, {"one": [32]}, scales)
         assert table.loc[("own", "one")].tolist() == [0.5, 0.5]  # 10 px: IoU 100 / 1024
-        assert table.loc[("enlarged", "one")].tolist() == [0, 0]  # 64 px: IoU 1024 / 4096; 20 px: 400 / 1024
+        assert table.loc[("enlarged", "one")].tolist() == [
+            0,
+            0,
+        ]  # 64 px: IoU 1024 / 4096; 20 px: 400 / 1024
 
     def test_input_scale_by_the_longer_side(self):
         cells = pd.DataFrame({"image_height_px": [500], "image_width_px": [1333]})
@@ -183,7 +232,9 @@ class TestCells:
         assert released_code.as_uint8([1, 255, 256, 257, 512]).tolist() == [1, 255, 0, 1, 0]
 
     def test_ids_lost_and_shared(self):
-        row = released_code.components_of_cells([cell_image(ids_in_squares(1, 256, 257, 512, 3))]).iloc[0]
+        row = released_code.components_of_cells(
+            [cell_image(ids_in_squares(1, 256, 257, 512, 3))]
+        ).iloc[0]
         assert row[["cells", "highest_id", "lost", "same_value"]].tolist() == [5, 512, 2, 2]
         assert row[["components", "joined", "split"]].tolist() == [3, 0, 0]
 
@@ -195,7 +246,9 @@ class TestCells:
         assert row[["cells", "components", "joined", "split"]].tolist() == [3, 3, 2, 1]
 
     def test_diagonal_contact_joins(self):
-        row = released_code.components_of_cells([cell_image(np.array([[1, 0], [0, 2]], np.int32))]).iloc[0]
+        row = released_code.components_of_cells(
+            [cell_image(np.array([[1, 0], [0, 2]], np.int32))]
+        ).iloc[0]
         assert row[["components", "joined"]].tolist() == [1, 2]
 
     def test_no_cell(self):
@@ -207,11 +260,20 @@ class TestCells:
         place.mkdir(parents=True)
         for path in (sample_data / "hw3_sample").glob("*.tif"):
             shutil.copy(path, place)
-        row = released_code.components_of_cells(open_dataset(tmp_path, cache_dir=tmp_path / "cache")).iloc[0]
-        assert row[["cells", "highest_id", "lost", "components"]].tolist() == [161, 161, 0, 145]  # 2 of them of class 1
+        row = released_code.components_of_cells(
+            open_dataset(tmp_path, cache_dir=tmp_path / "cache")
+        ).iloc[0]
+        assert row[["cells", "highest_id", "lost", "components"]].tolist() == [
+            161,
+            161,
+            0,
+            145,
+        ]  # 2 of them of class 1
 
     def test_missing_strip(self):
-        cells = released_code.cell_table([cell_image(ids_in_squares(1, 2)), cell_image(np.eye(1, 6, 2, dtype=np.int32))])
+        cells = released_code.cell_table(
+            [cell_image(ids_in_squares(1, 2)), cell_image(np.eye(1, 6, 2, dtype=np.int32))]
+        )
         assert cells["image"].tolist() == [0, 0, 1]
         table = released_code.missing_strip(cells)
         assert table.loc["epithelial", ["cells", "vanished"]].tolist() == [3, 1]
@@ -225,7 +287,9 @@ class TestCells:
         label_map[1:8, 11:18] = 2  # 6
         lonely = np.zeros((20, 40), np.int32)
         lonely[1:3, 1:30] = 1
-        table = released_code.small_cells(released_code.cell_table([cell_image(label_map), cell_image(lonely)]))
+        table = released_code.small_cells(
+            released_code.cell_table([cell_image(label_map), cell_image(lonely)])
+        )
         assert table.loc["all"].tolist() == [3, 2, pytest.approx(2 / 3), 2, 1]
 
     def test_edges_that_boxes_reach(self):
@@ -234,12 +298,18 @@ class TestCells:
         assert table["bottom"].all()
 
     def test_edges_at_the_official_test_sizes(self, sample_data):
-        listed = json.loads((sample_data / "hw3_sample" / "test_image_name_to_ids.json").read_text())
-        table = released_code.unreachable_edges([(image["height"], image["width"]) for image in listed])
+        listed = json.loads(
+            (sample_data / "hw3_sample" / "test_image_name_to_ids.json").read_text()
+        )
+        table = released_code.unreachable_edges(
+            [(image["height"], image["width"]) for image in listed]
+        )
         assert (len(table), int((~(table["right"] & table["bottom"])).sum())) == (101, 9)
 
     def test_coco_format_keeps_cells(self):
-        assert released_code.changed_by_coco([cell_image(ids_in_squares(1, 7)), cell_image(ids_in_squares(3))]) == (3, 0)
+        assert released_code.changed_by_coco(
+            [cell_image(ids_in_squares(1, 7)), cell_image(ids_in_squares(3))]
+        ) == (3, 0)
 
     def test_image_sizes_of_drawn_data(self):
         dataset = open_dataset("drawn")
@@ -250,7 +320,9 @@ class TestCells:
 
 class TestImages:
     def test_one_object_leaves_the_training_without_augmentation(self):
-        images = [np.random.default_rng(i).integers(0, 256, (3, 4, 6), dtype=np.uint8) for i in range(10)]
+        images = [
+            np.random.default_rng(i).integers(0, 256, (3, 4, 6), dtype=np.uint8) for i in range(10)
+        ]
         table = released_code.augmented_images(images)
         assert table.loc["one object"].tolist() == [8, 0, 2, 0]
         assert table.loc["two objects"].tolist() == [8, 8, 2, 0]
@@ -267,18 +339,35 @@ class TestImages:
 class TestDetections:
     def test_box_nms_within_image_and_class(self):
         def box(image_id, class_id, score, x):
-            return {"image_id": image_id, "category_id": class_id, "score": score, "bbox": [x, 0, 10, 10]}
+            return {
+                "image_id": image_id,
+                "category_id": class_id,
+                "score": score,
+                "bbox": [x, 0, 10, 10],
+            }
 
-        found = [box(1, 1, 0.5, 0), box(1, 1, 0.9, 2), box(1, 2, 0.5, 0), box(2, 1, 0.5, 0), box(1, 1, 0.4, 40)]  # IoU 2/3
+        found = [
+            box(1, 1, 0.5, 0),
+            box(1, 1, 0.9, 2),
+            box(1, 2, 0.5, 0),
+            box(2, 1, 0.5, 0),
+            box(1, 1, 0.4, 40),
+        ]  # IoU 2/3
         assert released_code.box_nms(found, 0.5) == found[1:]
         assert released_code.box_nms(found, 0.7) == found
         assert released_code.box_nms([], 0.5) == []
 
     def test_defaults(self):
-        assert released_code.default_nms_thresholds() == {"rpn_nms_thresh": 0.7, "box_nms_thresh": 0.5}
+        assert released_code.default_nms_thresholds() == {
+            "rpn_nms_thresh": 0.7,
+            "box_nms_thresh": 0.5,
+        }
 
     def test_size_factors(self):
-        found = [{"bbox": [0, 0, side, side], "segmentation": {"size": [100, 100]}} for side in (5, 9, 15, 50)]
+        found = [
+            {"bbox": [0, 0, side, side], "segmentation": {"size": [100, 100]}}
+            for side in (5, 9, 15, 50)
+        ]
         assert released_code.size_factors(found).to_dict() == {1.15: 0.5, 1.10: 0.25, 1.0: 0.25}
 
     def test_images_at_limit(self):
@@ -298,7 +387,13 @@ class TestPairs:
         found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "e-anchors")
         assert found.effect < -0.7 and found.high < 0 and found.verdict == findings.LOWER
         assert (found.base, found.other, found.seeds) == ("e/full", "e/base", 1)
-        assert found.context == {"data": "drawn", "split": "patient, validation side", "maxDets": 100, "scale": "quick", "weights": "none"}
+        assert found.context == {
+            "data": "drawn",
+            "split": "patient, validation side",
+            "maxDets": 100,
+            "scale": "quick",
+            "weights": "none",
+        }
         assert "as reported, e/full" in found.sentence
 
     def test_same_detections(self, runs_dir, truth):
@@ -317,7 +412,10 @@ class TestPairs:
         for key in ("c/final", "c/final+coco_weights"):
             runs_dir.write(key, found_in(truth))
         found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "c-weights")
-        assert found.empty_because == "the quick scale gives both runs weights 'none': it cannot test this pair"
+        assert (
+            found.empty_because
+            == "the quick scale gives both runs weights 'none': it cannot test this pair"
+        )
 
     def test_scale_that_leaves_some_of_the_differences_says_so(self, runs_dir, truth):
         for key in ("b/v2_backbone", "b/v2_backbone+all_images"):
@@ -325,13 +423,28 @@ class TestPairs:
         split = json.loads((folder / "split.json").read_text())
         (folder / "split.json").write_text(json.dumps(split | {"kind": "all"}))
         found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "b-training-images")
-        assert found.verdict == findings.NO_CHANGE  # though of another split: the pair is meant to be
-        assert "change nothing to be seen (the quick scale leaves no difference in epochs): holds here" in found.sentence
+        assert (
+            found.verdict == findings.NO_CHANGE
+        )  # though of another split: the pair is meant to be
+        assert (
+            "change nothing to be seen (the quick scale leaves no difference in epochs): holds here"
+            in found.sentence
+        )
 
     def test_scale_that_leaves_no_difference_trains_no_pair(self, runs_dir, truth):
-        left_out = {key for key in study_runs.run_keys() if not study_runs.differs_from_base(key, "quick")}
-        assert left_out == {"c/final+coco_weights", "c/final+batch2_10_epochs"} == set(study_runs.run_keys()) - set(study_runs.run_keys("quick"))
-        assert set(study_runs.run_keys("full")) == set(study_runs.run_keys("sample")) == set(study_runs.run_keys())
+        left_out = {
+            key for key in study_runs.run_keys() if not study_runs.differs_from_base(key, "quick")
+        }
+        assert (
+            left_out
+            == {"c/final+coco_weights", "c/final+batch2_10_epochs"}
+            == set(study_runs.run_keys()) - set(study_runs.run_keys("quick"))
+        )
+        assert (
+            set(study_runs.run_keys("full"))
+            == set(study_runs.run_keys("sample"))
+            == set(study_runs.run_keys())
+        )
         runs_dir.write("c/final", found_in(truth))
         found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "c-weights")
         assert found.empty_because == (
@@ -355,42 +468,67 @@ class TestPairs:
         assert "the two runs are of other validation images" in found.empty_because
 
     def test_two_ways_to_treat_detections(self, runs_dir, truth):
-        runs_dir.write("c/final", found_in(truth, lose=(1, 2, 3, 4)) + found_in(truth, lose=(5, 6, 7, 8), score=0.3))
-        ways = ("all", reports.VARIANTS["all detections"]), ("score ≥ 0.5", reports.VARIANTS["score ≥ 0.5"])
+        runs_dir.write(
+            "c/final",
+            found_in(truth, lose=(1, 2, 3, 4)) + found_in(truth, lose=(5, 6, 7, 8), score=0.3),
+        )
+        ways = (
+            ("all", reports.VARIANTS["all detections"]),
+            ("score ≥ 0.5", reports.VARIANTS["score ≥ 0.5"]),
+        )
         study = reports.Study(runs_dir.path, STUDY)
         found = findings.compare_detections(study, "c-half", "c/final", "Nothing changes", *ways)
         assert found.verdict == findings.LOWER and found.effect == pytest.approx(-0.495, abs=0.01)
-        f1 = findings.compare_detections(study, "c-half", "c/final", "Nothing changes", *ways, metric="F1")
+        f1 = findings.compare_detections(
+            study, "c-half", "c/final", "Nothing changes", *ways, metric="F1"
+        )
         assert f1.effect == pytest.approx(2 / 3 - 1)
-        missing = findings.compare_detections(study, "c-half", "c/flip_colour_rotation", "Nothing changes", *ways)
+        missing = findings.compare_detections(
+            study, "c-half", "c/flip_colour_rotation", "Nothing changes", *ways
+        )
         assert missing.empty_because == "no run quick-drawn-c-flip_colour_rotation-seed0"
 
     def test_thresholds_on_the_other_half(self, runs_dir, truth):
         noise = [result(i, 1, 0.3, disc(90, 70, 6)) for i in range(1, 9)]
         runs_dir.write("e/full", found_in(truth) + noise)
-        found = findings.compare_thresholds(reports.Study(runs_dir.path, STUDY), "e-thresholds", "e/full")
+        found = findings.compare_thresholds(
+            reports.Study(runs_dir.path, STUDY), "e-thresholds", "e/full"
+        )
         assert found.measure == "F1" and found.effect == pytest.approx(2 * 8 / (2 * 8 + 4) - 1)
         assert "4 images to choose on and 4 images to judge on" in found.sentence
 
     def test_limit_of_detections(self, runs_dir, truth):
         runs_dir.write("b/v2_backbone", found_in(truth), detections_per_image=2)
-        found = findings.measure_limit(reports.Study(runs_dir.path, STUDY), "b-threshold", "b/v2_backbone")
+        found = findings.measure_limit(
+            reports.Study(runs_dir.path, STUDY), "b-threshold", "b/v2_backbone"
+        )
         assert found.effect == 8 and "8 of 8 images" in found.sentence and "0.900" in found.sentence
 
     def test_raised_scores(self, runs_dir, truth):
         runs_dir.write("e/full", found_in(truth))
-        found = findings.measure_size_factors(reports.Study(runs_dir.path, STUDY), "e-scores", "e/full")
-        assert found.effect == 1 and "100% get a factor of 1.1," in found.sentence  # 22 x 22 of 90 x 110 px
+        found = findings.measure_size_factors(
+            reports.Study(runs_dir.path, STUDY), "e-scores", "e/full"
+        )
+        assert (
+            found.effect == 1 and "100% get a factor of 1.1," in found.sentence
+        )  # 22 x 22 of 90 x 110 px
 
 
 class TestTrainingImages:
     @pytest.fixture
     def trained(self, runs_dir):
-        """A run whose validation images are the first two of the drawn tissue, its training images the next four."""
+        """A run whose validation images are the first two of the drawn tissue, its training images
+        the next four.
+        """
         dataset = open_dataset("drawn")
         folder = runs_dir.write("b/v2_backbone", [])
         truth = findings.to_coco([dataset[0], dataset[1]])
-        split = {"kind": "random", "train": dataset.image_ids[2:6], "validation": dataset.image_ids[:2], "warning": ""}
+        split = {
+            "kind": "random",
+            "train": dataset.image_ids[2:6],
+            "validation": dataset.image_ids[:2],
+            "warning": "",
+        }
         (folder / "truth.json").write_text(json.dumps(truth))
         (folder / "split.json").write_text(json.dumps(split))
         resampling.save_scores(resampling.score_run(truth, []), folder / "scores.json")
@@ -401,9 +539,14 @@ class TestTrainingImages:
         with pytest.raises(RunError, match="^quick-drawn-b-v2_backbone-seed0 has no weights"):
             findings.training_detections(run, dataset)
         asked = []
-        monkeypatch.setattr(findings, "predict_run", lambda run_dir, images: asked.append(images) or [])
+        monkeypatch.setattr(
+            findings, "predict_run", lambda run_dir, images: asked.append(images) or []
+        )
         truth, detections = findings.training_detections(run, dataset)
-        assert [image["file_name"] for image in truth["images"]] == [dataset.image_ids[2], dataset.image_ids[5]]
+        assert [image["file_name"] for image in truth["images"]] == [
+            dataset.image_ids[2],
+            dataset.image_ids[5],
+        ]
         assert detections == [] and np.array_equal(asked[0][1], dataset[5].image)
         monkeypatch.undo()
         assert findings.training_detections(run, dataset) == (truth, [])
@@ -416,9 +559,13 @@ class TestTrainingImages:
 
     def test_difference_from_unseen_images(self, runs_dir, truth, monkeypatch):
         runs_dir.write("b/v2_backbone", found_in(truth, lose=(1, 2, 3, 4, 5, 6)))
-        monkeypatch.setattr(findings, "training_detections", lambda trained, dataset: (truth, found_in(truth)))
+        monkeypatch.setattr(
+            findings, "training_detections", lambda trained, dataset: (truth, found_in(truth))
+        )
         study = reports.Study(runs_dir.path, STUDY)
-        found = findings.compare_with_training_images(study, "b-training-images", "b/v2_backbone", None)
+        found = findings.compare_with_training_images(
+            study, "b-training-images", "b/v2_backbone", None
+        )
         assert found.verdict == findings.HIGHER and found.low > 0
         assert found.context["split"] == "patient, training minus validation side"
         assert "AP50 1.000 on 8 training images" in found.sentence
@@ -433,10 +580,15 @@ class TestTable:
         runs_dir.write("e/full", found_in(truth))
         runs_dir.write("e/base", found_in(truth))
         pair = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "e-anchors")
-        others = [findings.missing(finding.key, "AP50", "detections", "x", "c/final") for finding in reversed(findings.FINDINGS)]
+        others = [
+            findings.missing(finding.key, "AP50", "detections", "x", "c/final")
+            for finding in reversed(findings.FINDINGS)
+        ]
         table = findings.findings_table([pair, *others])
         assert table["finding"].drop_duplicates().tolist() == list(findings.BY_KEY)
-        row = table[(table["finding"] == "e-anchors") & (table["measured_on"] == "training pair")].iloc[0]
+        row = table[
+            (table["finding"] == "e-anchors") & (table["measured_on"] == "training pair")
+        ].iloc[0]
         assert row[["base", "as_reported", "as_released", "scale", "maxDets"]].tolist() == [
             "e/full",
             "e/full",
@@ -445,7 +597,11 @@ class TestTable:
             100,
         ]
         empty = table[table["finding"] == "c-half"].iloc[0]
-        assert math.isnan(empty["effect"]) and empty["empty_because"] == "x" and empty["as_reported"] == ""
+        assert (
+            math.isnan(empty["effect"])
+            and empty["empty_because"] == "x"
+            and empty["as_reported"] == ""
+        )
 
     def test_outcome(self):
         shown = findings.measured("b-cells", "cells", 3, True, "Three.")
@@ -462,14 +618,21 @@ class TestTable:
     def test_data_that_are_gone(self, runs_dir, truth):
         runs_dir.write("e/full", found_in(truth), data="gone")
         dataset, data, sentence = findings.data_of(reports.Study(runs_dir.path, STUDY))
-        assert (dataset.name, data) == ("drawn", "drawn") and sentence.startswith("The data of the runs cannot be opened")
+        assert (dataset.name, data) == ("drawn", "drawn") and sentence.startswith(
+            "The data of the runs cannot be opened"
+        )
 
 
 def test_figures():
     cells = released_code.cell_table([cell_image(ids_in_squares(1, 2))])
-    scales = {"own": released_code.input_scale(cells, 0), "enlarged": released_code.input_scale(cells)}
+    scales = {
+        "own": released_code.input_scale(cells, 0),
+        "enlarged": released_code.input_scale(cells),
+    }
     fig = plots.anchors_against_cells(cells, scales, [8, 16], [32, 64])
     assert len(fig.axes) == 2 and len(fig.axes[0].lines) == 4
-    values = released_code.normalised_values([cell_image(ids_in_squares(1))], ["imagenet", "imagenet_twice"])
+    values = released_code.normalised_values(
+        [cell_image(ids_in_squares(1))], ["imagenet", "imagenet_twice"]
+    )
     (ax,) = plots.value_ranges(values).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["imagenet", "imagenet_twice"]

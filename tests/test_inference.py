@@ -18,38 +18,62 @@ from cellseg_helpers.data.labels import encode_box_mask
 from cellseg_helpers.inference import lay_tiles, paste_in_boxes, predict
 
 
-def pasted_by_torchvision(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int, mask_threshold: float) -> np.ndarray:
-    """uint8 [N, H, W]; torchvision fails on some boxes outside the image, where nothing is to be pasted."""
+def pasted_by_torchvision(
+    masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int, mask_threshold: float
+) -> np.ndarray:
+    """uint8 [N, H, W]; torchvision fails on some boxes outside the image, where nothing is to be
+    pasted.
+    """
     dense = np.zeros((len(masks), height, width), np.uint8)
     for row, (mask, box) in enumerate(zip(masks, boxes, strict=True)):
         with contextlib.suppress(RuntimeError):
-            dense[row] = paste_masks_in_image(mask[None, None], box[None], (height, width))[0, 0] >= mask_threshold
+            dense[row] = (
+                paste_masks_in_image(mask[None, None], box[None], (height, width))[0, 0]
+                >= mask_threshold
+            )
     return dense
 
 
-def assert_pastes_like_torchvision(masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float) -> None:
+def assert_pastes_like_torchvision(
+    masks: torch.Tensor, boxes: torch.Tensor, height: int, width: int, threshold: float
+) -> None:
     dense = pasted_by_torchvision(masks, boxes, height, width, threshold)
     expected = coco_mask.encode(np.asfortranarray(dense.transpose(1, 2, 0)))
     pasted = paste_in_boxes(masks, boxes, height, width, threshold)
-    assert [encode_box_mask(*mask, height, width)["counts"].encode() for mask in pasted] == [rle["counts"] for rle in expected]
+    assert [encode_box_mask(*mask, height, width)["counts"].encode() for mask in pasted] == [
+        rle["counts"] for rle in expected
+    ]
 
 
 @st.composite
 def boxes_and_sizes(draw):
     height, width = draw(st.integers(1, 90)), draw(st.integers(1, 90))
     corner = st.floats(-40, 130, width=32)
-    side = st.one_of(st.floats(0, 3, width=32), st.floats(0, 60, width=32), st.floats(60, 400, width=32))
+    side = st.one_of(
+        st.floats(0, 3, width=32), st.floats(0, 60, width=32), st.floats(60, 400, width=32)
+    )
     boxes = draw(st.lists(st.tuples(corner, corner, side, side), min_size=1, max_size=5))
-    return height, width, torch.tensor([(x, y, x + w, y + h) for x, y, w, h in boxes], dtype=torch.float32)
+    return (
+        height,
+        width,
+        torch.tensor([(x, y, x + w, y + h) for x, y, w, h in boxes], dtype=torch.float32),
+    )
 
 
 @settings(deadline=None, max_examples=100)
-@given(boxes_and_sizes(), st.integers(0, 2**31), st.sampled_from([0.05, 0.5, 1.0]), st.sampled_from(["smooth", "binary", "half"]))
+@given(
+    boxes_and_sizes(),
+    st.integers(0, 2**31),
+    st.sampled_from([0.05, 0.5, 1.0]),
+    st.sampled_from(["smooth", "binary", "half"]),
+)
 def test_masks_in_boxes_equal_torchvisions_paste(case, seed, threshold, kind):
     height, width, boxes = case
     coarse = torch.rand(len(boxes), 1, 6, 6, generator=torch.Generator().manual_seed(seed))
     masks = functional.interpolate(coarse, (28, 28), mode="bilinear")[:, 0]
-    masks = {"smooth": masks, "binary": (masks > 0.5).float(), "half": (masks > 0.5).float() / 2}[kind]
+    masks = {"smooth": masks, "binary": (masks > 0.5).float(), "half": (masks > 0.5).float() / 2}[
+        kind
+    ]
     assert_pastes_like_torchvision(masks, boxes, height, width, threshold)
 
 
@@ -60,17 +84,27 @@ def test_masks_in_boxes_equal_torchvisions_paste_for_any_mask(masks):
     assert_pastes_like_torchvision(torch.from_numpy(masks), boxes, 50, 37, 0.5)
 
 
-@pytest.mark.parametrize("box", [(-30, 5, -10, 20), (5, -30, 20, -10), (60, 5, 80, 20), (5, 60, 20, 80), (50, 50, 50, 50)])
+@pytest.mark.parametrize(
+    "box",
+    [(-30, 5, -10, 20), (5, -30, 20, -10), (60, 5, 80, 20), (5, 60, 20, 80), (50, 50, 50, 50)],
+)
 def test_boxes_outside_the_image_give_empty_masks(box):
-    (mask,) = paste_in_boxes(torch.ones(1, 28, 28), torch.tensor([box], dtype=torch.float32), 40, 40)
+    (mask,) = paste_in_boxes(
+        torch.ones(1, 28, 28), torch.tensor([box], dtype=torch.float32), 40, 40
+    )
     assert not mask.mask.any()
     nothing = coco_mask.encode(np.zeros((40, 40), np.uint8, order="F"))
     assert encode_box_mask(*mask, 40, 40)["counts"].encode() == nothing["counts"]
 
 
-@pytest.mark.parametrize("box", [(0, 0, 1, 1), (39, 39, 40, 40), (0, 0, 40, 40), (-500, -500, 500, 500), (39.9, 0, 40, 40)])
+@pytest.mark.parametrize(
+    "box",
+    [(0, 0, 1, 1), (39, 39, 40, 40), (0, 0, 40, 40), (-500, -500, 500, 500), (39.9, 0, 40, 40)],
+)
 def test_boxes_at_the_borders_equal_torchvisions_paste(box):
-    assert_pastes_like_torchvision(torch.rand(1, 28, 28), torch.tensor([box], dtype=torch.float32), 40, 40, 0.5)
+    assert_pastes_like_torchvision(
+        torch.rand(1, 28, 28), torch.tensor([box], dtype=torch.float32), 40, 40, 0.5
+    )
 
 
 def test_pasting_nothing():
@@ -92,7 +126,9 @@ def test_tiles_cover_the_image_and_overlap(height, width, tile_size_px, data):
 
 
 class DiscFinder(nn.Module):
-    """Finds painted discs: red is the disc's number, green its class; reports what it sees of each in the image it gets."""
+    """Finds painted discs: red is the disc's number, green its class; reports what it sees of each
+    in the image it gets.
+    """
 
     def __init__(self, jitter_px: float = 0, seed: int = 0):
         super().__init__()
@@ -107,7 +143,7 @@ class DiscFinder(nn.Module):
         return [self.find(image) for image in images]
 
     def find(self, image):
-        assert image.dtype == torch.float32 and 0 <= image.min() and image.max() <= 1
+        assert image.dtype == torch.float32 and image.min() >= 0 and image.max() <= 1
         self.largest_image = max(self.largest_image, *image.shape[1:])
         numbers, classes = (image[:2] * 255).round().to(torch.int64)
         boxes, labels, masks = [], [], []
@@ -117,7 +153,11 @@ class DiscFinder(nn.Module):
             ys, xs = torch.nonzero(numbers == number, as_tuple=True)
             x1, y1, x2, y2 = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
             seen = (numbers[y1:y2, x1:x2] == number).float()
-            masks.append(functional.interpolate(seen[None, None], (28, 28), mode="bilinear", antialias=True)[0, 0])
+            masks.append(
+                functional.interpolate(seen[None, None], (28, 28), mode="bilinear", antialias=True)[
+                    0, 0
+                ]
+            )
             boxes.append(torch.stack([x1, y1, x2, y2]).float())
             labels.append(int(classes[ys[0], xs[0]]))
         boxes = torch.stack(boxes) if boxes else torch.zeros(0, 4)
@@ -131,10 +171,16 @@ class DiscFinder(nn.Module):
         }
 
 
-def paint(height: int, width: int, discs: list[tuple[float, float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """An image (uint8 [3, H, W]) for ``DiscFinder`` of discs (x, y, radius), and their masks (bool [N, H, W])."""
+def paint(
+    height: int, width: int, discs: list[tuple[float, float, float]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """An image (uint8 [3, H, W]) for ``DiscFinder`` of discs (x, y, radius), and their masks (bool
+    [N, H, W]).
+    """
     ys, xs = np.mgrid[:height, :width]
-    masks = np.array([(xs - x) ** 2 + (ys - y) ** 2 <= radius**2 for x, y, radius in discs]).reshape(-1, height, width)
+    masks = np.array(
+        [(xs - x) ** 2 + (ys - y) ** 2 <= radius**2 for x, y, radius in discs]
+    ).reshape(-1, height, width)
     image = np.zeros((3, height, width), np.uint8)
     for number, mask in enumerate(masks, 1):
         image[0][mask], image[1][mask] = number, 1 + number % 4
@@ -142,7 +188,9 @@ def paint(height: int, width: int, discs: list[tuple[float, float, float]]) -> t
 
 
 def decode(results: list[dict], height: int, width: int) -> np.ndarray:
-    return np.array([coco_mask.decode(result["segmentation"]) for result in results], bool).reshape(-1, height, width)
+    return np.array([coco_mask.decode(result["segmentation"]) for result in results], bool).reshape(
+        -1, height, width
+    )
 
 
 def assert_each_once(results: list[dict], masks: np.ndarray, min_iou: float) -> None:
@@ -153,18 +201,27 @@ def assert_each_once(results: list[dict], masks: np.ndarray, min_iou: float) -> 
     iou = shared / (found.sum(1)[:, None] + true.sum(1)[None] - shared)
     assert len(results) == len(masks), iou.round(2)
     assert (iou.max(axis=0) >= min_iou).all() and (iou.max(axis=1) >= min_iou).all(), iou.round(2)
-    assert [result["category_id"] for result in results] == [1 + (disc + 1) % 4 for disc in iou.argmax(axis=1)]
+    assert [result["category_id"] for result in results] == [
+        1 + (disc + 1) % 4 for disc in iou.argmax(axis=1)
+    ]
 
 
 def test_whole_image_gives_coco_results():
     image, masks = paint(120, 90, [(20, 20, 9), (60, 80, 15), (89, 119, 12)])
     results = predict(DiscFinder(), image)
     assert_each_once(results, masks, 0.85)
-    assert [result["score"] for result in results] == sorted((result["score"] for result in results), reverse=True)
+    assert [result["score"] for result in results] == sorted(
+        (result["score"] for result in results), reverse=True
+    )
     for result in results:
         assert set(result) == {"bbox", "score", "category_id", "segmentation"}
-        assert result["segmentation"]["size"] == [120, 90] and isinstance(result["segmentation"]["counts"], str)
-        assert all(type(number) is float for number in result["bbox"]) and type(result["score"]) is float
+        assert result["segmentation"]["size"] == [120, 90] and isinstance(
+            result["segmentation"]["counts"], str
+        )
+        assert (
+            all(type(number) is float for number in result["bbox"])
+            and type(result["score"]) is float
+        )
         x, y, w, h = result["bbox"]
         assert 0 <= x < x + w <= 90 and 0 <= y < y + h <= 120
     first_disc = next(result for result in results if result["category_id"] == 2)
@@ -175,7 +232,10 @@ def test_bbox_is_the_models_box_clipped_to_the_image():
     image, _ = paint(40, 40, [(2, 20, 10)])
     model = DiscFinder()
     find = model.find
-    model.find = lambda picture: {**find(picture), "boxes": torch.tensor([[-6.5, 9.5, 13.25, 31.0]])}
+    model.find = lambda picture: {
+        **find(picture),
+        "boxes": torch.tensor([[-6.5, 9.5, 13.25, 31.0]]),
+    }
     assert predict(model, image)[0]["bbox"] == [0, 9.5, 13.25, 21.5]
 
 
@@ -210,28 +270,38 @@ def disc_scenes(draw):
         dx, dy = (draw(st.floats(-free, free)) for _ in range(2))
         discs.append(((column + 0.5) * pitch + dx, (row + 0.5) * pitch + dy, radius))
     tile_size_px = draw(st.integers(64, 200))
-    return paint(rows * pitch, columns * pitch, discs), tile_size_px, draw(st.integers(16, tile_size_px // 2))
+    return (
+        paint(rows * pitch, columns * pitch, discs),
+        tile_size_px,
+        draw(st.integers(16, tile_size_px // 2)),
+    )
 
 
 @settings(deadline=None, max_examples=60)
 @given(disc_scenes(), st.integers(0, 2**31))
 def test_each_disc_of_a_scene_appears_once(scene, seed):
     (image, masks), tile_size_px, tile_overlap_px = scene
-    assert_each_once(predict(DiscFinder(seed=seed), image, tile_size_px, tile_overlap_px), masks, 0.6)
+    assert_each_once(
+        predict(DiscFinder(seed=seed), image, tile_size_px, tile_overlap_px), masks, 0.6
+    )
 
 
 @settings(deadline=None, max_examples=50)
 @given(disc_scenes(), st.integers(0, 2**31))
 def test_each_disc_appears_once_when_tiles_disagree_by_a_pixel(scene, seed):
     (image, masks), tile_size_px, tile_overlap_px = scene
-    results = predict(DiscFinder(jitter_px=1, seed=seed), image, tile_size_px, max(tile_overlap_px, 32))
+    results = predict(
+        DiscFinder(jitter_px=1, seed=seed), image, tile_size_px, max(tile_overlap_px, 32)
+    )
     assert_each_once(results, masks, 0.4)
 
 
 @pytest.mark.parametrize("size", [(33, 33), (33, 300), (300, 33), (64, 64), (65, 64)])
 def test_images_smaller_than_a_tile(size):
     height, width = size
-    image, masks = paint(height, width, [(width - 10, 16, 8), (10, height - 18, 7)][: 2 if max(size) > 64 else 1])
+    image, masks = paint(
+        height, width, [(width - 10, 16, 8), (10, height - 18, 7)][: 2 if max(size) > 64 else 1]
+    )
     assert_each_once(predict(DiscFinder(), image, tile_size_px=64, tile_overlap_px=16), masks, 0.8)
 
 
@@ -239,16 +309,24 @@ def test_tiles_equal_the_whole_image_away_from_seams():
     discs = [(40, 40, 14), (40, 200, 9), (200, 40, 11), (205, 205, 20)]
     image, _ = paint(240, 240, discs)
     whole, tiled = (predict(DiscFinder(), image, tile_size_px, 32) for tile_size_px in (0, 136))
-    by_place = [sorted((r["bbox"], r["category_id"], r["segmentation"]["counts"]) for r in results) for results in (whole, tiled)]
+    by_place = [
+        sorted((r["bbox"], r["category_id"], r["segmentation"]["counts"]) for r in results)
+        for results in (whole, tiled)
+    ]
     assert by_place[0] == by_place[1]
 
 
 def test_touching_discs_of_one_class_stay_apart():
-    image, masks = paint(160, 224, [(112 - 10, 80, 10), (112 + 11, 80, 10), (112, 100, 9), (112, 60, 10)])
+    image, masks = paint(
+        160, 224, [(112 - 10, 80, 10), (112 + 11, 80, 10), (112, 100, 9), (112, 60, 10)]
+    )
     image[1][image[0] > 0] = 2
     results = predict(DiscFinder(), image, tile_size_px=128, tile_overlap_px=32)
     assert len(results) == 4
-    assert {int(np.argmax([(found & mask).sum() for mask in masks])) for found in decode(results, 160, 224)} == {0, 1, 2, 3}
+    assert {
+        int(np.argmax([(found & mask).sum() for mask in masks]))
+        for found in decode(results, 160, 224)
+    } == {0, 1, 2, 3}
 
 
 class Scripted(nn.Module):
@@ -271,13 +349,20 @@ class Scripted(nn.Module):
         }
 
 
-TWO_TILES = {"tile_size_px": 100, "tile_overlap_px": 40}  # of a 100 x 160 image: columns 0 to 100 and 60 to 160
+TWO_TILES = {
+    "tile_size_px": 100,
+    "tile_overlap_px": 40,
+}  # of a 100 x 160 image: columns 0 to 100 and 60 to 160
 
 
 def of_two_tiles(left, right):
-    shifted = [((x1 - 60, y1, x2 - 60, y2), label, score) for (x1, y1, x2, y2), label, score in right]
+    shifted = [
+        ((x1 - 60, y1, x2 - 60, y2), label, score) for (x1, y1, x2, y2), label, score in right
+    ]
     results = predict(Scripted([left, shifted]), np.zeros((3, 100, 160), np.uint8), **TWO_TILES)
-    return [(result["category_id"], round(result["score"], 3), result["bbox"]) for result in results]
+    return [
+        (result["category_id"], round(result["score"], 3), result["bbox"]) for result in results
+    ]
 
 
 def test_the_view_with_more_context_wins_over_the_higher_score():
@@ -311,17 +396,32 @@ def test_different_cells_at_one_seam_stay():
 
 
 def test_empty_masks_are_left_out():
-    assert predict(Scripted([[((5, 5, 20, 20), 1, 0.9)]], mask_value=0.4), np.zeros((3, 40, 40), np.uint8)) == []
+    assert (
+        predict(
+            Scripted([[((5, 5, 20, 20), 1, 0.9)]], mask_value=0.4), np.zeros((3, 40, 40), np.uint8)
+        )
+        == []
+    )
 
 
 def test_mask_threshold_is_inclusive():
     image = np.zeros((3, 40, 40), np.uint8)
-    found = [len(predict(Scripted([[((5, 5, 20, 20), 1, 0.9)]], mask_value=0.5), image, mask_threshold=t)) for t in (0.5, 0.51)]
+    found = [
+        len(
+            predict(Scripted([[((5, 5, 20, 20), 1, 0.9)]], mask_value=0.5), image, mask_threshold=t)
+        )
+        for t in (0.5, 0.51)
+    ]
     assert found == [1, 0]
 
 
 def test_nothing_found():
-    assert predict(DiscFinder(), np.zeros((3, 300, 200), np.uint8), tile_size_px=64, tile_overlap_px=16) == []
+    assert (
+        predict(
+            DiscFinder(), np.zeros((3, 300, 200), np.uint8), tile_size_px=64, tile_overlap_px=16
+        )
+        == []
+    )
     assert predict(DiscFinder(), np.zeros((3, 30, 20), np.uint8)) == []
 
 
@@ -342,7 +442,12 @@ def test_modes_are_restored_after_a_failure():
 
 @pytest.mark.parametrize(
     "image",
-    [np.zeros((40, 40, 3), np.uint8), np.zeros((3, 40, 40), np.float32), np.zeros((3, 40), np.uint8), np.zeros((3, 0, 4), "u1")],
+    [
+        np.zeros((40, 40, 3), np.uint8),
+        np.zeros((3, 40, 40), np.float32),
+        np.zeros((3, 40), np.uint8),
+        np.zeros((3, 0, 4), "u1"),
+    ],
 )
 def test_other_images_are_refused(image):
     with pytest.raises(ValueError, match=r"uint8 image of shape \[3, H, W\]"):
@@ -390,8 +495,12 @@ print(*grown(512), *grown(0))
 
 
 def test_a_dense_large_image_takes_little_memory():
-    """2,500 x 2,500 px, 1,000 cells: full-size float masks would be 25 GB; the image itself is 75 MB as float32."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    """2,500 x 2,500 px, 1,000 cells: full-size float masks would be 25 GB; the image itself is 75
+    MB as float32.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
+    )
     in_tiles, tiles_mb, whole, whole_mb = map(int, done.stdout.split())
     assert in_tiles > 800 and whole == 1000
     assert tiles_mb < 100 and whole_mb < 400

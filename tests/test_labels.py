@@ -44,8 +44,17 @@ def brute_force(label_maps):
 
 
 def as_tuples(instances):
-    columns = (instances.labels, instances.ids, instances.boxes, instances.area_px, instances.touches_border)
-    return [(int(k), int(i), tuple(map(int, box)), int(a), bool(t)) for k, i, box, a, t in zip(*columns, strict=True)]
+    columns = (
+        instances.labels,
+        instances.ids,
+        instances.boxes,
+        instances.area_px,
+        instances.touches_border,
+    )
+    return [
+        (int(k), int(i), tuple(map(int, box)), int(a), bool(t))
+        for k, i, box, a, t in zip(*columns, strict=True)
+    ]
 
 
 def full_rle(mask, x0, y0, height, width):
@@ -95,7 +104,9 @@ def test_instances_equal_brute_force(label_maps):
 def test_one_pixel_cell_at_every_border(x, y):
     label_maps = np.zeros((4, 6, 8), np.int32)
     label_maps[2, y, x] = 3
-    assert as_tuples(find_instances(label_maps)) == [(3, 3, (x, y, x + 1, y + 1), 1, x in (0, 7) or y in (0, 5))]
+    assert as_tuples(find_instances(label_maps)) == [
+        (3, 3, (x, y, x + 1, y + 1), 1, x in (0, 7) or y in (0, 5))
+    ]
 
 
 def test_ids_with_gaps_up_to_the_largest():
@@ -115,7 +126,10 @@ def test_instance_rle_equals_pycocotools(label_maps):
     assert len(rles) == len(found.ids)
     for rle, class_id, instance_id in zip(rles, found.labels, found.ids, strict=True):
         mask = np.asfortranarray(label_maps[class_id - 1] == instance_id, np.uint8)
-        assert rle == {"size": list(mask.shape), "counts": coco_mask.encode(mask)["counts"].decode()}
+        assert rle == {
+            "size": list(mask.shape),
+            "counts": coco_mask.encode(mask)["counts"].decode(),
+        }
 
 
 @settings(deadline=None, max_examples=60)
@@ -131,7 +145,9 @@ def test_box_rle_equals_pycocotools_of_the_full_image(mask, margins):
 @given(masks, offsets)
 def test_decoding_gives_the_tight_box(mask, margins):
     left, right, top, bottom = margins
-    image, counts = full_rle(mask, left, top, mask.shape[0] + top + bottom, mask.shape[1] + left + right)
+    image, counts = full_rle(
+        mask, left, top, mask.shape[0] + top + bottom, mask.shape[1] + left + right
+    )
     for encoded in (counts, counts.encode()):
         inside, x0, y0 = decode_in_box({"size": list(image.shape), "counts": encoded})
         assert inside.dtype == bool
@@ -148,7 +164,9 @@ def test_decoding_gives_the_tight_box(mask, margins):
 def test_long_runs_round_trip(seed):
     """Runs above 32 and 1,024 px need several characters, and shrinking ones negative differences."""
     rng = np.random.default_rng(seed)
-    image = np.asfortranarray(rng.random((1500, 90)) < [0.001, 0.999, 0.5, 0.03, 0.97][seed], np.uint8)
+    image = np.asfortranarray(
+        rng.random((1500, 90)) < [0.001, 0.999, 0.5, 0.03, 0.97][seed], np.uint8
+    )
     rle = coco_mask.encode(image)
     inside, x0, y0 = decode_in_box(rle)
     assert np.array_equal(inside, image[y0 : y0 + inside.shape[0], x0 : x0 + inside.shape[1]])
@@ -159,14 +177,21 @@ def test_long_runs_round_trip(seed):
 def extent_of(mask):
     """x, y, width, height of what is True; all 0 where nothing is."""
     rows, columns = np.nonzero(mask)
-    return [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1] if len(rows) else [0] * 4
+    return (
+        [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1] if len(rows) else [0] * 4
+    )
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(masks, offsets), max_size=8))
 def test_batches_equal_one_by_one(cases):
-    """Masks of different images; empty ones and ones as high or as large as their image are among them."""
-    full = [full_rle(mask, x, y, mask.shape[0] + y + bottom, mask.shape[1] + x + right) for mask, (x, right, y, bottom) in cases]
+    """Masks of different images; empty ones and ones as high or as large as their image are among
+    them.
+    """
+    full = [
+        full_rle(mask, x, y, mask.shape[0] + y + bottom, mask.shape[1] + x + right)
+        for mask, (x, right, y, bottom) in cases
+    ]
     sizes = [image.shape for image, _ in full]
     rles = [{"size": list(image.shape), "counts": counts} for image, counts in full]
     assert encode_box_masks([(mask, x, y) for mask, (x, _, y, _) in cases], sizes) == rles
@@ -183,13 +208,16 @@ def test_batches_equal_one_by_one(cases):
 
 def test_batch_with_long_runs_and_bytes():
     rng = np.random.default_rng(0)
-    images = [np.asfortranarray(rng.random((1500, 20)) < share, np.uint8) for share in (0.001, 1, 0.999, 0, 0.5)]
+    images = [
+        np.asfortranarray(rng.random((1500, 20)) < share, np.uint8)
+        for share in (0.001, 1, 0.999, 0, 0.5)
+    ]
     rles = [coco_mask.encode(image) for image in images]
     inside = decode_in_boxes(rles)
     assert [mask.sum() for mask, _, _ in inside] == [image.sum() for image in images]
-    assert [rle["counts"].encode() for rle in encode_box_masks(inside, [rle["size"] for rle in rles])] == [
-        rle["counts"] for rle in rles
-    ]
+    assert [
+        rle["counts"].encode() for rle in encode_box_masks(inside, [rle["size"] for rle in rles])
+    ] == [rle["counts"] for rle in rles]
 
 
 def test_work_does_not_grow_with_the_image():
@@ -203,24 +231,41 @@ def test_work_does_not_grow_with_the_image():
 
 
 def test_mask_outside_its_image_is_refused():
-    with pytest.raises(ValueError, match="a 2 x 3 px mask at x 8, y 0 reaches outside its 10 x 10 px image"):
+    with pytest.raises(
+        ValueError, match="a 2 x 3 px mask at x 8, y 0 reaches outside its 10 x 10 px image"
+    ):
         encode_box_mask(np.ones((2, 3), bool), 8, 0, 10, 10)
-    with pytest.raises(ValueError, match="a 2 x 3 px mask at x 0, y 4 reaches outside its 5 x 10 px image"):
+    with pytest.raises(
+        ValueError, match="a 2 x 3 px mask at x 0, y 4 reaches outside its 5 x 10 px image"
+    ):
         encode_box_masks([(np.ones((2, 3), bool), 0, 4)] * 2, [(6, 10), (5, 10)])
 
 
 def test_diagonal_neighbours_are_one_component_and_ids_do_not_matter():
     label_map = np.array([[5, 0, 0, 1], [0, 9, 0, 2], [0, 0, 0, 0], [3, 0, 0, 0]], np.int32)
-    assert connected_components(label_map).tolist() == [[1, 0, 0, 2], [0, 1, 0, 2], [0, 0, 0, 0], [3, 0, 0, 0]]
+    assert connected_components(label_map).tolist() == [
+        [1, 0, 0, 2],
+        [0, 1, 0, 2],
+        [0, 0, 0, 0],
+        [3, 0, 0, 0],
+    ]
 
 
 @settings(deadline=None, max_examples=60)
-@given(hnp.arrays(np.int32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.sampled_from((0, 0, 1, 4))))
+@given(
+    hnp.arrays(
+        np.int32,
+        hnp.array_shapes(min_dims=2, max_dims=2, max_side=12),
+        elements=st.sampled_from((0, 0, 1, 4)),
+    )
+)
 def test_components_equal_scikit_image(label_map):
     ours, theirs = connected_components(label_map), measure.label(label_map != 0, connectivity=2)
     assert ours.dtype == np.int32
     assert ours.max() == theirs.max()
-    assert len(np.unique(np.stack([ours.ravel(), theirs.ravel()]), axis=1).T) == len(np.unique(ours))
+    assert len(np.unique(np.stack([ours.ravel(), theirs.ravel()]), axis=1).T) == len(
+        np.unique(ours)
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -229,6 +274,8 @@ def test_small_instances_are_dropped_and_only_they(label_maps, min_area_px):
     before = label_maps.copy()
     kept = drop_small_instances(label_maps, min_area_px)
     assert kept.dtype == label_maps.dtype
-    assert as_tuples(find_instances(kept)) == [cell for cell in brute_force(label_maps) if cell[3] >= min_area_px]
+    assert as_tuples(find_instances(kept)) == [
+        cell for cell in brute_force(label_maps) if cell[3] >= min_area_px
+    ]
     assert np.array_equal(kept[kept > 0], label_maps[kept > 0])
     assert np.array_equal(label_maps, before)

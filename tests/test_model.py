@@ -1,4 +1,6 @@
-"""The label-map model against torchvision's dense one: same weights, same images, same sampled proposals."""
+"""The label-map model against torchvision's dense one: same weights, same images, same sampled
+proposals.
+"""
 
 import math
 
@@ -31,7 +33,9 @@ def dense_masks(label_maps: np.ndarray, instances) -> torch.Tensor:
 
 
 def crowded_label_maps(height: int, width: int) -> np.ndarray:
-    """Touching cells, a one-pixel cell, cells cut by every border, a cell under another class's cell."""
+    """Touching cells, a one-pixel cell, cells cut by every border, a cell under another class's
+    cell.
+    """
     label_maps = np.zeros((4, height, width), np.int32)
     label_maps[0, 10:30, 10:30], label_maps[0, 10:30, 30:45], label_maps[0, 30:50, 10:33] = 1, 2, 7
     label_maps[1, 60, 60] = 3
@@ -55,16 +59,25 @@ def test_mask_targets_equal_torchvisions_on_random_boxes(seed, height, width):
     match = torch.from_numpy(rng.integers(0, len(instances.labels), 20))
     expected = project_masks_on_boxes(dense_masks(label_maps, instances), boxes, match, 28)
     labels, ids = torch.from_numpy(instances.labels)[match], torch.from_numpy(instances.ids)[match]
-    torch.testing.assert_close(mask_targets(torch.from_numpy(label_maps), labels, ids, boxes, 28), expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(
+        mask_targets(torch.from_numpy(label_maps), labels, ids, boxes, 28),
+        expected,
+        atol=2e-4,
+        rtol=0,
+    )
 
 
 def test_mask_targets_of_no_box():
     empty = torch.zeros(0, dtype=torch.int64)
-    assert mask_targets(torch.zeros(4, 8, 8, dtype=torch.int32), empty, empty, torch.zeros(0, 4), 28).shape == (0, 28, 28)
+    assert mask_targets(
+        torch.zeros(4, 8, 8, dtype=torch.int32), empty, empty, torch.zeros(0, 4), 28
+    ).shape == (0, 28, 28)
 
 
 def smooth(model: nn.Module) -> None:
-    """Activate the heads smoothly: of millions of units some are so near 0 that a ReLU makes a gradient of a rounding."""
+    """Activate the heads smoothly: of millions of units some are so near 0 that a ReLU makes a
+    gradient of a rounding.
+    """
     for part in (model.rpn, model.roi_heads):
         for module in list(part.modules()):
             for name, child in module.named_children():
@@ -86,7 +99,9 @@ def paired_models(min_size: int, max_size: int):
         max_size=max_size,
         image_mean=IMAGENET_MEAN,
         image_std=IMAGENET_STD,
-        rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in config.anchor_sizes), (config.anchor_ratios,) * 5),
+        rpn_anchor_generator=AnchorGenerator(
+            tuple((s,) for s in config.anchor_sizes), (config.anchor_ratios,) * 5
+        ),
         rpn_pre_nms_top_n_train=config.rpn_pre_nms_top_n_train,
         rpn_post_nms_top_n_train=config.rpn_post_nms_top_n_train,
         rpn_pre_nms_top_n_test=config.rpn_pre_nms_top_n_test,
@@ -123,17 +138,25 @@ def assert_same_losses_and_gradients(ours, theirs, images, label_maps):
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
     smooth(ours), smooth(theirs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roi_heads, "CHANNELS_LAST_FROM_PX", math.inf)  # gradients by the same kernels on both sides
+        patch.setattr(
+            roi_heads, "CHANNELS_LAST_FROM_PX", math.inf
+        )  # gradients by the same kernels on both sides
         losses, expected = both_losses(ours, theirs, images, label_maps)
     assert losses["loss_mask"] > 0 and losses["loss_box_reg"] > 0
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
     sum(losses.values()).backward()
     sum(expected.values()).backward()
-    for (name, mine), theirs_parameter in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert (mine.grad - theirs_parameter.grad).norm() <= 2e-5 * theirs_parameter.grad.norm() + 1e-6, name
+    for (name, mine), theirs_parameter in zip(
+        ours.named_parameters(), theirs.parameters(), strict=True
+    ):
+        assert (
+            mine.grad - theirs_parameter.grad
+        ).norm() <= 2e-5 * theirs_parameter.grad.norm() + 1e-6, name
 
 
-@pytest.mark.parametrize(("min_size", "max_size"), [(96, 96), (160, 200)], ids=["native", "resized"])
+@pytest.mark.parametrize(
+    ("min_size", "max_size"), [(96, 96), (160, 200)], ids=["native", "resized"]
+)
 def test_losses_equal_torchvisions_on_hand_made_cells(min_size, max_size):
     ours, theirs = paired_models(min_size, max_size)
     label_maps = [crowded_label_maps(96, 96), crowded_label_maps(96, 96)[:, ::-1].copy()]
@@ -144,7 +167,10 @@ def test_losses_equal_torchvisions_on_hand_made_cells(min_size, max_size):
 def test_losses_equal_torchvisions_on_drawn_tissue_cut_by_crops():
     ours, theirs = paired_models(128, 128)
     image, maps = draw_tissue(np.random.default_rng(3))
-    maps, image = maps[:, 11:139, 7:135], torch.from_numpy(image[:, 11:139, 7:135] / np.float32(255))
+    maps, image = (
+        maps[:, 11:139, 7:135],
+        torch.from_numpy(image[:, 11:139, 7:135] / np.float32(255)),
+    )
     assert find_instances(maps).touches_border.any()
     assert_same_losses_and_gradients(ours, theirs, [image], [np.ascontiguousarray(maps)])
 
@@ -153,7 +179,9 @@ def test_losses_equal_torchvisions_on_the_real_sample(sample_data):
     import tifffile
 
     folder = sample_data / "hw3_sample"
-    image = torch.from_numpy(tifffile.imread(folder / "image.tif")[:256, :256, :3] / np.float32(255)).permute(2, 0, 1)
+    image = torch.from_numpy(
+        tifffile.imread(folder / "image.tif")[:256, :256, :3] / np.float32(255)
+    ).permute(2, 0, 1)
     maps = np.zeros((4, 256, 256), np.int32)
     for k in (1, 2):
         maps[k - 1] = tifffile.imread(folder / f"class{k}.tif")[:256, :256]
@@ -166,13 +194,20 @@ def test_min_size_zero_keeps_the_images_size():
     ours, theirs = paired_models(96, 96)
     native = build_model(RunConfig(mask_batch_size_per_image=0))
     native.load_state_dict(ours.state_dict())
-    assert_same_losses_and_gradients(native, theirs, [torch.rand(3, 96, 96)], [crowded_label_maps(96, 96)])
+    assert_same_losses_and_gradients(
+        native, theirs, [torch.rand(3, 96, 96)], [crowded_label_maps(96, 96)]
+    )
 
 
 def test_an_image_without_cells_has_no_mask_loss():
     ours, _ = paired_models(96, 96)
-    losses = ours.train()([torch.rand(3, 96, 96)], [make_target(torch.zeros(4, 96, 96, dtype=torch.int32)) | {"seed": 1}])
-    assert losses["loss_mask"] == 0 and losses["loss_box_reg"] == 0 and losses["loss_classifier"] > 0
+    losses = ours.train()(
+        [torch.rand(3, 96, 96)],
+        [make_target(torch.zeros(4, 96, 96, dtype=torch.int32)) | {"seed": 1}],
+    )
+    assert (
+        losses["loss_mask"] == 0 and losses["loss_box_reg"] == 0 and losses["loss_classifier"] > 0
+    )
     sum(losses.values()).backward()
 
 
@@ -210,7 +245,9 @@ def test_first_of_a_permutation_are_torchs(seed, length, share):
 def test_first_of_a_large_permutation():
     for seed in range(5):
         ours, theirs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-        assert first_of_permutation(698_368, 257, ours).equal(torch.randperm(698_368, generator=theirs)[:257])
+        assert first_of_permutation(698_368, 257, ours).equal(
+            torch.randperm(698_368, generator=theirs)[:257]
+        )
 
 
 def test_boxes_stay_float32_under_mixed_precision():
@@ -226,7 +263,9 @@ def test_boxes_stay_float32_under_mixed_precision():
 
 
 def test_channels_last_images_give_the_same_features_and_gradients():
-    """Both orders of memory, at a size at which the model takes its images channels last; in double, or roundings turn some ReLU."""
+    """Both orders of memory, at a size at which the model takes its images channels last; in
+    double, or roundings turn some ReLU.
+    """
     model = build_model(RunConfig()).double().train()
     image = torch.rand(3, 256, 256, dtype=torch.float64)
     batch = model.transform([image])[0].tensors
@@ -235,8 +274,15 @@ def test_channels_last_images_give_the_same_features_and_gradients():
     for images in (batch.contiguous(), batch):
         model.zero_grad()
         features = model.backbone(images)
-        sum((level * torch.linspace(-1, 1, level.numel()).view_as(level)).sum() for level in features.values()).backward()
-        gradients = [parameter.grad.clone() for parameter in model.backbone.parameters() if parameter.grad is not None]
+        sum(
+            (level * torch.linspace(-1, 1, level.numel()).view_as(level)).sum()
+            for level in features.values()
+        ).backward()
+        gradients = [
+            parameter.grad.clone()
+            for parameter in model.backbone.parameters()
+            if parameter.grad is not None
+        ]
         results.append([level.detach() for level in features.values()] + gradients)
     assert len(results[0]) > 50
     for first, last in zip(*results, strict=True):
@@ -246,25 +292,48 @@ def test_channels_last_images_give_the_same_features_and_gradients():
 def test_mask_batch_size_bounds_the_mask_heads_work():
     model = build_model(RunConfig(mask_batch_size_per_image=3)).train()
     seen = []
-    model.roi_heads.mask_head.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    model.roi_heads.mask_head.register_forward_hook(
+        lambda module, inputs, output: seen.append(len(inputs[0]))
+    )
     target = make_target(torch.from_numpy(crowded_label_maps(96, 96))) | {"seed": 1}
     losses = model([torch.rand(3, 96, 96)] * 2, [target, target])
     assert seen == [6] and losses["loss_mask"] > 0
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 70), st.integers(1, 70), st.sampled_from([7, 14]), st.booleans())
-def test_roi_align_equals_torchvisions_and_so_do_its_gradients(seed, images, height, width, size, channels_last):
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 3),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.sampled_from([7, 14]),
+    st.booleans(),
+)
+def test_roi_align_equals_torchvisions_and_so_do_its_gradients(
+    seed, images, height, width, size, channels_last
+):
     rng = torch.Generator().manual_seed(seed)
-    levels = {str(i): torch.randn(images, 3, -(-height >> i) or 1, -(-width >> i) or 1, generator=rng) for i in range(3)}
+    levels = {
+        str(i): torch.randn(images, 3, -(-height >> i) or 1, -(-width >> i) or 1, generator=rng)
+        for i in range(3)
+    }
     levels["pool"] = torch.randn(images, 3, 1, 1, generator=rng)
     if channels_last:
-        levels = {name: level.contiguous(memory_format=torch.channels_last) for name, level in levels.items()}
-    corners = torch.rand(images, 9, 2, 2, generator=rng) * torch.tensor([4.0 * width, 4.0 * height]) * 1.2 - 3
+        levels = {
+            name: level.contiguous(memory_format=torch.channels_last)
+            for name, level in levels.items()
+        }
+    corners = (
+        torch.rand(images, 9, 2, 2, generator=rng) * torch.tensor([4.0 * width, 4.0 * height]) * 1.2
+        - 3
+    )
     boxes = list(torch.cat([corners.amin(2), corners.amax(2)], -1))
     shapes = [(4 * height, 4 * width)] * images
     results = []
-    for pool in (MultiScaleRoIAlign(["0", "1", "2"], size, 2), GatherRoIAlign(["0", "1", "2"], size, 2)):
+    for pool in (
+        MultiScaleRoIAlign(["0", "1", "2"], size, 2),
+        GatherRoIAlign(["0", "1", "2"], size, 2),
+    ):
         features = {name: level.clone().requires_grad_() for name, level in levels.items()}
         pooled = pool(features, boxes, shapes)
         (pooled * torch.arange(pooled.numel()).view_as(pooled).cos()).sum().backward()
@@ -284,9 +353,16 @@ def test_backbones_build_and_run(backbone):
 def test_parameter_counts_are_torchvisions():
     from torchvision.models.detection import maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
 
-    for backbone, factory in (("resnet50", maskrcnn_resnet50_fpn), ("resnet50_fpn_v2", maskrcnn_resnet50_fpn_v2)):
+    for backbone, factory in (
+        ("resnet50", maskrcnn_resnet50_fpn),
+        ("resnet50_fpn_v2", maskrcnn_resnet50_fpn_v2),
+    ):
         reference = factory(weights=None, weights_backbone=None, num_classes=5)
         ours = build_model(RunConfig(backbone=backbone))
-        assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in reference.parameters())
-        assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in reference.named_parameters()}
+        assert sum(p.numel() for p in ours.parameters()) == sum(
+            p.numel() for p in reference.parameters()
+        )
+        assert {n: p.shape for n, p in ours.named_parameters()} == {
+            n: p.shape for n, p in reference.named_parameters()
+        }
     assert count_parameters(ours) < 200_000_000

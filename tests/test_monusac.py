@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from skimage.draw import polygon2mask
 
 from cellseg_helpers.config import ROOT
-from cellseg_helpers.data.monusac import convert_originals, convert_parquet, draw_instances, fill_outline, main
+from cellseg_helpers.data.monusac import (
+    convert_originals,
+    convert_parquet,
+    draw_instances,
+    fill_outline,
+    main,
+)
 from cellseg_helpers.data.readers import DataError, open_dataset
 
 NAME = "TCGA-AA-0001-01Z-00-DX1_1"
@@ -33,12 +39,16 @@ def annotation(layers: dict[str, list]) -> str:
         regions = ""
         for number, outline in enumerate(outlines, 1):
             vertices = "".join(f'<Vertex X="{x}" Y="{y}" Z="0"/>' for x, y in outline)
-            regions += f'<Region Id="{number}"><Attributes/><Vertices>{vertices}</Vertices></Region>'
+            regions += (
+                f'<Region Id="{number}"><Attributes/><Vertices>{vertices}</Vertices></Region>'
+            )
         text += f'<Annotation><Attributes><Attribute Name="{name}"/></Attributes><Regions>{regions}</Regions></Annotation>'
     return f"<Annotations>{text}</Annotations>"
 
 
-def write_original(folder: Path, layers: dict[str, list], name: str = NAME, shape=(40, 60), suffix=".tif") -> np.ndarray:
+def write_original(
+    folder: Path, layers: dict[str, list], name: str = NAME, shape=(40, 60), suffix=".tif"
+) -> np.ndarray:
     folder.mkdir(parents=True, exist_ok=True)
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     tifffile.imwrite(folder / f"{name}{suffix}", image, photometric="rgb")
@@ -59,8 +69,19 @@ def nothing_left(folder: Path, *others: str) -> bool:
 
 def test_real_originals_give_640_instances(sample_data, tmp_path):
     report = convert_originals(sample_data / "monusac_originals", tmp_path / "hw3")
-    assert report.instances == {"epithelial": 329, "lymphocyte": 299, "neutrophil": 5, "macrophage": 7}
-    assert (report.images, report.patients, report.ambiguous, report.clipped, report.vanished) == (3, 1, 0, 0, [])
+    assert report.instances == {
+        "epithelial": 329,
+        "lymphocyte": 299,
+        "neutrophil": 5,
+        "macrophage": 7,
+    }
+    assert (report.images, report.patients, report.ambiguous, report.clipped, report.vanished) == (
+        3,
+        1,
+        0,
+        0,
+        [],
+    )
     assert report.overlapping == 61
 
     dataset = open_dataset(tmp_path / "hw3", cache_dir=tmp_path / "cache")
@@ -71,33 +92,47 @@ def test_real_originals_give_640_instances(sample_data, tmp_path):
     for item in dataset:
         pages = tifffile.TiffFile(sample_data / "monusac_originals" / f"{item.image_id}.svs").pages
         assert (item.image == np.moveaxis(pages[0].asarray(), -1, 0)).all()
-        assert max(page.size for page in pages) > pages[0].size  # the picture of the slide is larger than the tissue
+        assert (
+            max(page.size for page in pages) > pages[0].size
+        )  # the picture of the slide is larger than the tissue
 
 
 def test_classes_pixels_and_patients(tmp_path):
     image = write_original(
         tmp_path / "in" / "TCGA-AA-0001",
-        {"Macrophage": [square(20, 30, 9)], "Epithelial": [square(2, 3, 4), square(10, 3, 4)], "Neutrophil": []},
+        {
+            "Macrophage": [square(20, 30, 9)],
+            "Epithelial": [square(2, 3, 4), square(10, 3, 4)],
+            "Neutrophil": [],
+        },
     )
     report = convert_originals(tmp_path / "in", tmp_path / "out")
     assert report.instances == {"epithelial": 2, "lymphocyte": 0, "neutrophil": 0, "macrophage": 1}
 
     folder = tmp_path / "out" / "train" / NAME
-    assert sorted(path.name for path in folder.iterdir()) == ["class1.tif", "class4.tif", "image.tif"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "class1.tif",
+        "class4.tif",
+        "image.tif",
+    ]
     assert (tifffile.imread(folder / "image.tif") == image).all()
     expected = np.zeros((40, 60), np.uint16)
     expected[2:7, 3:8], expected[10:15, 3:8] = 1, 2
     assert label_map(tmp_path / "out", 1).dtype == np.uint16
     assert (label_map(tmp_path / "out", 1) == expected).all()
     with open(tmp_path / "out" / "patients.csv", newline="") as file:
-        assert list(csv.DictReader(file)) == [{"image_id": NAME, "patient": "TCGA-AA-0001", "organ": ""}]
+        assert list(csv.DictReader(file)) == [
+            {"image_id": NAME, "patient": "TCGA-AA-0001", "organ": ""}
+        ]
     assert nothing_left(tmp_path, "in", "out")
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_smaller_instance_is_on_top_within_a_class(tmp_path, order):
     large, small, inside = square(0, 0, 19), square(15, 15, 9), square(4, 4, 2)
-    write_original(tmp_path / "in", {"Epithelial": [large, small, inside][::order], "Lymphocyte": [large]})
+    write_original(
+        tmp_path / "in", {"Epithelial": [large, small, inside][::order], "Lymphocyte": [large]}
+    )
     report = convert_originals(tmp_path / "in", tmp_path / "out")
     areas = np.bincount(label_map(tmp_path / "out", 1).ravel())[1:][::order]
     assert areas.tolist() == [400 - 25 - 9, 100, 9]
@@ -111,7 +146,14 @@ def test_vanished_regions_are_named_and_ambiguous_ones_counted(tmp_path):
     write_original(
         tmp_path / "in",
         {
-            "Epithelial": [same, same, [(1, 1), (9, 9)], [], [(3.2, 3.2), (3.6, 3.2), (3.4, 3.6)], square(100, 0, 5)],
+            "Epithelial": [
+                same,
+                same,
+                [(1, 1), (9, 9)],
+                [],
+                [(3.2, 3.2), (3.6, 3.2), (3.4, 3.6)],
+                square(100, 0, 5),
+            ],
             "Lymphocyte": [square(-5, 55, 9)],
             "Ambiguous": [square(1, 1, 8), square(3, 1, 8)],
         },
@@ -121,8 +163,17 @@ def test_vanished_regions_are_named_and_ambiguous_ones_counted(tmp_path):
     assert report.ambiguous == 2
     assert report.clipped == 2
     assert (label_map(tmp_path / "out", 2) > 0).sum() == 5 * 5
-    assert np.unique(label_map(tmp_path / "out", 1)).tolist() == [0, 1]  # of two equal regions the earlier stays
-    reasons = ["covered by smaller or equal", "2 vertices", "0 vertices", "no pixel centre", "no pixel centre"]
+    assert np.unique(label_map(tmp_path / "out", 1)).tolist() == [
+        0,
+        1,
+    ]  # of two equal regions the earlier stays
+    reasons = [
+        "covered by smaller or equal",
+        "2 vertices",
+        "0 vertices",
+        "no pixel centre",
+        "no pixel centre",
+    ]
     for number, (sentence, reason) in enumerate(zip(report.vanished, reasons, strict=True), 2):
         assert f"{NAME}.xml, region {number} (epithelial)" in sentence
         assert reason in sentence
@@ -131,7 +182,9 @@ def test_vanished_regions_are_named_and_ambiguous_ones_counted(tmp_path):
 
 
 def test_outline_that_crosses_itself_leaves_no_hole():
-    loop = np.array([(0, 0), (0, 20), (20, 20), (20, 5), (5, 5), (5, 15), (15, 15), (15, 0)])  # winds twice round (10, 10)
+    loop = np.array(
+        [(0, 0), (0, 20), (20, 20), (20, 5), (5, 5), (5, 15), (15, 15), (15, 0)]
+    )  # winds twice round (10, 10)
     plain = polygon2mask((30, 30), loop)
     filled = np.zeros((30, 30), bool)
     filled.ravel()[fill_outline(loop, (30, 30))] = True
@@ -228,15 +281,29 @@ def break_original(folder: Path, fault: str) -> None:
         ("other xml", rf"{NAME}\.xml: .*no MoNuSAC annotation"),
         ("empty image", rf"{NAME}\.tif: the image cannot be read"),
         ("truncated image", rf"{NAME}\.tif: the image cannot be read"),
-        ("grey image", rf"{NAME}\.tif: expected a uint8 RGB image, found uint8 of shape \(40, 60\)"),
-        ("unknown class", rf"{NAME}\.xml: unknown class 'Plasma cell'; one of epithelial, .*macrophage"),
-        ("bad vertex", rf"{NAME}\.xml, region 1 \(epithelial\): a vertex without a numeric X and Y"),
-        ("endless vertex", rf"{NAME}\.xml, region 1 \(epithelial\): a vertex that is not a finite number"),
+        (
+            "grey image",
+            rf"{NAME}\.tif: expected a uint8 RGB image, found uint8 of shape \(40, 60\)",
+        ),
+        (
+            "unknown class",
+            rf"{NAME}\.xml: unknown class 'Plasma cell'; one of epithelial, .*macrophage",
+        ),
+        (
+            "bad vertex",
+            rf"{NAME}\.xml, region 1 \(epithelial\): a vertex without a numeric X and Y",
+        ),
+        (
+            "endless vertex",
+            rf"{NAME}\.xml, region 1 \(epithelial\): a vertex that is not a finite number",
+        ),
         ("same name", rf"{NAME}\.tif and .*{NAME}\.tif have the same name"),
     ],
 )
 def test_damaged_originals_end_in_a_sentence_and_leave_nothing(tmp_path, fault, sentence):
-    write_original(tmp_path / "in" / "a", {"Epithelial": [square(1, 1, 8)]}, name="TCGA-AA-0000-01Z-00-DX1_1")
+    write_original(
+        tmp_path / "in" / "a", {"Epithelial": [square(1, 1, 8)]}, name="TCGA-AA-0000-01Z-00-DX1_1"
+    )
     write_original(tmp_path / "in" / "b", {"Epithelial": [square(1, 1, 8)]})
     break_original(tmp_path / "in" / "b", fault)
     with pytest.raises(DataError, match=sentence):
@@ -267,12 +334,26 @@ def mask(top: int, left: int, size: int, shape=(40, 60)) -> np.ndarray:
     return picture
 
 
-def row(instances: list[np.ndarray], names: list[str], patient="TCGA-AA-0001", tissue="Lung", shape=(40, 60)) -> dict:
+def row(
+    instances: list[np.ndarray],
+    names: list[str],
+    patient="TCGA-AA-0001",
+    tissue="Lung",
+    shape=(40, 60),
+) -> dict:
     image = np.full((*shape, 3), 200, np.uint8)
-    return {"patient": patient, "image": image, "instances": instances, "categories": names, "tissue": tissue}
+    return {
+        "patient": patient,
+        "image": image,
+        "instances": instances,
+        "categories": names,
+        "tissue": tissue,
+    }
 
 
-def write_parquet(path: Path, rows: list[dict], classes=HUB_CLASSES, drop=(), numbers_only=False) -> None:
+def write_parquet(
+    path: Path, rows: list[dict], classes=HUB_CLASSES, drop=(), numbers_only=False
+) -> None:
     """A file of the public copy's schema, written by the library that wrote that one."""
     import datasets
     from PIL import Image
@@ -300,14 +381,29 @@ def write_parquet(path: Path, rows: list[dict], classes=HUB_CLASSES, drop=(), nu
 
 
 def test_parquet_copy(tmp_path):
-    names = ["Neutrophil", "Macrophage", "Epithelial", "Ambiguous", "Lymphocyte", "Epithelial", "Epithelial"]
+    names = [
+        "Neutrophil",
+        "Macrophage",
+        "Epithelial",
+        "Ambiguous",
+        "Lymphocyte",
+        "Epithelial",
+        "Epithelial",
+    ]
     small, large, empty = mask(5, 5, 4), mask(0, 0, 20), mask(0, 0, 0)
     masks = [mask(0, 0, 2), mask(0, 0, 3), small, mask(0, 0, 30), mask(0, 0, 5), large, empty]
     write_parquet(
         tmp_path / "hub" / "data" / "train-00000-of-00001.parquet",
-        [row(masks, names), row([], [], patient="TCGA-BB-0002", tissue="Breast"), row([small], ["Macrophage"])],
+        [
+            row(masks, names),
+            row([], [], patient="TCGA-BB-0002", tissue="Breast"),
+            row([small], ["Macrophage"]),
+        ],
     )
-    write_parquet(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet", [row([small, large], ["Ambiguous", "Neutrophil"])])
+    write_parquet(
+        tmp_path / "hub" / "data" / "test-00000-of-00001.parquet",
+        [row([small, large], ["Ambiguous", "Neutrophil"])],
+    )
     reports = convert_parquet(tmp_path / "hub", tmp_path / "out")
 
     assert list(reports) == ["train", "test"]
@@ -316,12 +412,20 @@ def test_parquet_copy(tmp_path):
     assert (train.images, train.patients, train.ambiguous, train.overlapping) == (3, 2, 1, 1)
     assert len(train.vanished) == 1
     assert "row 1, instance 7 (epithelial) has an empty mask" in train.vanished[0]
-    assert reports["test"].instances == {"epithelial": 0, "lymphocyte": 0, "neutrophil": 1, "macrophage": 0}
+    assert reports["test"].instances == {
+        "epithelial": 0,
+        "lymphocyte": 0,
+        "neutrophil": 1,
+        "macrophage": 0,
+    }
     assert reports["test"].ambiguous == 1
     assert nothing_left(tmp_path, "hub", "out", "out_test")
 
     first = "TCGA-AA-0001_001"
-    areas = [np.bincount(label_map(tmp_path / "out", class_id, first).ravel())[1:].tolist() for class_id in (1, 2, 3, 4)]
+    areas = [
+        np.bincount(label_map(tmp_path / "out", class_id, first).ravel())[1:].tolist()
+        for class_id in (1, 2, 3, 4)
+    ]
     assert areas == [[16, 400 - 16], [25], [4], [9]]
     with open(tmp_path / "out" / "patients.csv", newline="") as file:
         assert [tuple(line.values()) for line in csv.DictReader(file)] == [
@@ -333,23 +437,54 @@ def test_parquet_copy(tmp_path):
     assert dataset.image_ids == [first, "TCGA-AA-0001_002", "TCGA-BB-0002_001"]
     assert dataset.counts.tolist() == [[2, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
     assert (dataset[0].image == 200).all()
-    assert open_dataset(tmp_path / "out_test", cache_dir=tmp_path / "cache").counts.tolist() == [[0, 0, 1, 0]]
+    assert open_dataset(tmp_path / "out_test", cache_dir=tmp_path / "cache").counts.tolist() == [
+        [0, 0, 1, 0]
+    ]
 
 
 def test_parquet_classes_go_by_name_not_by_number(tmp_path):
-    write_parquet(tmp_path / "t.parquet", [row([mask(0, 0, 3)], ["Macrophage"])], classes=HUB_CLASSES[::-1])
-    assert convert_parquet(tmp_path / "t.parquet", tmp_path / "out")["train"].instances["macrophage"] == 1
+    write_parquet(
+        tmp_path / "t.parquet", [row([mask(0, 0, 3)], ["Macrophage"])], classes=HUB_CLASSES[::-1]
+    )
+    assert (
+        convert_parquet(tmp_path / "t.parquet", tmp_path / "out")["train"].instances["macrophage"]
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
     ("faulty", "options", "sentence"),
     [
-        (row([], []), {"drop": ["instances", "tissue"]}, "no column instances, tissue; expected patient, image"),
-        (row([], []), {"classes": [*HUB_CLASSES, "Plasma"]}, "column categories: unknown class 'Plasma'"),
-        (row([mask(0, 0, 3)], ["Epithelial"]), {"numbers_only": True}, "column categories has no class names"),
-        (row([mask(0, 0, 3)], []), {}, "row 2: instances and categories must be two lists of the same length"),
-        (row([mask(0, 0, 3, (10, 10))], ["Epithelial"]), {}, r"row 2, instance 1 \(epithelial\): mask of shape \(10, 10\)"),
-        (row([], [], patient="../x"), {}, "row 2: the patient '../x' cannot be part of a file name"),
+        (
+            row([], []),
+            {"drop": ["instances", "tissue"]},
+            "no column instances, tissue; expected patient, image",
+        ),
+        (
+            row([], []),
+            {"classes": [*HUB_CLASSES, "Plasma"]},
+            "column categories: unknown class 'Plasma'",
+        ),
+        (
+            row([mask(0, 0, 3)], ["Epithelial"]),
+            {"numbers_only": True},
+            "column categories has no class names",
+        ),
+        (
+            row([mask(0, 0, 3)], []),
+            {},
+            "row 2: instances and categories must be two lists of the same length",
+        ),
+        (
+            row([mask(0, 0, 3, (10, 10))], ["Epithelial"]),
+            {},
+            r"row 2, instance 1 \(epithelial\): mask of shape \(10, 10\)",
+        ),
+        (
+            row([], [], patient="../x"),
+            {},
+            "row 2: the patient '../x' cannot be part of a file name",
+        ),
         (row([], [], tissue=None), {}, "row 2: label None has no name; names are Breast"),
     ],
 )
@@ -368,7 +503,10 @@ def test_damaged_parquet_ends_in_a_sentence_and_leaves_nothing(tmp_path):
     for content, sentence in (
         (b"no parquet", "cannot be read as Parquet"),
         (whole[:-10], "cannot be read as Parquet"),
-        (whole[:pictures] + bytes(40) + whole[pictures + 40 :], r"row 1, image: cannot be decoded|cannot be read to its end"),
+        (
+            whole[:pictures] + bytes(40) + whole[pictures + 40 :],
+            r"row 1, image: cannot be decoded|cannot be read to its end",
+        ),
     ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=rf"t\.parquet.*({sentence})"):
@@ -417,7 +555,10 @@ def test_command_line_converts_and_prints_the_table(tmp_path, capsys):
 
 
 def test_download_converts_what_the_hub_gives(tmp_path, monkeypatch):
-    write_parquet(tmp_path / "snapshot" / "data" / "train-00000-of-00001.parquet", [row([mask(0, 0, 3)], ["Macrophage"])])
+    write_parquet(
+        tmp_path / "snapshot" / "data" / "train-00000-of-00001.parquet",
+        [row([mask(0, 0, 3)], ["Macrophage"])],
+    )
     asked = []
 
     def snapshot(name, **options):
@@ -435,13 +576,27 @@ def test_download_of_a_revision_without_data_says_so(tmp_path, monkeypatch, caps
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path))
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, **options: None)
     assert main(["download", str(tmp_path / "out")]) == 1
-    assert "holds no Parquet files; take another one, such as --revision main" in capsys.readouterr().err
+    assert (
+        "holds no Parquet files; take another one, such as --revision main"
+        in capsys.readouterr().err
+    )
 
 
 def test_download_without_a_network_says_what_to_do(tmp_path):
-    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
-    command = [sys.executable, "-m", "cellseg_helpers.data.monusac", "download", str(tmp_path / "out")]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    environment = os.environ | {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path / "hub"),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "cellseg_helpers.data.monusac",
+        "download",
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")

@@ -30,13 +30,23 @@ def tags(cell):
 def parameters_of(path):
     (cell,) = [cell for cell in cells_of(path) if "parameters" in tags(cell)]
     statements = ast.parse(source(cell)).body
-    assert all(isinstance(statement, ast.Assign) and len(statement.targets) == 1 for statement in statements)
+    assert all(
+        isinstance(statement, ast.Assign) and len(statement.targets) == 1
+        for statement in statements
+    )
     return {statement.targets[0].id: ast.literal_eval(statement.value) for statement in statements}
 
 
 def test_the_first_notebooks_are_there():
     names = ["00_overview", "01_explore_data", "02_train", "03_evaluate"]
-    names += ["04_score_thresholds", "05_border_cells", "06_postprocessing", "07_predict_test", "08_report_tables", "09_findings"]
+    names += [
+        "04_score_thresholds",
+        "05_border_cells",
+        "06_postprocessing",
+        "07_predict_test",
+        "08_report_tables",
+        "09_findings",
+    ]
     assert [path.stem for path in NOTEBOOKS] == names
 
 
@@ -51,10 +61,14 @@ class TestEveryNotebook:
         cells = cells_of(path)
         assert 15 <= len(cells) <= 30
         code = [ast.parse(source(cell)) for cell in cells if cell["cell_type"] == "code"]
-        assert not [node for tree in code for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        assert not [
+            node for tree in code for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+        ]
 
     def test_imports_all_stand_in_the_first_code_cell(self, path):
-        first, *others = [ast.parse(source(cell)) for cell in cells_of(path) if cell["cell_type"] == "code"]
+        first, *others = [
+            ast.parse(source(cell)) for cell in cells_of(path) if cell["cell_type"] == "code"
+        ]
         imports = ast.Import | ast.ImportFrom
         assert all(isinstance(statement, imports) for statement in first.body)
         assert not [node for tree in others for node in ast.walk(tree) if isinstance(node, imports)]
@@ -63,9 +77,14 @@ class TestEveryNotebook:
         code = [cell for cell in cells_of(path) if cell["cell_type"] == "code"]
         place = next(i for i, cell in enumerate(code) if "parameters" in tags(cell))
         assert parameters_of(path)
-        lines = [line for line in source(code[place]).splitlines() if line and not line.startswith("#")]
+        lines = [
+            line for line in source(code[place]).splitlines() if line and not line.startswith("#")
+        ]
         assert all("  # " in line for line in lines)
-        assert re.search(r"= (check_parameters|RunConfig\.from_notebook)\(\s*globals\(\)", source(code[place + 1]))
+        assert re.search(
+            r"= (check_parameters|RunConfig\.from_notebook)\(\s*globals\(\)",
+            source(code[place + 1]),
+        )
         assert place == 1
 
     def test_ends_with_result_limits_next(self, path):
@@ -84,7 +103,9 @@ class TestEveryNotebook:
         with_output = [cell for cell in code if cell["outputs"] or IGNORED in tags(cell)]
         ignored = [cell for cell in with_output if IGNORED in tags(cell)]
         assert 3 * len(ignored) <= len(with_output)
-        assert not [cell for cell in with_output if {"nbval-skip", "raises-exception"} & set(tags(cell))]
+        assert not [
+            cell for cell in with_output if {"nbval-skip", "raises-exception"} & set(tags(cell))
+        ]
         assert "NBVAL" not in path.read_text(encoding="utf-8")
 
     def test_shows_no_path_of_a_machine_and_is_small(self, path):

@@ -1,7 +1,7 @@
 """Each fast path against its slow oracle on random small scenes.
 
-Among them: one-pixel cells, cells at every border, no cell, ids above 16 bits, two classes on the same pixels; boxes partly and
-wholly outside the image.
+Among them: one-pixel cells, cells at every border, no cell, ids above 16 bits, two classes on the
+same pixels; boxes partly and wholly outside the image.
 """
 
 import copy
@@ -27,7 +27,11 @@ from test_thresholds import simulated
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.models.detection._utils import Matcher
-from torchvision.models.detection.roi_heads import expand_boxes, paste_masks_in_image, project_masks_on_boxes
+from torchvision.models.detection.roi_heads import (
+    expand_boxes,
+    paste_masks_in_image,
+    project_masks_on_boxes,
+)
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_iou, masks_to_boxes
@@ -60,21 +64,37 @@ def ellipse(shape, y, x, half_height, half_width):
 
 @st.composite
 def scenes(draw, min_side=1, ids=IDS):
-    """Label maps int32 [K, H, W] of ellipses, lines and single pixels anywhere, later ones on earlier ones."""
+    """Label maps int32 [K, H, W] of ellipses, lines and single pixels anywhere, later ones on
+    earlier ones.
+    """
     shape = draw(st.integers(min_side, 40)), draw(st.integers(min_side, 40))
     label_maps = np.zeros((draw(st.integers(1, 4)), *shape), np.int32)
-    cells = st.tuples(*(st.integers(0, length - 1) for length in label_maps.shape), half_axes, half_axes, st.sampled_from(ids))
+    cells = st.tuples(
+        *(st.integers(0, length - 1) for length in label_maps.shape),
+        half_axes,
+        half_axes,
+        st.sampled_from(ids),
+    )
     for k, *cell, number in draw(st.lists(cells, max_size=10)):
         label_maps[k][ellipse(shape, *cell)] = number
     return label_maps
 
 
 def borders():
-    """A pixel in every corner and on every side, a row and a column, a large cell, two classes on the same pixels."""
+    """A pixel in every corner and on every side, a row and a column, a large cell, two classes on
+    the same pixels.
+    """
     label_maps = np.zeros((4, 24, 30), np.int32)
-    label_maps[0, [0, 0, -1, -1, 0, -1, 9, 13], [0, -1, 0, -1, 15, 15, 0, -1]] = range(65_532, 65_540)
+    label_maps[0, [0, 0, -1, -1, 0, -1, 9, 13], [0, -1, 0, -1, 15, 15, 0, -1]] = range(
+        65_532, 65_540
+    )
     label_maps[1, 8:17, 9:20] = label_maps[2, 8:17, 9:20] = 70_000
-    label_maps[2, 10, 10], label_maps[3, 5], label_maps[3, 7:, 4], label_maps[3, 7:, 6:] = 7, 1, 2, 3
+    label_maps[2, 10, 10], label_maps[3, 5], label_maps[3, 7:, 4], label_maps[3, 7:, 6:] = (
+        7,
+        1,
+        2,
+        3,
+    )
     return label_maps
 
 
@@ -95,20 +115,34 @@ on_data_sets = on(st.lists(scenes(), min_size=1, max_size=3), [borders(), EMPTY]
 
 
 def dense(label_maps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Classes, ids, masks (bool [N, H, W]) and boxes (to behind the last pixel) of the cells, by class, then id."""
-    cells = [(k, int(number)) for k, label_map in enumerate(label_maps, 1) for number in np.unique(label_map) if number]
-    masks = np.array([label_maps[k - 1] == number for k, number in cells], bool).reshape(-1, *label_maps.shape[1:])
+    """Classes, ids, masks (bool [N, H, W]) and boxes (to behind the last pixel) of the cells, by
+    class, then id.
+    """
+    cells = [
+        (k, int(number))
+        for k, label_map in enumerate(label_maps, 1)
+        for number in np.unique(label_map)
+        if number
+    ]
+    masks = np.array([label_maps[k - 1] == number for k, number in cells], bool).reshape(
+        -1, *label_maps.shape[1:]
+    )
     labels, ids = torch.tensor(cells, dtype=torch.int64).reshape(-1, 2).T
     masks = torch.from_numpy(masks)
     return labels, ids, masks, masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
 
 
 def by_pycocos_encode(masks: Tensor) -> list[str]:
-    return [coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode() for mask in masks.numpy()]
+    return [
+        coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+        for mask in masks.numpy()
+    ]
 
 
 def moved(boxes: Tensor, seed: int) -> Tensor:
-    """The boxes, then three copies of them moved a little, to the image's border, or out of it, and stretched."""
+    """The boxes, then three copies of them moved a little, to the image's border, or out of it, and
+    stretched.
+    """
     rng = torch.Generator().manual_seed(seed)
     again = boxes.repeat(3, 1)
     far = torch.tensor([0.3, 4, 40])[torch.randint(3, (len(again), 1), generator=rng)]
@@ -124,7 +158,9 @@ def test_instances_equal_those_of_masks(label_maps, seed):
     edges = torch.cat([masks[:, [0, -1]].flatten(1), masks[:, :, [0, -1]].flatten(1)], 1).any(1)
     expected = (boxes, labels, ids, masks.sum((1, 2)), edges)
     assert [values.tolist() for values in found] == [values.tolist() for values in expected]
-    assert [rle["counts"] for rle in encode_instances(label_maps, found)] == by_pycocos_encode(masks)
+    assert [rle["counts"] for rle in encode_instances(label_maps, found)] == by_pycocos_encode(
+        masks
+    )
 
 
 @pytest.mark.parametrize("boxes_miss_last_pixel", [False, True])
@@ -134,7 +170,12 @@ def test_targets_equal_those_of_masks(boxes_miss_last_pixel, label_maps, seed):
     boxes = masks_to_boxes(masks) if boxes_miss_last_pixel else boxes
     kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     target = make_target(torch.from_numpy(label_maps), boxes_miss_last_pixel)
-    expected = {"boxes": boxes[kept], "labels": labels[kept], "ids": ids[kept].int(), "label_maps": torch.from_numpy(label_maps)}
+    expected = {
+        "boxes": boxes[kept],
+        "labels": labels[kept],
+        "ids": ids[kept].int(),
+        "label_maps": torch.from_numpy(label_maps),
+    }
     torch.testing.assert_close(target, expected, rtol=0, atol=0)
 
 
@@ -144,21 +185,32 @@ def test_mask_targets_equal_projected_masks(label_maps, seed):
     boxes = moved(own, seed)  # the RPN's are clipped to the image
     match = torch.arange(len(labels)).repeat(4)
     found = mask_targets(torch.from_numpy(label_maps), labels[match], ids[match], boxes, 28)
-    torch.testing.assert_close(found, project_masks_on_boxes(masks, boxes, match, 28), rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        found, project_masks_on_boxes(masks, boxes, match, 28), rtol=0, atol=2e-4
+    )
 
 
 @pytest.mark.parametrize("low_quality", [False, True])
 @on_data_sets
 def test_anchors_match_as_in_torchvision(low_quality, images, seed):
-    """Some images without a cell, some anchors on cells, some out of the image and of every cell's reach."""
+    """Some images without a cell, some anchors on cells, some out of the image and of every cell's
+    reach.
+    """
     targets = [make_target(torch.from_numpy(label_maps)) for label_maps in images]
     far = torch.tensor([[-90.0, -90, -60, -60], [200, 5, 216, 21], [3, 3, 3, 9]])
-    anchors = [torch.cat([moved(target["boxes"], seed)[len(target["boxes"]) :], far]) for target in targets]
+    anchors = [
+        torch.cat([moved(target["boxes"], seed)[len(target["boxes"]) :], far]) for target in targets
+    ]
     rpn = SimpleNamespace(proposal_matcher=Matcher(0.7, 0.3, low_quality), box_similarity=box_iou)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rpn_module, "ANCHORS_PER_STRIP", 16)
         found = LabelMapRPN.assign_targets_to_anchors(rpn, anchors, targets)
-    torch.testing.assert_close(found, RegionProposalNetwork.assign_targets_to_anchors(rpn, anchors, targets), rtol=0, atol=0)
+    torch.testing.assert_close(
+        found,
+        RegionProposalNetwork.assign_targets_to_anchors(rpn, anchors, targets),
+        rtol=0,
+        atol=0,
+    )
 
 
 @on_scenes
@@ -168,10 +220,16 @@ def test_pasted_and_encoded_masks_equal_torchvisions(label_maps, seed):
     match = torch.arange(len(masks)).repeat(4)
     masks, boxes = project_masks_on_boxes(masks, own[match], match, 28), moved(own, seed)
     grown = expand_boxes(boxes, 30 / 28).long()
-    seen = ((grown[:, :2] < torch.tensor([width, height])) & (grown[:, 2:] >= 0)).all(1)  # else torchvision's may fail
+    seen = ((grown[:, :2] < torch.tensor([width, height])) & (grown[:, 2:] >= 0)).all(
+        1
+    )  # else torchvision's may fail
     expected = torch.zeros(len(boxes), height, width, dtype=torch.bool)
-    expected[seen] = paste_masks_in_image(masks[seen, None], boxes[seen], (height, width))[:, 0] >= 0.5
-    found = encode_box_masks(paste_in_boxes(masks, boxes, height, width, 0.5), [(height, width)] * len(boxes))
+    expected[seen] = (
+        paste_masks_in_image(masks[seen, None], boxes[seen], (height, width))[:, 0] >= 0.5
+    )
+    found = encode_box_masks(
+        paste_in_boxes(masks, boxes, height, width, 0.5), [(height, width)] * len(boxes)
+    )
     assert [rle["counts"] for rle in found] == by_pycocos_encode(expected)
 
 
@@ -187,7 +245,9 @@ def test_recipes_move_label_maps_as_a_stack_of_masks(name, label_maps, seed):
     labels, ids, masks, _ = dense(label_maps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        expected_image, expected = v2.Compose(recipe)(tv_tensors.Image(image), tv_tensors.Mask(masks.byte()))
+        expected_image, expected = v2.Compose(recipe)(
+            tv_tensors.Image(image), tv_tensors.Mask(masks.byte())
+        )
     found_image, found = augment(image, torch.from_numpy(label_maps), recipe, seed)
     assert torch.equal(found_image, expected_image)
     assert torch.equal(found[labels - 1] == ids[:, None, None], expected.bool())
@@ -195,18 +255,28 @@ def test_recipes_move_label_maps_as_a_stack_of_masks(name, label_maps, seed):
 
 
 def coco_data(images, seed, times=1):
-    """COCO truth of images, each so many times, and detections: cells as they are and a pixel off, some missed or mislabelled."""
-    truth = {"images": [], "annotations": [], "categories": [{"id": k, "name": name} for k, name in enumerate(CLASS_NAMES, 1)]}
+    """COCO truth of images, each so many times, and detections: cells as they are and a pixel off,
+    some missed or mislabelled.
+    """
+    truth = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(CLASS_NAMES, 1)],
+    }
     found = []
     for image_id, place in enumerate(np.repeat(np.arange(len(images)), times), 1):
         rng, label_maps = np.random.default_rng((seed, place)), images[place]
-        truth["images"].append({"id": image_id, "height": label_maps.shape[1], "width": label_maps.shape[2]})
+        truth["images"].append(
+            {"id": image_id, "height": label_maps.shape[1], "width": label_maps.shape[2]}
+        )
         truth["annotations"] += coco_cells(label_maps, image_id)
         share = rng.choice([0, 0.7, 1])
         for shift in ((0, 0), (0, 1), (1, 1)):
             for cell in coco_cells(np.roll(label_maps, shift, (1, 2)), image_id):
                 changed = {"category_id": int(rng.integers(1, 5))} if rng.random() < 0.2 else {}
-                found += [{**cell, **changed, "score": rng.random()}] if rng.random() < share else []
+                found += (
+                    [{**cell, **changed, "score": rng.random()}] if rng.random() < share else []
+                )
     for number, cell in enumerate(truth["annotations"], 1):
         cell |= {"id": number, "iscrowd": 0}
     return truth, found
@@ -223,8 +293,15 @@ def coco_cells(label_maps, image_id):
 def test_coco_scores_equal_pycocotools(images, seed):
     truth, detections = coco_data(images, seed)
     detections = [row | {"score": round(row["score"], 1)} for row in detections]  # equal scores too
-    found, expected = score_coco(truth, detections, (1, 3, 100)), by_pycocotools(truth, detections, (1, 3, 100)).eval
-    for values, key in ((found.precision, "precision"), (found.recall, "recall"), (found.score, "scores")):
+    found, expected = (
+        score_coco(truth, detections, (1, 3, 100)),
+        by_pycocotools(truth, detections, (1, 3, 100)).eval,
+    )
+    for values, key in (
+        (found.precision, "precision"),
+        (found.recall, "recall"),
+        (found.score, "scores"),
+    ):
         np.testing.assert_array_equal(values, with_nan(expected[key]))
 
 
@@ -232,10 +309,15 @@ def test_coco_scores_equal_pycocotools(images, seed):
 def test_bootstrap_scores_equal_pycocotools_on_images_written_out(images, seed):
     truth, detections = coco_data(images, seed)
     weights = draw_images(len(images), 1, seed)
-    lines, ap50 = bootstrap_summary(truth, detections, weights, (1, 10, 100)), bootstrap_ap50(truth, detections, weights)
+    lines, ap50 = (
+        bootstrap_summary(truth, detections, weights, (1, 10, 100)),
+        bootstrap_ap50(truth, detections, weights),
+    )
     for row, times in enumerate(weights):
         expected = with_nan(by_pycocotools(*coco_data(images, seed, times)).stats)
-        np.testing.assert_allclose([values[row] for values in lines.values()], expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            [values[row] for values in lines.values()], expected, rtol=0, atol=1e-12
+        )
         np.testing.assert_allclose(ap50[row], expected[1], rtol=0, atol=1e-6)
 
 
@@ -245,8 +327,14 @@ def test_roi_align_equals_torchvisions(label_maps, seed):
     shape = label_maps.shape[1:]
     boxes = [moved(dense(label_maps)[3], seed), torch.zeros(0, 4)]
     rng = torch.Generator().manual_seed(seed)
-    levels = {str(i): torch.randn(2, 3, -(-shape[0] >> i) or 1, -(-shape[1] >> i) or 1, generator=rng) for i in range(3)}
-    found, expected = (pool(["0", "1", "2"], 7, 2)(levels, boxes, [shape] * 2) for pool in (GatherRoIAlign, MultiScaleRoIAlign))
+    levels = {
+        str(i): torch.randn(2, 3, -(-shape[0] >> i) or 1, -(-shape[1] >> i) or 1, generator=rng)
+        for i in range(3)
+    }
+    found, expected = (
+        pool(["0", "1", "2"], 7, 2)(levels, boxes, [shape] * 2)
+        for pool in (GatherRoIAlign, MultiScaleRoIAlign)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -256,11 +344,17 @@ def test_resized_label_maps_equal_resized_masks(label_maps, seed):
     sizes = int(rng.integers(1, 60)), int(rng.integers(60, 120))
     labels, ids, masks, boxes = dense(label_maps)
     image = torch.rand(3, *label_maps.shape[1:])
-    ours, theirs = (kind(*sizes, [0.5] * 3, [0.5] * 3) for kind in (LabelMapTransform, GeneralizedRCNNTransform))
-    new_image, target = ours.resize(image, {"label_maps": torch.from_numpy(label_maps), "boxes": boxes})
+    ours, theirs = (
+        kind(*sizes, [0.5] * 3, [0.5] * 3) for kind in (LabelMapTransform, GeneralizedRCNNTransform)
+    )
+    new_image, target = ours.resize(
+        image, {"label_maps": torch.from_numpy(label_maps), "boxes": boxes}
+    )
     expected_image, expected = theirs.resize(image, {"masks": masks.byte(), "boxes": boxes})
     torch.testing.assert_close([new_image, target["boxes"]], [expected_image, expected["boxes"]])
-    assert torch.equal(target["label_maps"][labels - 1] == ids[:, None, None], expected["masks"].bool())
+    assert torch.equal(
+        target["label_maps"][labels - 1] == ids[:, None, None], expected["masks"].bool()
+    )
 
 
 class ReadsColours(nn.Module):
@@ -270,15 +364,29 @@ class ReadsColours(nn.Module):
         return [self.find((image * 255).round().int()) for image in images]
 
     def find(self, colours):
-        boxes, labels, ids, label_maps = make_target((colours[0] << 16 | colours[1] << 8 | colours[2])[None]).values()
+        boxes, labels, ids, label_maps = make_target(
+            (colours[0] << 16 | colours[1] << 8 | colours[2])[None]
+        ).values()
         masks = mask_targets(label_maps, labels, ids, boxes, 28) > 0.49
-        return {"boxes": boxes, "labels": 1 + ids % 4, "scores": ids / 2**17, "masks": masks.float()}
+        return {
+            "boxes": boxes,
+            "labels": 1 + ids % 4,
+            "scores": ids / 2**17,
+            "masks": masks.float(),
+        }
 
 
 @settings(max_examples=40, deadline=None)
-@given(*[st.integers(1, 90) | st.integers(60, 90)] * 2, st.integers(32, 48), st.sampled_from([0, 0.5, 1, 1]), seeds)
+@given(
+    *[st.integers(1, 90) | st.integers(60, 90)] * 2,
+    st.integers(32, 48),
+    st.sampled_from([0, 0.5, 1, 1]),
+    seeds,
+)
 def test_joined_tiles_equal_the_whole_image(height, width, tile_size_px, share, seed):
-    """Cells of up to 7 px, which some tile of 16 px overlap sees whole, from a pixel on and with space between them."""
+    """Cells of up to 7 px, which some tile of 16 px overlap sees whole, from a pixel on and with
+    space between them.
+    """
     rng = np.random.default_rng(seed)
     label_map = np.zeros((height, width), np.int32)
     for number, corner in enumerate(np.ndindex(8, 8)):
@@ -304,15 +412,23 @@ def test_refined_masks_equal_those_of_scipy_and_skimage(name, images):
     masks = [mask for label_maps in images for mask in dense(label_maps)[2].numpy()]
     refined = step([detection(mask, number=number) for number, mask in enumerate(masks)])
     expected = {number: on_large_canvas(oracle)(mask) for number, mask in enumerate(masks)}
-    assert [result["number"] for result in refined] == [number for number, mask in expected.items() if mask.any()]
+    assert [result["number"] for result in refined] == [
+        number for number, mask in expected.items() if mask.any()
+    ]
     for result, mask in zip(refined, masks_of(refined), strict=True):
         assert np.array_equal(mask, expected[result["number"]])
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 5), seeds, st.lists(st.sampled_from((0, 0.1, 0.3, 0.35, 0.9, 1)), min_size=1, max_size=6))
+@given(
+    st.integers(1, 5),
+    seeds,
+    st.lists(st.sampled_from((0, 0.1, 0.3, 0.35, 0.9, 1)), min_size=1, max_size=6),
+)
 def test_counts_by_threshold_equal_those_of_what_each_keeps(images, seed, limits):
-    """Scores of one decimal, many of them equal and many at a threshold; thresholds in any order, some twice."""
+    """Scores of one decimal, many of them equal and many at a threshold; thresholds in any order,
+    some twice.
+    """
 
     def score(rng):
         return round(rng.random(), 1)
@@ -322,14 +438,24 @@ def test_counts_by_threshold_equal_those_of_what_each_keeps(images, seed, limits
     index = pd.MultiIndex.from_product([matches.image_ids, list(matches.class_names)])
 
     def table(rows):
-        return rows.groupby(["image_id", "class_id"]).size().reindex(index, fill_value=0).to_numpy().reshape(counts.cells.shape)
+        return (
+            rows.groupby(["image_id", "class_id"])
+            .size()
+            .reindex(index, fill_value=0)
+            .to_numpy()
+            .reshape(counts.cells.shape)
+        )
 
     np.testing.assert_array_equal(counts.cells, table(matches.truths))
     for place, limit in enumerate(limits):
         kept = keep_scores(matches, limit)
         np.testing.assert_array_equal(counts.found[..., place], table(kept.detections))
-        np.testing.assert_array_equal(counts.tp[..., place], table(kept.detections[kept.detections["matched"]]))
-        np.testing.assert_array_equal(counts.tp[..., place], table(kept.truths[kept.truths["detection"].notna()]))
+        np.testing.assert_array_equal(
+            counts.tp[..., place], table(kept.detections[kept.detections["matched"]])
+        )
+        np.testing.assert_array_equal(
+            counts.tp[..., place], table(kept.truths[kept.truths["detection"].notna()])
+        )
 
 
 @settings(max_examples=20, deadline=None)
@@ -341,15 +467,26 @@ def test_counts_by_threshold_equal_those_of_what_each_keeps(images, seed, limits
 @example([EMPTY], "lzw", 0)
 @example([EMPTY, borders() % 2**16, EMPTY], None, 0)
 def test_images_from_the_cache_are_those_written(images, compression, seed):
-    """First decoded into the cache, then mapped from it, no file being decoded; one-pixel images and classes without a file too."""
+    """First decoded into the cache, then mapped from it, no file being decoded; one-pixel images
+    and classes without a file too.
+    """
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
         written = []
         for number, label_maps in enumerate(images):
             image = rng.integers(0, 256, (*label_maps.shape[1:], 3), np.uint8)
-            class_maps = {k: label_map.astype(np.uint16) for k, label_map in enumerate(label_maps, 1)}
-            add_image(Path(folder, "data"), f"image{number}", image, class_maps, compression=compression)
-            written.append((image.transpose(2, 0, 1), np.pad(label_maps, ((0, 4 - len(label_maps)), (0, 0), (0, 0)))))
+            class_maps = {
+                k: label_map.astype(np.uint16) for k, label_map in enumerate(label_maps, 1)
+            }
+            add_image(
+                Path(folder, "data"), f"image{number}", image, class_maps, compression=compression
+            )
+            written.append(
+                (
+                    image.transpose(2, 0, 1),
+                    np.pad(label_maps, ((0, 4 - len(label_maps)), (0, 0), (0, 0))),
+                )
+            )
         for decode in (readers._read_tiff, None):
             with patch.object(readers, "_read_tiff", decode):
                 dataset = open_dataset(Path(folder, "data"), cache_dir=Path(folder, "cache"))
@@ -368,16 +505,29 @@ def models() -> tuple[nn.Module, nn.Module]:
 def test_a_steps_losses_equal_torchvisions(images, seed):
     """Of batches in which some or all images are without cells, of other sizes, resized to one."""
     rng = torch.Generator().manual_seed(seed)
-    losses, expected = both_losses(*models(), [torch.rand(3, *maps.shape[1:], generator=rng) for maps in images], images)
+    losses, expected = both_losses(
+        *models(), [torch.rand(3, *maps.shape[1:], generator=rng) for maps in images], images
+    )
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
     assert (losses["loss_mask"] == 0) == (not any(maps.any() for maps in images))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.lists(st.tuples(st.integers(1, 4), *[st.integers(0, 39)] * 2, *[half_axes] * 2), max_size=12))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.lists(
+        st.tuples(st.integers(1, 4), *[st.integers(0, 39)] * 2, *[half_axes] * 2), max_size=12
+    ),
+)
 def test_coco_masks_drawn_on_one_another_leave_each_pixel_to_the_smallest(height, width, cells):
-    """Of its class; the first of those of the same size. Another formulation than drawing one after the other."""
-    masks = np.array([ellipse((height, width), y % height, x % width, *halves) for _, y, x, *halves in cells], bool)
+    """Of its class; the first of those of the same size. Another formulation than drawing one after
+    the other.
+    """
+    masks = np.array(
+        [ellipse((height, width), y % height, x % width, *halves) for _, y, x, *halves in cells],
+        bool,
+    )
     masks = masks.reshape(-1, height, width)
     areas, classes = masks.sum((1, 2)), np.array([k for k, *_ in cells], int)
     expected, seen = np.zeros((4, height, width), np.int32), np.zeros(len(cells), bool)
@@ -386,21 +536,36 @@ def test_coco_masks_drawn_on_one_another_leave_each_pixel_to_the_smallest(height
         if len(covering):
             smallest = min(covering, key=lambda i: (areas[i], i))
             expected[k, y, x], seen[smallest] = (classes[: smallest + 1] == k + 1).sum(), True
-    annotations = [CocoAnnotation(f"annotation {number}", k, None, False) for number, (k, *_) in enumerate(cells)]
+    annotations = [
+        CocoAnnotation(f"annotation {number}", k, None, False)
+        for number, (k, *_) in enumerate(cells)
+    ]
     image = CocoImage(Path("image.png"), "image.png", height, width, None, annotations)
-    label_maps, problems = draw_label_maps(image, [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks])
+    label_maps, problems = draw_label_maps(
+        image, [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
+    )
     np.testing.assert_array_equal(label_maps, expected)
-    assert [where for where, _ in problems] == [f"annotation {number}" for number in np.flatnonzero(~seen)]
+    assert [where for where, _ in problems] == [
+        f"annotation {number}" for number in np.flatnonzero(~seen)
+    ]
 
 
 def test_more_cells_than_16_bits_can_count():
     """Each pixel a cell, in two classes."""
     rng = np.random.default_rng(0)
-    label_maps = np.stack([1 + rng.permutation(66_300).reshape(255, 260) for _ in range(2)]).astype(np.int32)
+    label_maps = np.stack([1 + rng.permutation(66_300).reshape(255, 260) for _ in range(2)]).astype(
+        np.int32
+    )
     found = find_instances(label_maps)
     y, x = np.divmod(np.argsort(label_maps.reshape(2, -1), axis=1).ravel(), 260)
-    assert np.array_equal(found.boxes, np.column_stack([x, y, x + 1, y + 1])) and (found.area_px == 1).all()
-    assert np.array_equal(found.ids, np.tile(np.arange(1, 66_301), 2)) and found.labels.sum() == 3 * 66_300
+    assert (
+        np.array_equal(found.boxes, np.column_stack([x, y, x + 1, y + 1]))
+        and (found.area_px == 1).all()
+    )
+    assert (
+        np.array_equal(found.ids, np.tile(np.arange(1, 66_301), 2))
+        and found.labels.sum() == 3 * 66_300
+    )
     rles = encode_instances(label_maps, found)
     rows = rng.choice(2 * 66_300, 100, replace=False)
     masks = label_maps[found.labels[rows] - 1] == found.ids[rows, None, None]

@@ -35,7 +35,13 @@ def cell_image() -> CellImage:
 
 def square(x, y, side, class_id, score):
     mask = encode_box_mask(np.ones((side, side), bool), x, y, 30, 40)
-    return {"image_id": 1, "bbox": [x, y, side, side], "score": score, "category_id": class_id, "segmentation": mask}
+    return {
+        "image_id": 1,
+        "bbox": [x, y, side, side],
+        "score": score,
+        "category_id": class_id,
+        "segmentation": mask,
+    }
 
 
 @pytest.fixture
@@ -63,7 +69,9 @@ def test_each_instance_has_a_colour_of_its_own(cell_image):
 
 
 def test_the_map_of_one_class_holds_that_class_alone(cell_image):
-    picture = np.asarray(plots.image_beside_instances(cell_image, "lymphocyte").axes[1].images[0].get_array())
+    picture = np.asarray(
+        plots.image_beside_instances(cell_image, "lymphocyte").axes[1].images[0].get_array()
+    )
     assert np.argwhere(picture.any(2)).min(0).tolist() == [20, 30]
     with pytest.raises(ValueError, match="unknown class_name 'lymphocite'"):
         plots.image_beside_instances(cell_image, "lymphocite")
@@ -80,7 +88,12 @@ def test_mistakes_are_told_apart(cell_image, detections):
     truth = to_coco([cell_image])
     matches = match_detections(truth, detections)
     table = confident_mistakes(truth, detections, matches, 8)
-    assert table["kind"].to_dict() == {1: "found twice", 2: "wrong class", 3: "poor outline", 4: "no annotated cell"}
+    assert table["kind"].to_dict() == {
+        1: "found twice",
+        2: "wrong class",
+        3: "poor outline",
+        4: "no annotated cell",
+    }
     assert table["at_border"].tolist() == [False, False, True, True]
     assert table["iou"][3] == pytest.approx(1 / 3) and table["iou_other_class"][2] == 1
     assert confident_mistakes(truth, detections, matches, 2).index.tolist() == [1, 2]
@@ -88,10 +101,15 @@ def test_mistakes_are_told_apart(cell_image, detections):
 
 
 def test_the_nearest_anchor_is_nearest_by_ratio():
-    cells = pd.DataFrame({"class": "epithelial", "size_px": [23.0], "image_id": "a", "touches_border": False})
+    cells = pd.DataFrame(
+        {"class": "epithelial", "size_px": [23.0], "image_id": "a", "touches_border": False}
+    )
     table = class_summary(cells, [16, 32])
     assert table.loc["epithelial", "nearest_anchor_px"] == 32  # 32/23 < 23/16
-    assert np.isnan(table.loc["neutrophil", "nearest_anchor_px"]) and table.loc["neutrophil", "cells"] == 0
+    assert (
+        np.isnan(table.loc["neutrophil", "nearest_anchor_px"])
+        and table.loc["neutrophil", "cells"] == 0
+    )
 
 
 def analysis_figures(cell_image, truth, detections):
@@ -105,18 +123,36 @@ def analysis_figures(cell_image, truth, detections):
         plots.score_histograms(matches),
         plots.threshold_sweep(thresholds.sweep(matches, [0.2, 0.5], 100)),
         plots.reliability_diagram(reliability, thresholds.expected_calibration_error(reliability)),
-        plots.predicted_against_true_counts({"one": thresholds.cell_counts(matches, 0.5), "other": thresholds.cell_counts(matches, 0)}),
-        plots.border_contact({"annotated": contact, "none": border_contact([], truth["images"], inset_px=8)}),
+        plots.predicted_against_true_counts(
+            {
+                "one": thresholds.cell_counts(matches, 0.5),
+                "other": thresholds.cell_counts(matches, 0),
+            }
+        ),
+        plots.border_contact(
+            {"annotated": contact, "none": border_contact([], truth["images"], inset_px=8)}
+        ),
         plots.border_strip(cell_image, truth["annotations"], detections[3:], "predicted"),
         plots.step_effects(found.effects, found.steps, ["AP50", "F1"]),
-        plots.before_and_after(cell_image, detections, np.minimum(cell_image.label_maps[0], 2).astype(np.uint16), ["epithelial"] * 2),
+        plots.before_and_after(
+            cell_image,
+            detections,
+            np.minimum(cell_image.label_maps[0], 2).astype(np.uint16),
+            ["epithelial"] * 2,
+        ),
         plots.contact_sheet([cell_image.image] * 5, list("abcde"), [detections] * 5),
     ]
 
 
 def test_a_point_stands_where_its_number_says():
     table = pd.DataFrame(
-        {"expected": [10.0, 0.0], "at_border": [5, 0], "low": [4.0, 0.0], "high": [16.0, 0.0], "ratio": [0.5, np.nan]},
+        {
+            "expected": [10.0, 0.0],
+            "at_border": [5, 0],
+            "low": [4.0, 0.0],
+            "high": [16.0, 0.0],
+            "ratio": [0.5, np.nan],
+        },
         index=["all", "epithelial"],
     )
     (ax,) = plots.border_contact({"annotated": table}).axes
@@ -129,15 +165,24 @@ def test_a_point_stands_where_its_number_says():
 def test_a_label_image_has_its_classes_colours_and_dark_borders():
     labels = np.zeros((12, 12), np.uint16)
     labels[2:7, 2:7], labels[2:7, 7:11] = 1, 2
-    cell_image = CellImage("a", None, np.zeros((3, 12, 12), np.uint8), labels[None].astype(np.int32))
-    picture = np.asarray(plots.before_and_after(cell_image, [], labels, ["neutrophil", "macrophage"]).axes[2].images[0].get_array())
+    cell_image = CellImage(
+        "a", None, np.zeros((3, 12, 12), np.uint8), labels[None].astype(np.int32)
+    )
+    picture = np.asarray(
+        plots.before_and_after(cell_image, [], labels, ["neutrophil", "macrophage"])
+        .axes[2]
+        .images[0]
+        .get_array()
+    )
     assert picture[4, 4].tolist() == list(to_rgb(plots.CLASS_COLORS["neutrophil"]))
     assert picture[4, 9].tolist() == list(to_rgb(plots.CLASS_COLORS["macrophage"]))
     assert not picture[4, 6].any() and not picture[4, 7].any() and not picture[0, 0].any()
 
 
 def test_of_a_large_image_a_window_inside_it_is_shown(detections):
-    large = CellImage("a", None, np.zeros((3, 700, 900), np.uint8), np.zeros((4, 700, 900), np.int32))
+    large = CellImage(
+        "a", None, np.zeros((3, 700, 900), np.uint8), np.zeros((4, 700, 900), np.int32)
+    )
     corner = {**detections[0], "bbox": [880, 690, 20, 10], "score": 1.0}
     ax = plots.border_strip(large, [], [corner, detections[1]], "predicted").axes[1]
     assert ax.get_xlim() == (900 - 320 - 0.5, 899.5) and ax.get_ylim() == (699.5, 700 - 320 - 0.5)
@@ -145,7 +190,9 @@ def test_of_a_large_image_a_window_inside_it_is_shown(detections):
 
 def test_steps_that_are_not_carried_on_are_hollow():
     columns = ["step", "metric", "of", "difference", "low", "high"]
-    effects = pd.DataFrame([("a", "PQ", "all", 0.1, 0.05, 0.2), ("b", "PQ", "all", -0.1, -0.2, 0.0)], columns=columns)
+    effects = pd.DataFrame(
+        [("a", "PQ", "all", 0.1, 0.05, 0.2), ("b", "PQ", "all", -0.1, -0.2, 0.0)], columns=columns
+    )
     steps = pd.DataFrame({"carried": [True, False]}, index=["a", "b"])
     (ax,) = plots.step_effects(effects, steps, ["PQ"]).axes
     dots = [line for line in ax.lines if line.get_marker() == "o"]
@@ -156,7 +203,14 @@ def test_steps_that_are_not_carried_on_are_hollow():
 def test_every_figure_draws_and_stays_closed(cell_image, detections):
     truth = to_coco([cell_image])
     matches, coco = match_detections(truth, detections), score_coco(truth, detections)
-    history = pd.DataFrame({"epoch": [1, 2], "loss": [2.0, 1.0], "validation_loss": [2.0, np.nan], "validation_ap50": [0.1, 0.2]})
+    history = pd.DataFrame(
+        {
+            "epoch": [1, 2],
+            "loss": [2.0, 1.0],
+            "validation_loss": [2.0, np.nan],
+            "validation_ap50": [0.1, 0.2],
+        }
+    )
     history = history.assign(**dict.fromkeys(plots.LOSS_LABELS, 0.2))
     empty = pd.DataFrame({"class": [], "size_px": []})
     curves, counts = precision_recall_curves(coco), count_matches(matches, 0.5)
@@ -168,7 +222,9 @@ def test_every_figure_draws_and_stays_closed(cell_image, detections):
         plots.loss_parts(history),
         plots.truth_beside_predictions([cell_image], [truth["annotations"]], [detections], 0.5),
         plots.precision_recall(curves, average, {0: count_matches(matches), 0.5: counts}),
-        plots.crops(confident_mistakes(truth, detections, matches, 5), [cell_image], truth, detections),
+        plots.crops(
+            confident_mistakes(truth, detections, matches, 5), [cell_image], truth, detections
+        ),
         plots.found_and_missed(cell_image, 1, truth, detections, matches, 0.5),
         plots.found_and_missed(cell_image, 1, truth, [], match_detections(truth, []), 0.5),
         *analysis_figures(cell_image, truth, detections),
@@ -182,15 +238,22 @@ def test_every_figure_draws_and_stays_closed(cell_image, detections):
 
 def test_missed_cells_and_wrong_detections_are_counted_in_the_titles(cell_image, detections):
     truth = to_coco([cell_image])
-    left, right = plots.found_and_missed(cell_image, 1, truth, detections, match_detections(truth, detections), 0.65).axes
+    left, right = plots.found_and_missed(
+        cell_image, 1, truth, detections, match_detections(truth, detections), 0.65
+    ).axes
     assert left.get_title() == "3 annotated, 2 missed (dashed)"
     assert right.get_title() == "3 detections, 2 wrong (dashed)"
 
 
 def test_a_ratio_of_nothing_is_a_dash_in_the_title(cell_image, detections):
     truth = to_coco([cell_image])
-    title = plots.found_and_missed(cell_image, 1, truth, detections, match_detections(truth, detections), 1.0).get_suptitle()
-    assert title == f"image {cell_image.image_id[:8]} at score ≥ 1.00; all images: precision –, recall 0.00, F1 0.00"
+    title = plots.found_and_missed(
+        cell_image, 1, truth, detections, match_detections(truth, detections), 1.0
+    ).get_suptitle()
+    assert (
+        title
+        == f"image {cell_image.image_id[:8]} at score ≥ 1.00; all images: precision –, recall 0.00, F1 0.00"
+    )
 
 
 def test_a_live_picture_is_drawn_at_once_and_then_seldom(monkeypatch):

@@ -31,7 +31,14 @@ def detection(mask, score=0.9, class_id=1, image_id=1, **extra):
     rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     segmentation = {"size": list(mask.shape), "counts": rle["counts"].decode()}
     box = [0.25, 0.5, 7.75, 9.5]
-    return {"image_id": image_id, "category_id": class_id, "score": score, "bbox": box, "segmentation": segmentation, **extra}
+    return {
+        "image_id": image_id,
+        "category_id": class_id,
+        "score": score,
+        "bbox": box,
+        "segmentation": segmentation,
+        **extra,
+    }
 
 
 def disc(x, y, radius=10):
@@ -59,7 +66,9 @@ def tight_box(mask):
 
 
 def random_blobs(seed, count=150):
-    """Detections in images of several sizes: blobs with holes, bays and pieces, many at the edge; 1-px, full, empty masks."""
+    """Detections in images of several sizes: blobs with holes, bays and pieces, many at the edge;
+    1-px, full, empty masks.
+    """
     rng = np.random.default_rng(seed)
     found = []
     for number in range(count):
@@ -68,7 +77,9 @@ def random_blobs(seed, count=150):
         noise = ndimage.gaussian_filter(rng.standard_normal(shape), rng.uniform(0.5, 3))
         mask = noise > np.quantile(noise, rng.uniform(0.3, 0.97))
         if rng.random() < 0.7:
-            mask &= ndimage.binary_dilation(np.arange(mask.size).reshape(shape) == rng.integers(mask.size), iterations=10)
+            mask &= ndimage.binary_dilation(
+                np.arange(mask.size).reshape(shape) == rng.integers(mask.size), iterations=10
+            )
         if number % 15 == 3:
             mask = np.arange(mask.size).reshape(shape) == rng.integers(mask.size)
         if number % 40 == 5:
@@ -84,11 +95,15 @@ def largest_component(mask):
 
 
 def on_large_canvas(function):
-    return lambda mask: function(np.pad(mask, MARGIN_PX))[MARGIN_PX:-MARGIN_PX, MARGIN_PX:-MARGIN_PX]
+    return lambda mask: function(np.pad(mask, MARGIN_PX))[
+        MARGIN_PX:-MARGIN_PX, MARGIN_PX:-MARGIN_PX
+    ]
 
 
 def blurred(sigma_px):
-    return lambda mask: ndimage.gaussian_filter(mask.astype(float), sigma_px, mode="constant") >= 0.5
+    return lambda mask: (
+        ndimage.gaussian_filter(mask.astype(float), sigma_px, mode="constant") >= 0.5
+    )
 
 
 def morphological(function, radius_px):
@@ -96,8 +111,14 @@ def morphological(function, radius_px):
 
 
 REFINEMENTS = {
-    **{f"open {r}": (lambda rows, r=r: open_masks(rows, r), morphological(morphology.opening, r)) for r in (0, 1, 2, 4)},
-    **{f"close {r}": (lambda rows, r=r: close_masks(rows, r), morphological(morphology.closing, r)) for r in (0, 1, 2, 5)},
+    **{
+        f"open {r}": (lambda rows, r=r: open_masks(rows, r), morphological(morphology.opening, r))
+        for r in (0, 1, 2, 4)
+    },
+    **{
+        f"close {r}": (lambda rows, r=r: close_masks(rows, r), morphological(morphology.closing, r))
+        for r in (0, 1, 2, 5)
+    },
     "close 1.5": (
         lambda rows: close_masks(rows, 1.5),
         lambda mask: morphology.closing(mask.astype(np.uint8), np.ones((3, 3))).astype(bool),
@@ -153,9 +174,14 @@ def test_empty_masks_are_dropped(name):
 def test_refinement_equals_the_oracle_on_a_large_canvas(name, seed):
     found = random_blobs(seed)
     step, oracle = REFINEMENTS[name]
-    expected = {row["number"]: on_large_canvas(oracle)(mask) for row, mask in zip(found, masks_of(found), strict=True)}
+    expected = {
+        row["number"]: on_large_canvas(oracle)(mask)
+        for row, mask in zip(found, masks_of(found), strict=True)
+    }
     results = step(found)
-    assert [result["number"] for result in results] == [number for number, mask in expected.items() if mask.any()]
+    assert [result["number"] for result in results] == [
+        number for number, mask in expected.items() if mask.any()
+    ]
     for result, mask in zip(results, masks_of(results), strict=True):
         assert np.array_equal(mask, expected[result["number"]])
         assert result["segmentation"] == detection(mask)["segmentation"]
@@ -172,9 +198,21 @@ def test_batches_and_stacks_make_no_difference(name, monkeypatch):
 
 def test_small_boxes_score_more():
     def box(width, height, score=0.5):
-        return {"score": score, "bbox": [3.0, 4.0, width, height], "segmentation": {"size": [100, 100], "counts": ""}}
+        return {
+            "score": score,
+            "bbox": [3.0, 4.0, width, height],
+            "segmentation": {"size": [100, 100], "counts": ""},
+        }
 
-    found = [box(9.9, 10), box(10, 10), box(10, 49.9), box(20, 25), box(60, 70), box(5, 5, 0.9), box(10, 20, 0.95)]
+    found = [
+        box(9.9, 10),
+        box(10, 10),
+        box(10, 49.9),
+        box(20, 25),
+        box(60, 70),
+        box(5, 5, 0.9),
+        box(10, 20, 0.95),
+    ]
     adjusted = adjust_scores_by_size(found, REPORT_E)
     assert [row["score"] for row in adjusted] == pytest.approx([0.575, 0.55, 0.55, 0.5, 0.5, 1, 1])
     assert max(row["score"] for row in adjusted) == 1
@@ -198,7 +236,10 @@ def test_small_boxes_score_more():
     ],
 )
 def test_size_factors_are_checked(factors):
-    with pytest.raises(ValueError, match=r"factors is .*; it must be pairs whose shares rise from above 0 to at most 1"):
+    with pytest.raises(
+        ValueError,
+        match=r"factors is .*; it must be pairs whose shares rise from above 0 to at most 1",
+    ):
         adjust_scores_by_size([], factors)
 
 
@@ -207,14 +248,21 @@ def test_each_class_has_its_own_threshold():
     found = [{"category_id": class_id, "score": score} for class_id, score in scores]
     kept = apply_class_thresholds(found, {1: 0.5, 2: 0.89, 3: 1, 4: 0})
     assert kept == [found[1], found[3], found[4]]
-    with pytest.raises(ValueError, match=r"score_thresholds has nothing for class 4, of which there are .*; it has \[1, 2\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"score_thresholds has nothing for class 4, of which there are .*; it has \[1, 2\]",
+    ):
         apply_class_thresholds(found, {1: 0.5, 2: 0.5})
-    with pytest.raises(ValueError, match=r"score_thresholds\[2\] is 1.5; it must be at least 0 and at most 1"):
+    with pytest.raises(
+        ValueError, match=r"score_thresholds\[2\] is 1.5; it must be at least 0 and at most 1"
+    ):
         apply_class_thresholds(found, {1: 0.5, 2: 1.5, 4: 0})
 
 
 def three_cells():
-    """One cell found well, shifted under another class, and merged with its neighbour; the third cut by the image's edge."""
+    """One cell found well, shifted under another class, and merged with its neighbour; the third
+    cut by the image's edge.
+    """
     return [
         detection(disc(20, 30) | disc(45, 30), 0.7),
         detection(disc(20, 30), 0.9),
@@ -246,7 +294,11 @@ def test_merged_cell_keeps_its_own_half():
 
 def test_cut_cell_stays_at_the_edge():
     """Closing as scipy does it by default would take the edge's pixels away."""
-    found = [detection(disc(79, 58)), detection(disc(0, 0, 4)), detection(disc(0, 30) & ~disc(3, 30, 1))]
+    found = [
+        detection(disc(79, 58)),
+        detection(disc(0, 0, 4)),
+        detection(disc(0, 30) & ~disc(3, 30, 1)),
+    ]
     closed = close_masks(found, 3)
     assert closed[:2] == found[:2]
     assert np.array_equal(masks_of(closed)[2], disc(0, 30))
@@ -261,14 +313,20 @@ def test_opening_rounds_corners_also_at_the_edge():
 
 
 def test_what_is_too_small_vanishes():
-    found = [detection(block(9, 9, 10, 10)), detection(block(20, 20, 30, 30)), detection(block(0, 5, 40, 6))]
+    found = [
+        detection(block(9, 9, 10, 10)),
+        detection(block(20, 20, 30, 30)),
+        detection(block(0, 5, 40, 6)),
+    ]
     assert [result["bbox"] for result in open_masks(found, 1)] == [[20, 20, 10, 10]]
     assert len(smooth_masks(found, 2)) == 1
     assert open_masks(found, 6) == []
 
 
 def test_only_enclosed_background_is_filled():
-    bay = drawn("#.###", "#.#.#", "##.##", "#####")  # the top bay is closed by the image's edge only; two holes touch diagonally
+    bay = drawn(
+        "#.###", "#.#.#", "##.##", "#####"
+    )  # the top bay is closed by the image's edge only; two holes touch diagonally
     (filled,) = masks_of(fill_holes([detection(bay)]))
     assert filled.tolist() == drawn("#.###", "#.###", "#####", "#####").tolist()
 
@@ -281,15 +339,23 @@ def test_diagonal_neighbours_are_one_component_and_of_equal_ones_the_leftmost_st
 
 @pytest.mark.parametrize("step", [open_masks, close_masks, smooth_masks])
 def test_lengths_are_checked_and_zero_changes_nothing(step):
-    found = [row for row, mask in zip(random_blobs(4), masks_of(random_blobs(4)), strict=True) if mask.any()]
+    found = [
+        row
+        for row, mask in zip(random_blobs(4), masks_of(random_blobs(4)), strict=True)
+        if mask.any()
+    ]
     assert step(found, 0) == found
     name = "sigma_px" if step is smooth_masks else "radius_px"
     for value in (-1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"{name} is {value}; it must be a finite number of pixels, at least 0"):
+        with pytest.raises(
+            ValueError, match=f"{name} is {value}; it must be a finite number of pixels, at least 0"
+        ):
             step([], value)
 
 
-@pytest.mark.parametrize(("step", "name"), [(mask_nms, "iou_threshold"), (resolve_overlaps, "min_visible_share")])
+@pytest.mark.parametrize(
+    ("step", "name"), [(mask_nms, "iou_threshold"), (resolve_overlaps, "min_visible_share")]
+)
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_shares_are_checked(step, name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}; it must be at least 0 and at most 1"):
@@ -299,7 +365,10 @@ def test_shares_are_checked(step, name, value):
 def by_score(found):
     """Rows of each image by descending score, earlier first."""
     return [
-        sorted((i for i, row in enumerate(found) if row["image_id"] == image_id), key=lambda i: (-found[i]["score"], i))
+        sorted(
+            (i for i, row in enumerate(found) if row["image_id"] == image_id),
+            key=lambda i: (-found[i]["score"], i),
+        )
         for image_id in {row["image_id"] for row in found}
     ]
 
@@ -313,7 +382,9 @@ def test_nms_equals_the_naive_one(seed, iou_threshold):
     for rows in by_score(found):
         for row in rows:
             rivals = [masks[other] for other in rows if other in kept]
-            ious = [(masks[row] & mask).sum() / max((masks[row] | mask).sum(), 1) for mask in rivals]
+            ious = [
+                (masks[row] & mask).sum() / max((masks[row] | mask).sum(), 1) for mask in rivals
+            ]
             if not any(iou > iou_threshold for iou in ious):
                 kept.add(row)
     assert mask_nms(found, iou_threshold) == [found[row] for row in sorted(kept)]
@@ -351,7 +422,10 @@ def test_each_pixel_has_one_owner(seed, min_visible_share):
     for result, mask in zip(results, masks_of(results), strict=True):
         assert np.array_equal(mask, expected[result["number"]])
     for image_id in {result["image_id"] for result in results}:
-        together = sum(mask.astype(int) for mask in masks_of([row for row in results if row["image_id"] == image_id]))
+        together = sum(
+            mask.astype(int)
+            for mask in masks_of([row for row in results if row["image_id"] == image_id])
+        )
         assert together.max() == 1
 
 
@@ -364,7 +438,12 @@ def test_crossed_bar_keeps_its_longer_end_and_the_shorter_is_free():
         detection(block(38, 20, 42, 24), 0.2),  # half of it on its longer end
     ]
     results = masks_of(resolve_overlaps(found, 0.5))
-    expected = [block(24, 20, 40, 24), block(20, 10, 24, 40), block(8, 20, 20, 24), block(40, 20, 42, 24)]
+    expected = [
+        block(24, 20, 40, 24),
+        block(20, 10, 24, 40),
+        block(8, 20, 20, 24),
+        block(40, 20, 42, 24),
+    ]
     assert all(np.array_equal(mask, other) for mask, other in zip(results, expected, strict=True))
     union = np.any(masks_of(found), axis=0)
     assert np.array_equal(np.any(results, axis=0), union)
@@ -379,6 +458,10 @@ def test_a_dropped_cell_hides_nothing():
 
 
 def test_equal_scores_go_to_the_earlier():
-    found = [detection(block(0, 0, 10, 10), 0.5), detection(block(5, 0, 15, 10), 0.5), detection(block(5, 0, 15, 10), 0.5)]
+    found = [
+        detection(block(0, 0, 10, 10), 0.5),
+        detection(block(5, 0, 15, 10), 0.5),
+        detection(block(5, 0, 15, 10), 0.5),
+    ]
     assert mask_nms(found, 0.5) == found[:2]
     assert [mask.sum() for mask in masks_of(resolve_overlaps(found, 0))] == [100, 50]

@@ -34,7 +34,12 @@ def folder(tmp_path):
     """Three images without fault; ``a`` and ``c`` have cells of classes 1 and 3."""
     data = tmp_path / "data"
     for seed, image_id in enumerate("abc"):
-        add_image(data, image_id, rgb(seed), {1: cells(), 3: cells() * 2} if image_id != "b" else {2: 0 * cells()})
+        add_image(
+            data,
+            image_id,
+            rgb(seed),
+            {1: cells(), 3: cells() * 2} if image_id != "b" else {2: 0 * cells()},
+        )
     return data
 
 
@@ -68,7 +73,11 @@ def write_patients(data, *rows, columns=("image_id", "patient")):
 
 GREY = rgb()[..., 0]
 ALPHA = np.full((HEIGHT, WIDTH, 1), 77, np.uint8)
-TWELVE_BITS = np.append(np.random.default_rng(1).integers(0, 4096, (HEIGHT, WIDTH, 2)), np.full((HEIGHT, WIDTH, 1), 4095), -1)
+TWELVE_BITS = np.append(
+    np.random.default_rng(1).integers(0, 4096, (HEIGHT, WIDTH, 2)),
+    np.full((HEIGHT, WIDTH, 1), 4095),
+    -1,
+)
 PALETTE = np.random.default_rng(2).integers(0, 65_536, (3, 256), np.uint16)
 IMAGES = {
     "rgb": (rgb(), {}, rgb()),
@@ -84,12 +93,24 @@ IMAGES = {
         np.stack([GREY] * 3, -1),
     ),
     "white_is_zero": (GREY, {"photometric": "miniswhite"}, 255 - np.stack([GREY] * 3, -1)),
-    "palette": (GREY, {"photometric": "palette", "colormap": PALETTE}, np.rint(PALETTE.T[GREY] / 257)),
+    "palette": (
+        GREY,
+        {"photometric": "palette", "colormap": PALETTE},
+        np.rint(PALETTE.T[GREY] / 257),
+    ),
     "planar": (rgb().transpose(2, 0, 1), {"planarconfig": "separate"}, rgb()),
     "rgb_as_pages": (rgb().transpose(2, 0, 1), {"photometric": "minisblack"}, rgb()),
     "rgb_16_bits": (rgb().astype(np.uint16) * 257, {}, rgb()),
-    "rgba_16_bits_lzw": (np.append(rgb(), ALPHA, -1).astype(np.uint16) * 257, {"compression": "lzw"}, rgb()),
-    "grey_16_bits": (GREY.astype(np.uint16) * 257, {"photometric": "minisblack"}, np.stack([GREY] * 3, -1)),
+    "rgba_16_bits_lzw": (
+        np.append(rgb(), ALPHA, -1).astype(np.uint16) * 257,
+        {"compression": "lzw"},
+        rgb(),
+    ),
+    "grey_16_bits": (
+        GREY.astype(np.uint16) * 257,
+        {"photometric": "minisblack"},
+        np.stack([GREY] * 3, -1),
+    ),
     "12_of_16_bits": (TWELVE_BITS.astype(np.uint16), {}, np.rint(TWELVE_BITS / 4095 * 255)),
     "8_of_16_bits": (rgb().astype(np.uint16), {}, rgb()),
 }
@@ -110,14 +131,27 @@ def test_jpeg_in_tiff_has_its_colours(tmp_path):
     assert np.abs(open_dataset(tmp_path)[0].image.transpose(1, 2, 0).astype(int) - image).max() <= 4
 
 
-MASK_TYPES = (np.float64, np.float32, np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.int64, bool)
+MASK_TYPES = (
+    np.float64,
+    np.float32,
+    np.uint8,
+    np.int8,
+    np.uint16,
+    np.int16,
+    np.uint32,
+    np.int32,
+    np.int64,
+    bool,
+)
 
 
 @pytest.mark.parametrize("dtype", MASK_TYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("options", [{}, {"compression": "lzw"}, {"byteorder": ">"}], ids=str)
 def test_mask_of_every_type(tmp_path, dtype, options):
     add_image(tmp_path, "a", rgb(), {})
-    tifffile.imwrite(tmp_path / "train" / "a" / "class3.tif", cells(dtype), photometric="minisblack", **options)
+    tifffile.imwrite(
+        tmp_path / "train" / "a" / "class3.tif", cells(dtype), photometric="minisblack", **options
+    )
     label_maps = open_dataset(tmp_path)[0].label_maps
     assert (label_maps.dtype, label_maps.shape) == (np.int32, (4, HEIGHT, WIDTH))
     assert np.array_equal(label_maps[2], cells(dtype))
@@ -147,7 +181,13 @@ def test_one_cell_in_33_px_and_772_cells_in_2500_px(tmp_path):
     for i in range(772):
         y, x = divmod(i, 28)
         many[y * 89 : y * 89 + 20, x * 89 : x * 89 + 20] = i + 1
-    add_image(tmp_path, "large", np.broadcast_to(np.uint8(200), (2500, 2500, 3)), {2: many}, compression="lzw")
+    add_image(
+        tmp_path,
+        "large",
+        np.broadcast_to(np.uint8(200), (2500, 2500, 3)),
+        {2: many},
+        compression="lzw",
+    )
     for reading in readers.INSTANCE_READINGS:
         dataset = open_dataset(tmp_path, reading)
         assert dataset.image_ids == ["large", "small"]
@@ -166,11 +206,17 @@ def test_readings_of_an_instance(tmp_path):
     assert by_value.counts.tolist() == [[3, 0, 0, 0]]
     components = open_dataset(tmp_path, "connected_components")
     assert np.array_equal(components[0].label_maps[0], connected_components(cells()))
-    assert find_instances(components[0].label_maps).area_px.tolist() == [28, 1, 80]  # 2 and 7 touch at a corner
+    assert find_instances(components[0].label_maps).area_px.tolist() == [
+        28,
+        1,
+        80,
+    ]  # 2 and 7 touch at a corner
     assert by_value.fingerprint != components.fingerprint
 
 
-@pytest.mark.parametrize("reading, areas", [("pixel_values", [80, 20]), ("connected_components", [28, 80])])
+@pytest.mark.parametrize(
+    "reading, areas", [("pixel_values", [80, 20]), ("connected_components", [28, 80])]
+)
 def test_small_instances_are_left_out(tmp_path, reading, areas):
     add_image(tmp_path, "a", rgb(), {1: cells()})
     dataset = open_dataset(tmp_path, reading, min_instance_area_px=10)
@@ -197,9 +243,18 @@ def test_an_image_without_cells_is_an_image(folder):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"instance_reading": "components"}, "unknown instance_reading 'components'; one of pixel_values, connected_components"),
-        ({"min_instance_area_px": -1}, "min_instance_area_px is -1; give a whole number of pixels, 0 or more"),
-        ({"min_instance_area_px": 2.5}, "min_instance_area_px is 2.5; give a whole number of pixels, 0 or more"),
+        (
+            {"instance_reading": "components"},
+            "unknown instance_reading 'components'; one of pixel_values, connected_components",
+        ),
+        (
+            {"min_instance_area_px": -1},
+            "min_instance_area_px is -1; give a whole number of pixels, 0 or more",
+        ),
+        (
+            {"min_instance_area_px": 2.5},
+            "min_instance_area_px is 2.5; give a whole number of pixels, 0 or more",
+        ),
     ],
 )
 def test_unknown_settings(folder, options, message):
@@ -285,7 +340,12 @@ FAULTS = {  # what is done to train/a, the file at fault, what is said (... stan
         "its colours are SEPARATED; save the image as RGB or grey",
     ),
     "image of six channels": (
-        put("image.tif", np.append(rgb(), rgb(), -1), photometric="minisblack", planarconfig="contig"),
+        put(
+            "image.tif",
+            np.append(rgb(), rgb(), -1),
+            photometric="minisblack",
+            planarconfig="contig",
+        ),
         "train/a/image.tif",
         "its shape 40 x 33 x 6 is not that of an image; save height x width x 1 to 4 channels",
     ),
@@ -411,7 +471,9 @@ def test_more_components_than_65535(tmp_path):
     add_image(tmp_path, "a", rgb(shape=dots.shape), {1: dots})
     assert check_folder(tmp_path) == []
     problem = "it has 65,536 connected components, above 65,535; is it a mask of cells?"
-    assert check_folder(tmp_path, "connected_components") == [Fault("a", "train/a/class1.tif", problem)]
+    assert check_folder(tmp_path, "connected_components") == [
+        Fault("a", "train/a/class1.tif", problem)
+    ]
 
 
 @pytest.mark.parametrize("compression", [None, "lzw", "zlib"])
@@ -426,7 +488,10 @@ def test_a_file_cut_anywhere_is_a_fault(tmp_path, compression):
 
 
 def test_every_fault_is_listed_in_one_pass(folder):
-    for image_id, what in {"a": ("mask NaN", "class5.tif", "image truncated"), "c": ("image missing", "mask fractional")}.items():
+    for image_id, what in {
+        "a": ("mask NaN", "class5.tif", "image truncated"),
+        "c": ("image missing", "mask fractional"),
+    }.items():
         for name in what:
             FAULTS[name][0](folder / "train" / image_id)
     write_patients(folder, ("a", "P1"), ("b", "P1"), ("b", "P2"), ("c", "P3"))
@@ -457,12 +522,18 @@ def test_a_long_list_of_faults_is_cut(folder):
     assert len(lines) == 23
     assert lines[0] == f"the data in {folder} has 30 faults:"
     assert lines[21] == "  and 10 more: cellseg_helpers.data.readers.check_folder lists all"
-    assert len(check_folder(folder)) == len(open_dataset(folder, skip_faulty_images=True).skipped) == 30
+    assert (
+        len(check_folder(folder))
+        == len(open_dataset(folder, skip_faulty_images=True).skipped)
+        == 30
+    )
 
 
 def test_image_ids_that_differ_in_case(folder):
     shutil.copytree(folder / "train" / "a", folder / "train" / "A")
-    problem = "another folder has the same image id but for upper and lower case; rename or remove one"
+    problem = (
+        "another folder has the same image id but for upper and lower case; rename or remove one"
+    )
     assert check_folder(folder) == [Fault("A", "train/A", problem), Fault("a", "train/a", problem)]
 
 
@@ -470,7 +541,11 @@ def test_image_ids_that_differ_in_case(folder):
     "make, file, problem",
     [
         (lambda data: None, "{data}", "there is no such folder; give the folder that holds train/"),
-        (lambda data: data.mkdir(), "{data}", "it has no train/ folder; give the folder that holds train/<image id>/image.tif"),
+        (
+            lambda data: data.mkdir(),
+            "{data}",
+            "it has no train/ folder; give the folder that holds train/<image id>/image.tif",
+        ),
         (
             lambda data: (data / "train").mkdir(parents=True),
             "train",
@@ -487,18 +562,25 @@ def test_folder_without_images(tmp_path, make, file, problem):
     for skip in (False, True):
         with pytest.raises(DataError) as error:
             open_dataset(data, skip_faulty_images=skip)
-        assert str(error.value) == f"the data in {data} has 1 fault:\n  {fault}\nRepair it and run again."
+        assert (
+            str(error.value)
+            == f"the data in {data} has 1 fault:\n  {fault}\nRepair it and run again."
+        )
 
 
 def test_train_given_in_place_of_its_parent(folder):
-    with pytest.raises(DataError, match=rf"train: it has no train/ folder; give the folder above, {folder}\n"):
+    with pytest.raises(
+        DataError, match=rf"train: it has no train/ folder; give the folder above, {folder}\n"
+    ):
         open_dataset(folder / "train")
 
 
 # Patients
 
 ALL = [("a", "P1"), ("b", "P2"), ("c", "P1")]
-NO_PATIENT = "image id 'a' has no patient; fill it in, or remove patients.csv to go on without patients"
+NO_PATIENT = (
+    "image id 'a' has no patient; fill it in, or remove patients.csv to go on without patients"
+)
 
 
 def test_patients_from_csv(folder):
@@ -521,8 +603,16 @@ def test_patients_from_names_or_unknown(tmp_path):
     "rows, image_id, problem",
     [
         ([*ALL, ("a", "P1")], "a", "image id 'a' is listed 2 times; keep one row"),
-        ([*ALL, ("d", "P1")], "d", "image id 'd' has no folder under train/; correct or remove its row"),
-        (ALL[1:], "a", "image id 'a' is missing; add its row, or remove patients.csv to go on without patients"),
+        (
+            [*ALL, ("d", "P1")],
+            "d",
+            "image id 'd' has no folder under train/; correct or remove its row",
+        ),
+        (
+            ALL[1:],
+            "a",
+            "image id 'a' is missing; add its row, or remove patients.csv to go on without patients",
+        ),
         ([("a", " "), *ALL[1:]], "a", NO_PATIENT),
         ([("a",), *ALL[1:]], "a", NO_PATIENT),
     ],
@@ -541,10 +631,19 @@ def test_faulty_patients(folder, rows, image_id, problem):
 @pytest.mark.parametrize(
     "content, problem",
     [
-        (b"image_id;patient\na;P1\n", "its columns (image_id;patient) lack image_id and patient; name them in the first line"),
-        (b"image_id,person\na,P1\n", "its columns (image_id, person) lack patient; name them in the first line"),
+        (
+            b"image_id;patient\na;P1\n",
+            "its columns (image_id;patient) lack image_id and patient; name them in the first line",
+        ),
+        (
+            b"image_id,person\na,P1\n",
+            "its columns (image_id, person) lack patient; name them in the first line",
+        ),
         (b"", "its columns (none) lack image_id and patient; name them in the first line"),
-        (b"image_id,patient\na,\xff\n", "it cannot be read (...); save it as UTF-8 text with the columns image_id and patient"),
+        (
+            b"image_id,patient\na,\xff\n",
+            "it cannot be read (...); save it as UTF-8 text with the columns image_id and patient",
+        ),
     ],
     ids=["semicolons", "column", "empty", "not UTF-8"],
 )
@@ -692,7 +791,10 @@ def test_pickled_dataset_carries_no_pixels(folder):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         assert pool.submit(read_through, dataset).result() == read_through(dataset)
     shutil.rmtree(readers.CACHE)
-    with pytest.raises(DataError, match="the decoded cache is gone or damaged; open the data again, which rebuilds it"):
+    with pytest.raises(
+        DataError,
+        match="the decoded cache is gone or damaged; open the data again, which rebuilds it",
+    ):
         pickle.loads(pickled)
 
 
@@ -702,7 +804,10 @@ def read_through(dataset):
 
 def test_cache_folder_that_cannot_be_written(folder, cache_dir):
     cache_dir.write_text("a file stands in the way")
-    with pytest.raises(DataError, match=r"cannot write the decoded cache in .*cache \(.+\); make room there, or allow writing"):
+    with pytest.raises(
+        DataError,
+        match=r"cannot write the decoded cache in .*cache \(.+\); make room there, or allow writing",
+    ):
         open_dataset(folder)
 
 
@@ -735,7 +840,9 @@ Path.rename = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 
 def start(folder, cache_dir, code=OPEN):
     command = [sys.executable, "-c", code, str(folder), str(cache_dir)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
 
 
 def test_processes_that_start_at_once_all_end_well(folder, cache_dir):
@@ -778,7 +885,9 @@ def test_files_that_change_while_they_are_read(folder, monkeypatch):
         return read(*arguments)
 
     monkeypatch.setattr(readers, "_read_image", read_and_change)
-    with pytest.raises(DataError, match="its files change while they are read, .*; run again when they are at rest"):
+    with pytest.raises(
+        DataError, match="its files change while they are read, .*; run again when they are at rest"
+    ):
         open_dataset(folder)
 
 
@@ -796,8 +905,16 @@ def test_fingerprint_depends_on_content_alone(folder, tmp_path):
 
 
 def test_fingerprint_is_the_same_on_every_machine(tmp_path):
-    add_image(tmp_path, "a", np.arange(33 * 34 * 3, dtype=np.uint8).reshape(33, 34, 3), {2: np.eye(33, 34) * 300})
-    assert open_dataset(tmp_path).fingerprint == "aa8b238b00e8e5391383f439090953704ec3bed8273b143046c936df01683cf7"
+    add_image(
+        tmp_path,
+        "a",
+        np.arange(33 * 34 * 3, dtype=np.uint8).reshape(33, 34, 3),
+        {2: np.eye(33, 34) * 300},
+    )
+    assert (
+        open_dataset(tmp_path).fingerprint
+        == "aa8b238b00e8e5391383f439090953704ec3bed8273b143046c936df01683cf7"
+    )
 
 
 # Embedded and real data
@@ -819,7 +936,10 @@ def test_drawn_folder_that_holds_something_else(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "ROOT", tmp_path)
     (tmp_path / "outputs" / "drawn").mkdir(parents=True)
     (tmp_path / "outputs" / "drawn" / "mine.txt").write_text("x")
-    with pytest.raises(DataError, match="the drawn data cannot be made: .*drawn holds something other than this drawing"):
+    with pytest.raises(
+        DataError,
+        match="the drawn data cannot be made: .*drawn holds something other than this drawing",
+    ):
         open_dataset("drawn")
 
 
@@ -833,12 +953,16 @@ def test_official_sample(sample_data, tmp_path):
     assert dataset.sizes.tolist() == [[397, 482]]
     assert dataset.counts.tolist() == [[2, 159, 0, 0]]
     assert find_instances(dataset[0].label_maps).ids.max() == 161
-    assert np.array_equal(dataset[0].image, tifffile.imread(place / "image.tif")[..., :3].transpose(2, 0, 1))
+    assert np.array_equal(
+        dataset[0].image, tifffile.imread(place / "image.tif")[..., :3].transpose(2, 0, 1)
+    )
     assert open_dataset(tmp_path, "connected_components").counts.tolist() == [[2, 143, 0, 0]]
 
 
 def test_unpacked_sample(sample_data, tmp_path):
-    subprocess.run([sys.executable, sample_data / "unpack.py", tmp_path], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, sample_data / "unpack.py", tmp_path], check=True, capture_output=True
+    )
     dataset = open_dataset(tmp_path)
     assert len(dataset) == 34
     assert dataset.counts.sum(0).tolist() == [2580, 2939, 54, 87]

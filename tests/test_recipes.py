@@ -1,4 +1,6 @@
-"""The recipes: what moves cells moves image and labels together, what changes colours leaves labels alone, as often as listed."""
+"""The recipes: what moves cells moves image and labels together, what changes colours leaves labels
+alone, as often as listed.
+"""
 
 import colorsys
 
@@ -34,7 +36,11 @@ from cellseg_helpers.data.transforms import SampleKey, TrainingSet
 
 LARGEST_ID = 65_535
 PHOTOMETRIC = (v2.ColorJitter, v2.GaussianBlur, GaussianNoise, Gamma)
-WHOLE = (v2.RandomHorizontalFlip, v2.RandomVerticalFlip, QuarterTurn)  # pixels change place, none is made
+WHOLE = (
+    v2.RandomHorizontalFlip,
+    v2.RandomVerticalFlip,
+    QuarterTurn,
+)  # pixels change place, none is made
 
 
 @pytest.fixture(autouse=True)
@@ -75,12 +81,16 @@ GEOMETRIC = [entry for entry in ENTRIES if not isinstance(entry.values[0], PHOTO
 COLOURS = [entry for entry in ENTRIES if isinstance(entry.values[0], PHOTOMETRIC)]
 
 
-def discs(height: int = 160, width: int = 220, radius: int = 9, pitch: int = 26) -> tuple[torch.Tensor, torch.Tensor]:
-    """Discs with ids up to 65,535 in four label maps, and an image that is white but on discs: there its channels are 0 and the
-    low and the high byte of the id."""
+def discs(
+    height: int = 160, width: int = 220, radius: int = 9, pitch: int = 26
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Discs with ids up to 65,535 in four label maps, and an image that is white but on discs:
+    there its channels are 0 and the low and the high byte of the id."""
     maps = np.zeros((4, height, width), np.int32)
     ids = iter(range(LARGEST_ID, 0, -331))
-    for place, (y, x) in enumerate((y, x) for y in range(20, height - 12, pitch) for x in range(16, width - 12, pitch)):
+    for place, (y, x) in enumerate(
+        (y, x) for y in range(20, height - 12, pitch) for x in range(16, width - 12, pitch)
+    ):
         rows, columns = disk((y, x), radius, shape=(height, width))
         maps[place % 4, rows, columns] = next(ids)
     code = maps.sum(0)
@@ -99,7 +109,9 @@ def pieces(label_maps: torch.Tensor) -> np.ndarray:
 
 
 def inside(label_maps: torch.Tensor) -> np.ndarray:
-    """bool [H, W]: pixels whose 9 x 9 neighbours all have one code, so that no interpolation mixes here."""
+    """bool [H, W]: pixels whose 9 x 9 neighbours all have one code, so that no interpolation mixes
+    here.
+    """
     code = label_maps.sum(0).float()[None]
     padded = torch.nn.functional.pad(code, (4, 4, 4, 4), mode="replicate")
     largest = torch.nn.functional.max_pool2d(padded, 9, 1)
@@ -111,7 +123,9 @@ def boxes_inside(label_maps: torch.Tensor) -> list[tuple[slice, slice]]:
     """The boxes of the cells that do not touch the border, 2 px wider on each side."""
     instances = find_instances(label_maps.numpy())
     rows = instances.boxes[~instances.touches_border].astype(int).tolist()
-    return [(slice(max(y1 - 2, 0), y2 + 2), slice(max(x1 - 2, 0), x2 + 2)) for x1, y1, x2, y2 in rows]
+    return [
+        (slice(max(y1 - 2, 0), y2 + 2), slice(max(x1 - 2, 0), x2 + 2)) for x1, y1, x2, y2 in rows
+    ]
 
 
 def middle(area: torch.Tensor, box: tuple[slice, slice]) -> np.ndarray:
@@ -123,7 +137,9 @@ def test_every_choice_is_a_recipe():
 
 
 def test_joint_full_is_the_table_of_report_d():
-    """Report D, table 1, line by line. What cannot be read there (the jitter's probability) is 0.3 here, as the recipe says."""
+    """Report D, table 1, line by line. What cannot be read there (the jitter's probability) is 0.3
+    here, as the recipe says.
+    """
     told = []
     for step in RECIPES["joint_full"]:
         (leaf,) = map(bare, leaves(step))
@@ -140,7 +156,16 @@ def test_joint_full_is_the_table_of_report_d():
             case ResizedCrop():
                 told.append(("random resized crop", leaf.area, leaf.ratio, step.p))
             case v2.ColorJitter():
-                told.append(("colour jitter", leaf.brightness, leaf.contrast, leaf.saturation, leaf.hue, step.p))
+                told.append(
+                    (
+                        "colour jitter",
+                        leaf.brightness,
+                        leaf.contrast,
+                        leaf.saturation,
+                        leaf.hue,
+                        step.p,
+                    )
+                )
             case GaussianNoise():
                 told.append(("noise", leaf.std, step.p))
             case v2.GaussianBlur():
@@ -178,7 +203,9 @@ def test_the_recipes_of_reports_c_and_e():
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name]])
 def test_every_step_happens_as_often_as_listed(name):
-    """300 draws: a share further than 0.12 from its p would have a chance under 3e-5, and the seeds are fixed."""
+    """300 draws: a share further than 0.12 from its p would have a chance under 3e-5, and the seeds
+    are fixed.
+    """
     torch.manual_seed(0)
     image = tv_tensors.Image(torch.randint(256, (3, 12, 16), dtype=torch.uint8))
     maps = tv_tensors.Mask(torch.arange(4 * 12 * 16, dtype=torch.int32).reshape(4, 12, 16))
@@ -188,22 +215,35 @@ def test_every_step_happens_as_often_as_listed(name):
             new_image, new_maps = step(image, maps)
             changed += not (torch.equal(new_image, image) and torch.equal(new_maps, maps))
         turns = any(isinstance(leaf, QuarterTurn) for leaf in leaves(step))
-        crops = any(isinstance(leaf, ResizedCrop) for leaf in leaves(step))  # of 12 x 16 px: sometimes the whole
+        crops = any(
+            isinstance(leaf, ResizedCrop) for leaf in leaves(step)
+        )  # of 12 x 16 px: sometimes the whole
         expected = probability(step) * (0.75 if turns else 1)
         assert expected - (0.2 if crops else 0.12) < changed / 300 < expected + 0.12, step
 
 
 @pytest.mark.parametrize("transform", GEOMETRIC)
 def test_image_and_labels_move_together(transform):
-    """In a cell each pixel tells its id, outside it is white; the two outlines, one bilinear, agree; no cell is torn."""
+    """In a cell each pixel tells its id, outside it is white; the two outlines, one bilinear,
+    agree; no cell is torn.
+    """
     image, maps = discs()
     changed = 0
     for seed in range(8):
         moved, labels = augment(image, maps, [transform], seed)
-        assert moved.dtype == torch.uint8 and labels.dtype == torch.int32 and type(moved) is type(labels) is torch.Tensor
-        assert moved.shape[1:] == labels.shape[1:] and sorted(moved.shape[1:]) == sorted(image.shape[1:])
+        assert (
+            moved.dtype == torch.uint8
+            and labels.dtype == torch.int32
+            and type(moved) is type(labels) is torch.Tensor
+        )
+        assert moved.shape[1:] == labels.shape[1:] and sorted(moved.shape[1:]) == sorted(
+            image.shape[1:]
+        )
         assert isinstance(transform, QuarterTurn) or moved.shape == image.shape
-        assert all(set(new.unique().tolist()) <= set(old.unique().tolist()) for new, old in zip(labels, maps, strict=True))
+        assert all(
+            set(new.unique().tolist()) <= set(old.unique().tolist())
+            for new, old in zip(labels, maps, strict=True)
+        )
         assert pieces(labels).max() == 1
         code = labels.sum(0)
         told = torch.where(code > 0, torch.stack([0 * code, code % 256, code // 256]), 255)
@@ -214,21 +254,28 @@ def test_image_and_labels_move_together(transform):
         dark, cell = moved[0] < 128, code > 0
         assert (dark != cell).float().mean() < 0.01
         offsets = [middle(dark, box) - middle(cell, box) for box in boxes_inside(labels)]
-        assert np.abs(np.mean(offsets, axis=0)).max() < 0.2  # half a pixel between image and labels would show here
+        assert (
+            np.abs(np.mean(offsets, axis=0)).max() < 0.2
+        )  # half a pixel between image and labels would show here
         changed += not torch.equal(labels, maps)
     assert changed >= 4
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_cells_survive_every_recipe_in_one_piece(name):
-    """The whole recipe on cells of drawn tissue: no new id, and all but slivers at the frame in one piece."""
+    """The whole recipe on cells of drawn tissue: no new id, and all but slivers at the frame in one
+    piece.
+    """
     dataset = open_dataset("drawn")
     counts = []
     for seed in range(6):
         cell_image = dataset[7 * seed]
         maps = torch.from_numpy(cell_image.label_maps.copy())
         _, labels = augment(torch.from_numpy(cell_image.image.copy()), maps, RECIPES[name], seed)
-        assert all(set(new.unique().tolist()) <= set(old.unique().tolist()) for new, old in zip(labels, maps, strict=True))
+        assert all(
+            set(new.unique().tolist()) <= set(old.unique().tolist())
+            for new, old in zip(labels, maps, strict=True)
+        )
         counts.extend(pieces(labels))
     assert len(counts) > 80 and np.mean(np.array(counts) > 1) <= 0.02
 
@@ -239,21 +286,32 @@ def test_the_largest_id_survives(recipe):
     maps[1, :, 25:] = LARGEST_ID - 1
     for seed in range(8):
         _, labels = augment(torch.zeros(3, 40, 50, dtype=torch.uint8), maps, RECIPES[recipe], seed)
-        assert set(labels[0].unique().tolist()) <= {0, LARGEST_ID} and (labels[0] == LARGEST_ID).float().mean() > 0.6
+        assert (
+            set(labels[0].unique().tolist()) <= {0, LARGEST_ID}
+            and (labels[0] == LARGEST_ID).float().mean() > 0.6
+        )
         assert set(labels[1].unique().tolist()) <= {0, LARGEST_ID, LARGEST_ID - 1}
 
 
 @pytest.mark.parametrize("extremes", [False, True])
-@pytest.mark.parametrize("transform", [ElasticDistortion(8, 24), ElasticDistortion(11.5, 24), GridDistortion(5, 0.3)])
+@pytest.mark.parametrize(
+    "transform", [ElasticDistortion(8, 24), ElasticDistortion(11.5, 24), GridDistortion(5, 0.3)]
+)
 def test_displacements_never_fold(transform, extremes, monkeypatch):
-    """The Jacobian of the map, by differences, is above 0 everywhere, even where every control point moves as far as it may."""
+    """The Jacobian of the map, by differences, is above 0 everywhere, even where every control
+    point moves as far as it may.
+    """
     size, draw = (150, 211), torch.rand
     if extremes:
         monkeypatch.setattr(torch, "rand", lambda *shape: draw(*shape).round())
     picture = tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8))
     torch.manual_seed(0)
     for _ in range(25):
-        field = transform.make_params([picture])["displacement"][0].double() * torch.tensor([size[1], size[0]]) / 2
+        field = (
+            transform.make_params([picture])["displacement"][0].double()
+            * torch.tensor([size[1], size[0]])
+            / 2
+        )
         by_x, by_y = field[1:, 1:] - field[1:, :-1], field[1:, 1:] - field[:-1, 1:]
         jacobian = (1 + by_x[..., 0]) * (1 + by_y[..., 1]) - by_x[..., 1] * by_y[..., 0]
         assert jacobian.min() > 0
@@ -263,7 +321,9 @@ def test_displacements_never_fold(transform, extremes, monkeypatch):
 
 
 def test_an_elastic_distortion_that_could_fold_is_refused():
-    with pytest.raises(ValueError, match="displacement_px is 12, but must be below 0.48 of spacing_px, which is 24"):
+    with pytest.raises(
+        ValueError, match="displacement_px is 12, but must be below 0.48 of spacing_px, which is 24"
+    ):
         ElasticDistortion(12, 24)
 
 
@@ -281,14 +341,19 @@ def test_a_grid_distortion_leaves_the_edges_in_place():
 
 def test_beyond_the_image_it_is_white_and_without_labels():
     """A cell that the turned frame cuts keeps what is visible."""
-    image, maps = torch.zeros(3, 60, 80, dtype=torch.uint8), torch.ones(4, 60, 80, dtype=torch.int32)
+    image, maps = (
+        torch.zeros(3, 60, 80, dtype=torch.uint8),
+        torch.ones(4, 60, 80, dtype=torch.int32),
+    )
     turn = OnWhite(v2.RandomRotation((15, 15), v2.InterpolationMode.BILINEAR, fill=None))
     moved, labels = augment(image, maps, [turn], 0)
     assert labels[:, 0, 0].tolist() == [0] * 4 and moved[:, 0, 0].tolist() == [255] * 3
     assert labels[0, 30, 40] == 1 and moved[0, 30, 40] == 0
     assert ((moved[0] > 127) == (labels[0] == 0)).float().mean() > 0.995
     smaller = RECIPES["joint_full"][3].transforms[0]
-    shares = [augment(image, maps, [smaller], seed)[1][0].float().mean().item() for seed in range(40)]
+    shares = [
+        augment(image, maps, [smaller], seed)[1][0].float().mean().item() for seed in range(40)
+    ]
     assert 0.85**2 - 0.02 < min(shares) < 0.8 and max(shares) == 1
 
 
@@ -302,7 +367,9 @@ def test_a_resized_crop_keeps_the_size_and_stays_in_its_ranges():
         ratios = np.array([p["width"] / p["height"] * height / width for p in params])
         assert 0.795 < areas.min() < 0.82 and 0.98 < areas.max() <= 1
         assert 0.895 < ratios.min() < 0.93 and 1.07 < ratios.max() < 1.105
-        assert all(p["top"] + p["height"] <= height and p["left"] + p["width"] <= width for p in params)
+        assert all(
+            p["top"] + p["height"] <= height and p["left"] + p["width"] <= width for p in params
+        )
         assert len({p["top"] for p in params}) > 10 and len({p["left"] for p in params}) > 10
     one = torch.zeros(3, 1, 1, dtype=torch.uint8)
     assert augment(one, one.int(), [crop], 0)[0].shape == (3, 1, 1)
@@ -314,12 +381,18 @@ def test_colours_change_and_labels_do_not(transform):
     changed = 0
     for seed in range(8):
         coloured, labels = augment(image, maps, [transform], seed)
-        assert torch.equal(labels, maps) and coloured.dtype == torch.uint8 and coloured.shape == image.shape
+        assert (
+            torch.equal(labels, maps)
+            and coloured.dtype == torch.uint8
+            and coloured.shape == image.shape
+        )
         changed += not torch.equal(coloured, image)
     assert changed >= 6
 
 
-@pytest.mark.parametrize("transform", [entry for entry in COLOURS if isinstance(entry.values[0], v2.ColorJitter)])
+@pytest.mark.parametrize(
+    "transform", [entry for entry in COLOURS if isinstance(entry.values[0], v2.ColorJitter)]
+)
 def test_colour_jitter_keeps_to_its_ranges_and_uses_them(transform):
     """On one grey, brightness alone acts; on one colour, hue alone changes the hue."""
     maps = torch.zeros(4, 2, 2, dtype=torch.int32)
@@ -339,7 +412,8 @@ def test_colour_jitter_keeps_to_its_ranges_and_uses_them(transform):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    height=st.sampled_from([4, STRIP_ROWS - 1, STRIP_ROWS, STRIP_ROWS + 1, 2 * STRIP_ROWS + 3]) | st.integers(4, 3 * STRIP_ROWS),
+    height=st.sampled_from([4, STRIP_ROWS - 1, STRIP_ROWS, STRIP_ROWS + 1, 2 * STRIP_ROWS + 3])
+    | st.integers(4, 3 * STRIP_ROWS),
     width=st.integers(4, 40),
     seed=st.integers(0, 2**31),
     sigma=st.tuples(*[st.floats(0.1, 3)] * 2),
@@ -361,9 +435,15 @@ def test_hue_and_blur_by_strips_are_those_of_the_whole_image(height, width, seed
 
 
 def test_noise_has_its_standard_deviation():
-    grey, maps = torch.full((3, 300, 300), 128, dtype=torch.uint8), torch.zeros(4, 300, 300, dtype=torch.int32)
+    grey, maps = (
+        torch.full((3, 300, 300), 128, dtype=torch.uint8),
+        torch.zeros(4, 300, 300, dtype=torch.int32),
+    )
     noise = augment(grey, maps, [GaussianNoise(0.02)], 0)[0].float() - 128
-    assert noise.std().item() == pytest.approx(0.02 * 255, rel=0.01) and abs(noise.mean().item()) < 0.05
+    assert (
+        noise.std().item() == pytest.approx(0.02 * 255, rel=0.01)
+        and abs(noise.mean().item()) < 0.05
+    )
     assert np.corrcoef(noise.reshape(3, -1))[0, 1] == pytest.approx(0, abs=0.02)
     dark = augment(torch.zeros_like(grey), maps, [GaussianNoise(0.02)], 0)[0]
     assert dark.max() < 60 and (dark == 0).float().mean() > 0.4  # no 0 wraps round to 255
@@ -374,25 +454,37 @@ def test_gamma_stays_between_its_powers():
     share = torch.arange(256) / 255
     middles = []
     for seed in range(60):
-        out = augment(ramp, torch.zeros(4, 1, 256, dtype=torch.int32), [Gamma(0.8, 1.2)], seed)[0][0, 0].float() / 255
+        out = (
+            augment(ramp, torch.zeros(4, 1, 256, dtype=torch.int32), [Gamma(0.8, 1.2)], seed)[0][
+                0, 0
+            ].float()
+            / 255
+        )
         assert (out >= share**1.2 - 0.005).all() and (out <= share**0.8 + 0.005).all()
         middles.append(np.log(out[64].item()) / np.log(64 / 255))
     assert 0.79 < min(middles) < 0.84 and 1.16 < max(middles) < 1.21
 
 
-@pytest.mark.parametrize("transform", [entry for entry in COLOURS if isinstance(entry.values[0], v2.GaussianBlur)])
+@pytest.mark.parametrize(
+    "transform", [entry for entry in COLOURS if isinstance(entry.values[0], v2.GaussianBlur)]
+)
 def test_blur_spreads_an_edge_by_its_sigma(transform):
     edge = torch.zeros(3, 20, 60, dtype=torch.uint8)
     edge[:, :, 30:] = 250
     widths = []
     for seed in range(60):
-        profile = augment(edge, torch.zeros(4, 20, 60, dtype=torch.int32), [transform], seed)[0][0, 10].float()
+        profile = augment(edge, torch.zeros(4, 20, 60, dtype=torch.int32), [transform], seed)[0][
+            0, 10
+        ].float()
         assert (profile.diff() >= 0).all() and profile[25].item() == 0 and profile[34].item() == 250
         steps = profile.diff() / 250
         places = torch.arange(59) - 29
         widths.append(((steps * places**2).sum() - (steps * places).sum() ** 2).sqrt().item())
     taps = np.arange(transform.kernel_size[0]) - transform.kernel_size[0] // 2
-    low, high = (np.sqrt(np.average(taps**2, weights=np.exp(-((taps / sigma) ** 2) / 2))) for sigma in transform.sigma)
+    low, high = (
+        np.sqrt(np.average(taps**2, weights=np.exp(-((taps / sigma) ** 2) / 2)))
+        for sigma in transform.sigma
+    )
     assert low - 0.06 < min(widths) < low + 0.1 and high - 0.1 < max(widths) < high + 0.06
 
 
@@ -407,7 +499,11 @@ def test_a_seed_alone_decides_and_the_generator_is_left_alone(name):
     torch.manual_seed(6)
     np.random.seed(7)
     again = [augment(image, maps, RECIPES[name], seed) for seed in reversed(range(6))][::-1]
-    assert all(torch.equal(a, b) for one, other in zip(first, again, strict=True) for a, b in zip(one, other, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for one, other in zip(first, again, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
     assert torch.equal(image, image_before) and torch.equal(maps, maps_before)
     different = {tuple(picture.shape) + (picture.numpy().tobytes(),) for picture, _ in first}
     assert len(different) == 1 if name == "none" else len(different) > 2
@@ -440,14 +536,20 @@ def test_training_samples_of_every_recipe(name):
         image, target = samples[SampleKey(0, position, position)]
         assert image.dtype == torch.uint8 and target["label_maps"].dtype == torch.int32
         assert image.shape[1:] == target["label_maps"].shape[1:]
-        for box, k, instance in zip(target["boxes"].int().tolist(), target["labels"], target["ids"], strict=True):
+        for box, k, instance in zip(
+            target["boxes"].int().tolist(), target["labels"], target["ids"], strict=True
+        ):
             rows, columns = np.nonzero(target["label_maps"][k - 1].numpy() == instance.item())
             assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
 
 def test_the_gallery_outlines_the_cells_where_they_went():
     image, maps = discs()
-    fig = recipe_gallery(CellImage("discs", None, image.numpy(), maps.numpy()), {"none": [], "elastic": RECIPES["full"][4:5]}, 0)
+    fig = recipe_gallery(
+        CellImage("discs", None, image.numpy(), maps.numpy()),
+        {"none": [], "elastic": RECIPES["full"][4:5]},
+        0,
+    )
     panels = [ax for ax in fig.axes if ax.images]
     assert len(panels) == 8 and [ax.get_ylabel() for ax in panels[::4]] == ["none", "elastic"]
     for ax in panels:

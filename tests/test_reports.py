@@ -15,35 +15,64 @@ from cellseg_helpers.config import ROOT, RunConfig
 from cellseg_helpers.runs import write_json
 
 STUDY = "quick-drawn"
-PLACES = [disc(x, y, r) for x, y, r in ((15, 15, 6), (45, 15, 8), (80, 40, 20), (20, 60, 18), (100, 80, 7), (60, 80, 6))]
+PLACES = [
+    disc(x, y, r)
+    for x, y, r in ((15, 15, 6), (45, 15, 8), (80, 40, 20), (20, 60, 18), (100, 80, 7), (60, 80, 6))
+]
 IMAGES = 6
-TRUTH = truth_of([(image, 1 + n % 4, mask) for image in range(1, IMAGES + 1) for n, mask in enumerate(PLACES)], IMAGES)
+TRUTH = truth_of(
+    [(image, 1 + n % 4, mask) for image in range(1, IMAGES + 1) for n, mask in enumerate(PLACES)],
+    IMAGES,
+)
 POOR = ("a/resnet18", "d/no_fpn")
 
 
 def detections(found, seed):
-    """Of each image every cell but for a share that is missed, at scores from 0.1 on, and two finds of nothing."""
+    """Of each image every cell but for a share that is missed, at scores from 0.1 on, and two finds
+    of nothing.
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for image in range(1, IMAGES + 1):
-        rows += [result(image, 1 + n % 4, rng.uniform(0.1, 1), mask) for n, mask in enumerate(PLACES) if rng.random() < found]
-        rows += [result(image, int(rng.integers(1, 5)), rng.uniform(0.05, 0.6), disc(60, 50, 5)) for _ in range(2)]
+        rows += [
+            result(image, 1 + n % 4, rng.uniform(0.1, 1), mask)
+            for n, mask in enumerate(PLACES)
+            if rng.random() < found
+        ]
+        rows += [
+            result(image, int(rng.integers(1, 5)), rng.uniform(0.05, 0.6), disc(60, 50, 5))
+            for _ in range(2)
+        ]
     return rows
 
 
 def write_run(folder, key, seed, found):
     folder.mkdir(parents=True)
-    write_json(folder / "settings.json", runs_of_study.settings(key, "quick", "drawn", seed).to_dict())
+    write_json(
+        folder / "settings.json", runs_of_study.settings(key, "quick", "drawn", seed).to_dict()
+    )
     write_json(folder / "provenance.json", {"data_fingerprint": "0"})
     names = [image["file_name"] for image in TRUTH["images"]]
-    write_json(folder / "split.json", {"kind": "random", "train": ["x"], "validation": names, "warning": ""})
+    write_json(
+        folder / "split.json",
+        {"kind": "random", "train": ["x"], "validation": names, "warning": ""},
+    )
     write_json(folder / "truth.json", TRUTH)
     write_json(folder / "detections.json", found)
     metrics.save_metrics(metrics.evaluate(TRUTH, found), folder / "metrics.json")
-    history = pd.DataFrame({"epoch": [1, 2, 3], "loss": [2.0, 1.5, 1.25], "train_minutes": [0.5, 1.0, 1.5]})
-    history = history.assign(validation_loss=1.0, validation_ap50=[np.nan, np.nan, 0.5], peak_memory_bytes=2e9)
+    history = pd.DataFrame(
+        {"epoch": [1, 2, 3], "loss": [2.0, 1.5, 1.25], "train_minutes": [0.5, 1.0, 1.5]}
+    )
+    history = history.assign(
+        validation_loss=1.0, validation_ap50=[np.nan, np.nan, 0.5], peak_memory_bytes=2e9
+    )
     history.to_csv(folder / "history.csv", index=False)
-    ended = {"epochs": 3, "stopped_early": False, "parameters": 44_000_000, "model_megabytes": 177.5}
+    ended = {
+        "epochs": 3,
+        "stopped_early": False,
+        "parameters": 44_000_000,
+        "model_megabytes": 177.5,
+    }
     write_json(folder / "finished.json", ended)
 
 
@@ -51,7 +80,11 @@ def write_run(folder, key, seed, found):
 def whole_study(tmp_path_factory):
     """Every run of the reports with two seeds, of made-up detections: the poor ones find few cells."""
     folder = tmp_path_factory.mktemp("runs")
-    kinds = {(poor, seed): detections(0.3 if poor else 0.9, 10 * seed + poor) for poor in (False, True) for seed in (0, 1)}
+    kinds = {
+        (poor, seed): detections(0.3 if poor else 0.9, 10 * seed + poor)
+        for poor in (False, True)
+        for seed in (0, 1)
+    }
     scores = {kind: resampling.score_run(TRUTH, found) for kind, found in kinds.items()}
     for key in report_keys():
         for seed in (0, 1):
@@ -91,13 +124,18 @@ class TestRegistry:
         ordered = [key for keys in reports.ORDER.values() for key in keys]
         assert sorted(known) == sorted(ordered) == sorted(set(ordered))
         assert set(reports.OTHER_TITLES) == set(ordered) - set(reports.SCORE_TABLES)
-        assert all(key.startswith(f"{report}-") for report, keys in reports.ORDER.items() for key in keys)
+        assert all(
+            key.startswith(f"{report}-") for report, keys in reports.ORDER.items() for key in keys
+        )
 
     def test_comparisons_and_variants_are_known(self):
         for table in reports.SCORE_TABLES.values():
             labels = [row.label for row in table.rows]
             assert len(set(labels)) == len(labels)
-            assert all(len({compared.base, compared.other} & set(labels)) == 2 for compared in table.comparisons)
+            assert all(
+                len({compared.base, compared.other} & set(labels)) == 2
+                for compared in table.comparisons
+            )
             assert all(row.variant in reports.VARIANTS for row in table.rows)
 
     @pytest.mark.parametrize(
@@ -122,19 +160,42 @@ class TestRegistry:
         assert [row.reported for row in reports.SCORE_TABLES[key].rows] == reported
 
     def test_every_table_of_scores_is_checked_and_each_row_names_its_table_in_its_runs_file(self):
-        checked = ["A-T1", "A-T2", "A-T3", "B-T3", "B-T4", "B-T5", "C-T2", "C-T3", "D-T3", "D-T4", "E-T1", "E-T2", "E-T4"]
+        checked = [
+            "A-T1",
+            "A-T2",
+            "A-T3",
+            "B-T3",
+            "B-T4",
+            "B-T5",
+            "C-T2",
+            "C-T3",
+            "D-T3",
+            "D-T4",
+            "E-T1",
+            "E-T2",
+            "E-T4",
+        ]
         assert list(reports.SCORE_TABLES) == checked
         for key, table in reports.SCORE_TABLES.items():
             report, number = key.split("-T")
             for row in table.rows:
-                comment = (ROOT / runs_of_study.parameter_files(row.run, "full")[0]).read_text().splitlines()[0]
-                spans = [tuple(map(int, ends)) for ends in re.findall(rf"{report}-T(\d) to {report}-T(\d)", comment)]
+                comment = (
+                    (ROOT / runs_of_study.parameter_files(row.run, "full")[0])
+                    .read_text()
+                    .splitlines()[0]
+                )
+                spans = [
+                    tuple(map(int, ends))
+                    for ends in re.findall(rf"{report}-T(\d) to {report}-T(\d)", comment)
+                ]
                 named = key in comment or any(first <= int(number) <= last for first, last in spans)
                 assert named, (key, row.label, comment)
 
     def test_all_else_is_of_the_reports_own_system(self):
         for report, key in reports.OWN_SYSTEM.items():
-            comment = (ROOT / runs_of_study.parameter_files(key, "full")[0]).read_text().splitlines()[0]
+            comment = (
+                (ROOT / runs_of_study.parameter_files(key, "full")[0]).read_text().splitlines()[0]
+            )
             assert comment.startswith(f"# Report {report}, the system itself: ")
 
     def test_other_reported_values_are_those_of_the_reports(self):
@@ -144,8 +205,13 @@ class TestRegistry:
         ten = [0.7856, 0.7839, 0.7342, 0.7164, 0.6516, 0.6369, 0.6210, 0.6259, 0.6229, 0.5715]
         assert reports.LOSSES["C-Fig3"] == ten
         assert list(reports.E_THRESHOLDS.values()) == [0.25, 0.22, 0.20, 0.18]
-        assert (reports.E_PRECISION, reports.E_RECALL) == ([0.83, 0.78, 0.74, 0.70], [0.72, 0.76, 0.79, 0.82])
-        assert reports.E_GRID[0] == 0.10 and reports.E_GRID[-1] == 0.80 and len(reports.E_GRID) == 15
+        assert (reports.E_PRECISION, reports.E_RECALL) == (
+            [0.83, 0.78, 0.74, 0.70],
+            [0.72, 0.76, 0.79, 0.82],
+        )
+        assert (
+            reports.E_GRID[0] == 0.10 and reports.E_GRID[-1] == 0.80 and len(reports.E_GRID) == 15
+        )
 
     def test_report_ds_augmentation_is_what_the_recipe_does(self):
         from cellseg_helpers.data.recipes import RECIPES
@@ -161,7 +227,9 @@ class TestRegistry:
             "Gaussian blur": "kernel_size=(3, 3), sigma=[0.1, 1.0]",
             "gamma": "low=0.8, high=1.2",
         }
-        for (step, reported, here), transform in zip(reports.D_AUGMENTATION, RECIPES["joint_full"], strict=True):
+        for (step, reported, here), transform in zip(
+            reports.D_AUGMENTATION, RECIPES["joint_full"], strict=True
+        ):
             assert in_the_code[step] in repr(transform)
             assert here.endswith(f"p {transform.p:g}")
             assert here == reported or step == "colour jitter"
@@ -171,7 +239,11 @@ class TestRegistry:
         for label, reported, name in reports.D_SETTINGS:
             if re.fullmatch(r"[\d.e-]+", reported):
                 assert full[name] == float(reported), label
-        assert (full["optimizer"], full["scheduler"], full["normalization"]) == ("adamw", "cosine", "data")
+        assert (full["optimizer"], full["scheduler"], full["normalization"]) == (
+            "adamw",
+            "cosine",
+            "data",
+        )
         assert full["precision"].endswith("mixed") and full["augmentation"] == "joint_full"
 
 
@@ -191,7 +263,9 @@ class TestWholeStudy:
         assert list(everything) == [key for keys in reports.ORDER.values() for key in keys]
 
     def test_the_workflow_declares_every_table_that_is_saved(self, everything):
-        lines = re.findall(r"^REPORT_(?:TABLES|FIGURES) = .*$", (ROOT / "Snakefile").read_text(), re.MULTILINE)
+        lines = re.findall(
+            r"^REPORT_(?:TABLES|FIGURES) = .*$", (ROOT / "Snakefile").read_text(), re.MULTILINE
+        )
         declared = {}
         exec("\n".join(lines), declared)
         saved = {key for key, part in everything.items() if part.table is not None}
@@ -199,7 +273,9 @@ class TestWholeStudy:
 
     def test_every_conclusion_and_score_says_what_its_runs_are_of(self, everything):
         told = reports.verdict_table(list(everything.values()))
-        assert told[["seeds", "data", "split", "maxDets", "scale", "weights"]].notna().all(axis=None)
+        assert (
+            told[["seeds", "data", "split", "maxDets", "scale", "weights"]].notna().all(axis=None)
+        )
         assert set(told["scale"]) == {"quick"} and set(told["weights"]) == {"none"}
         overview = reports.overview(list(everything.values()))
         assert set(overview["scale"]) == {"quick"} and set(overview["weights"]) == {"none"}
@@ -210,7 +286,10 @@ class TestWholeStudy:
             assert table["reproduced"].notna().all() and (table["missing"] == "").all()
             of_scores = table[table["row"] != "size of the model, MB"]
             assert of_scores[["low", "high"]].notna().all(axis=None)
-            assert ((of_scores["low"] <= of_scores["reproduced"]) & (of_scores["reproduced"] <= of_scores["high"])).all()
+            assert (
+                (of_scores["low"] <= of_scores["reproduced"])
+                & (of_scores["reproduced"] <= of_scores["high"])
+            ).all()
 
     def test_a_row_says_where_its_number_is_from(self, everything, whole_study):
         row = everything["A-T2"].table.set_index("row").loc["ResNet18_FPN"]
@@ -225,9 +304,16 @@ class TestWholeStudy:
         assert row["reproduced"] == saved.AP50[0]
 
     def test_a_planted_effect_is_found_and_none_is_not(self, everything):
-        words = {(key, compared.claim): found.word for key, part in everything.items() for compared, found in part.judged}
+        words = {
+            (key, compared.claim): found.word
+            for key, part in everything.items()
+            for compared, found in part.judged
+        }
         assert words["A-T2", "A larger backbone helps, ResNet-50 over ResNet-18"] == verdicts.HOLDS
-        assert words["A-T2", "A larger backbone helps, ResNet-101 over ResNet-50"] == verdicts.NO_DIFFERENCE
+        assert (
+            words["A-T2", "A larger backbone helps, ResNet-101 over ResNet-50"]
+            == verdicts.NO_DIFFERENCE
+        )
         assert words["D-T3", "A feature pyramid helps"] == verdicts.HOLDS
         assert words["D-T3", "CBAM helps"] == verdicts.NO_DIFFERENCE
         assert words["B-T3", "Keeping all scores higher than a threshold of 0.5"] == verdicts.HOLDS
@@ -241,16 +327,29 @@ class TestWholeStudy:
 
     def test_the_12_lines_are_at_the_usual_limits(self, everything, whole_study):
         table = everything["B-T1"].table.set_index("metric")
-        summary = metrics.load_metrics(run_of(whole_study, "b/v2_backbone") / "metrics.json")["coco"]["summary"]
+        summary = metrics.load_metrics(run_of(whole_study, "b/v2_backbone") / "metrics.json")[
+            "coco"
+        ]["summary"]
         np.testing.assert_allclose(table["reproduced"], list(summary.values()), atol=1e-9)
         assert table["maxDets"].tolist() == [100] * 6 + [1, 10] + [100] * 4
         assert table.loc["APl", "missing"] == "no such cell in the validation images"
 
     def test_losses_stand_beside_the_reported_ones(self, everything):
         table = everything["B-T2"].table
-        assert table["reproduced"].tolist()[:3] == [2.0, 1.5, 1.25] and table["reproduced"].isna().tolist()[3:] == [True, True]
-        assert table["missing"].tolist() == ["", "", "", "the run has 3 epochs", "the run has 3 epochs"]
-        assert everything["C-Fig3"].table["reported"].tolist()[:2] == [0.7856, 0.7839] and len(everything["C-Fig3"].figures) == 1
+        assert table["reproduced"].tolist()[:3] == [2.0, 1.5, 1.25] and table[
+            "reproduced"
+        ].isna().tolist()[3:] == [True, True]
+        assert table["missing"].tolist() == [
+            "",
+            "",
+            "",
+            "the run has 3 epochs",
+            "the run has 3 epochs",
+        ]
+        assert (
+            everything["C-Fig3"].table["reported"].tolist()[:2] == [0.7856, 0.7839]
+            and len(everything["C-Fig3"].figures) == 1
+        )
 
     def test_the_size_of_the_model_is_no_score(self, everything):
         row = everything["D-T4"].table.set_index("row").loc["size of the model, MB"]
@@ -259,12 +358,23 @@ class TestWholeStudy:
     def test_thresholds_are_chosen_on_one_half_and_judged_on_the_other(self, everything):
         part = everything["E-T3"]
         assert part.table["chosen_threshold"].isin(reports.E_GRID).all() and len(part.table) == 4
-        assert any("3 images to choose on and 3 images to judge on" in sentence for sentence in part.sentences)
-        assert part.judged[0][1].word == verdicts.CANNOT_TELL and "3 images are too few" in part.judged[0][1].sentence
+        assert any(
+            "3 images to choose on and 3 images to judge on" in sentence
+            for sentence in part.sentences
+        )
+        assert (
+            part.judged[0][1].word == verdicts.CANNOT_TELL
+            and "3 images are too few" in part.judged[0][1].sentence
+        )
 
     def test_an_empty_score_of_detections_says_why(self, some_runs):
-        """No detection of a macrophage, and no macrophage to be found: precision and recall are ratios of nothing."""
-        for kind, reason in (("detections", reports.NOTHING_FOUND), ("truth", reports.NO_SUCH_CELL)):
+        """No detection of a macrophage, and no macrophage to be found: precision and recall are
+        ratios of nothing.
+        """
+        for kind, reason in (
+            ("detections", reports.NOTHING_FOUND),
+            ("truth", reports.NO_SUCH_CELL),
+        ):
             path = run_of(some_runs, "e/full") / f"{kind}.json"
             content = json.loads(path.read_text())
             rows = content if kind == "detections" else content["annotations"]
@@ -273,7 +383,9 @@ class TestWholeStudy:
             part = reports.build(opened(some_runs), "E-T3")
             row = part.table.set_index("class").loc["macrophage"]
             assert row["missing"] == reason and part.table["missing"].tolist()[0] == ""
-            assert part.page.loc["macrophage", "recall" if kind == "truth" else "precision"] == reason
+            assert (
+                part.page.loc["macrophage", "recall" if kind == "truth" else "precision"] == reason
+            )
             assert reason in set(reports.build(opened(some_runs), "E-sweep").table["missing"])
 
     def test_the_sweep_has_every_threshold_and_class(self, everything):
@@ -284,34 +396,54 @@ class TestWholeStudy:
     def test_pictures_whose_images_are_gone_are_a_sentence(self, everything):
         """The drawn images are not those of this made-up truth."""
         for key in ("A-Fig1", "B-Fig2", "C-Fig1", "E-Fig2"):
-            assert not everything[key].figures and everything[key].sentences[0].startswith("No pictures")
+            assert not everything[key].figures and everything[key].sentences[0].startswith(
+                "No pictures"
+            )
         for key in ("A-Fig3", "B-Fig1", "D-Fig2", "E-Fig1"):
             assert len(everything[key].figures) == 1
 
     def test_the_overview_and_the_verdicts_list_everything(self, everything):
         overview = reports.overview(list(everything.values()))
         assert len(overview) == sum(len(table.rows) for table in reports.SCORE_TABLES.values()) + 12
-        assert "over ResNet18_FPN: holds here" in overview[overview["row"] == "ResNet50_FPN"]["verdict on the claim"].item()
+        assert (
+            "over ResNet18_FPN: holds here"
+            in overview[overview["row"] == "ResNet50_FPN"]["verdict on the claim"].item()
+        )
         told = reports.verdict_table(list(everything.values()))
-        assert len(told) == sum(len(table.comparisons) for table in reports.SCORE_TABLES.values()) + 1
+        assert (
+            len(told) == sum(len(table.comparisons) for table in reports.SCORE_TABLES.values()) + 1
+        )
 
     def test_text_puts_the_verdict_in_bold(self, everything):
-        assert "A larger backbone helps, ResNet-50 over ResNet-18: **holds here**. AP50 " in everything["A-T2"].text
+        assert (
+            "A larger backbone helps, ResNet-50 over ResNet-18: **holds here**. AP50 "
+            in everything["A-T2"].text
+        )
         assert everything["A-T2"].heading == "### A-T2 Backbones"
 
     def test_the_quick_scale_is_called_a_smoke_test(self, whole_study):
         told = reports.describe(opened(whole_study))
-        assert re.match(r"\*\*Quick scale: weights none, \d+ steps: a smoke test, not a reproduction of the scores\.\*\*", told)
+        assert re.match(
+            r"\*\*Quick scale: weights none, \d+ steps: a smoke test, not a reproduction of the scores\.\*\*",
+            told,
+        )
         assert "17 of 17 runs" in told
 
 
 def test_seeds_are_averaged_and_their_spread_is_told(whole_study):
     part = reports.build(opened(whole_study, 2), "A-T2")
     row = part.table.set_index("row").loc["ResNet18_FPN"]
-    values = [resampling.load_scores(run_of(whole_study, "a/resnet18", seed) / "scores.json").AP50[0] for seed in (0, 1)]
-    assert row["reproduced"] == pytest.approx(np.mean(values)) and row["seed_sd"] == pytest.approx(np.std(values, ddof=1))
+    values = [
+        resampling.load_scores(run_of(whole_study, "a/resnet18", seed) / "scores.json").AP50[0]
+        for seed in (0, 1)
+    ]
+    assert row["reproduced"] == pytest.approx(np.mean(values)) and row["seed_sd"] == pytest.approx(
+        np.std(values, ddof=1)
+    )
     assert row["run_dir"].endswith("quick-drawn-a-resnet18-seed{0,1}") and row["seeds"] == 2
-    assert "±" in part.page.loc["ResNet18_FPN", "reproduced"] and "6 images and 2 seeds" in part.text
+    assert (
+        "±" in part.page.loc["ResNet18_FPN", "reproduced"] and "6 images and 2 seeds" in part.text
+    )
 
 
 class TestMissingRuns:
@@ -319,8 +451,13 @@ class TestMissingRuns:
         shutil.rmtree(run_of(some_runs, "a/resnet50"))
         part = reports.build(opened(some_runs), "A-T2")
         row = part.table.set_index("row").loc["ResNet50_FPN"]
-        assert np.isnan(row["reproduced"]) and row["missing"] == "no run quick-drawn-a-resnet50-seed0"
-        assert part.page.loc["ResNet50_FPN", "reproduced"] == "" and part.page.loc["ResNet18_FPN", "missing"] == ""
+        assert (
+            np.isnan(row["reproduced"]) and row["missing"] == "no run quick-drawn-a-resnet50-seed0"
+        )
+        assert (
+            part.page.loc["ResNet50_FPN", "reproduced"] == ""
+            and part.page.loc["ResNet18_FPN", "missing"] == ""
+        )
         words = [found.word for _, found in part.judged]
         assert words == [verdicts.NOT_ASKED, verdicts.NOT_ASKED, verdicts.HOLDS]
         assert "**cannot be asked**. Reason: no run quick-drawn-a-resnet50-seed0." in part.text
@@ -329,7 +466,10 @@ class TestMissingRuns:
         ("file", "reason"),
         [
             ("finished.json", "quick-drawn-c-final-seed0 has not finished (no finished.json)"),
-            ("scores.json", "quick-drawn-c-final-seed0 was not scored, run 03_evaluate on it (no scores.json)"),
+            (
+                "scores.json",
+                "quick-drawn-c-final-seed0 was not scored, run 03_evaluate on it (no scores.json)",
+            ),
             ("history.csv", "has no history.csv"),
         ],
     )
@@ -338,25 +478,36 @@ class TestMissingRuns:
         table = reports.build(opened(some_runs), "C-T2").table
         assert table["reproduced"].isna().all() and reason in table["missing"].item()
 
-    @pytest.mark.parametrize("file", ["settings.json", "scores.json", "finished.json", "detections.json"])
+    @pytest.mark.parametrize(
+        "file", ["settings.json", "scores.json", "finished.json", "detections.json"]
+    )
     def test_a_damaged_run_is_missing(self, some_runs, file):
         (run_of(some_runs, "c/final") / file).write_text("{")
         table = reports.build(opened(some_runs), "C-T2").table
         assert table["reproduced"].isna().all() and file in table["missing"].item()
 
-    @pytest.mark.parametrize(("name", "value", "told"), [("scale", "full", "scale"), ("data", "outputs/other", "data")])
+    @pytest.mark.parametrize(
+        ("name", "value", "told"), [("scale", "full", "scale"), ("data", "outputs/other", "data")]
+    )
     def test_a_run_of_other_data_or_scale_is_left_out(self, some_runs, name, value, told):
         path = run_of(some_runs, "a/resnet101") / "settings.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
         part = reports.build(opened(some_runs), "A-T2")
         row = part.table.set_index("row").loc["ResNet101_FPN"]
         assert np.isnan(row["reproduced"])
-        assert row["missing"] == f"quick-drawn-a-resnet101-seed0 is of other {told} than quick-drawn-a-resnet18-seed0"
+        assert (
+            row["missing"]
+            == f"quick-drawn-a-resnet101-seed0 is of other {told} than quick-drawn-a-resnet18-seed0"
+        )
 
     def test_a_run_of_another_split_is_left_out(self, some_runs):
         folder = run_of(some_runs, "a/resnet101")
-        (folder / "truth.json").write_text(json.dumps(TRUTH | {"annotations": TRUTH["annotations"][:-1]}))
-        (folder / "split.json").write_text(json.dumps({"kind": "patient", "train": [], "validation": [], "warning": ""}))
+        (folder / "truth.json").write_text(
+            json.dumps(TRUTH | {"annotations": TRUTH["annotations"][:-1]})
+        )
+        (folder / "split.json").write_text(
+            json.dumps({"kind": "patient", "train": [], "validation": [], "warning": ""})
+        )
         row = reports.build(opened(some_runs), "A-T2").table.set_index("row").loc["ResNet101_FPN"]
         assert "is of other split, validation images or cells than" in row["missing"]
 
@@ -364,20 +515,32 @@ class TestMissingRuns:
         shutil.rmtree(run_of(some_runs, "a/resnet50", 1))
         part = reports.build(opened(some_runs, 2), "A-T2")
         row = part.table.set_index("row").loc["ResNet50_FPN"]
-        assert row["seeds"] == 1 and row["missing"] == "no run quick-drawn-a-resnet50-seed1" and row["reproduced"] > 0
+        assert (
+            row["seeds"] == 1
+            and row["missing"] == "no run quick-drawn-a-resnet50-seed1"
+            and row["reproduced"] > 0
+        )
 
     @pytest.mark.parametrize("key", ["E-T3", "E-sweep"])
     def test_a_missing_seed_is_told_beside_thresholds_too(self, some_runs, key):
         shutil.rmtree(run_of(some_runs, "e/full", 1))
-        assert "no run quick-drawn-e-full-seed1" in set(reports.build(opened(some_runs, 2), key).table["missing"])
+        assert "no run quick-drawn-e-full-seed1" in set(
+            reports.build(opened(some_runs, 2), key).table["missing"]
+        )
 
     def test_without_any_run_every_table_says_so(self, tmp_path):
         study = opened(tmp_path)
         for report in reports.ORDER:
             for part in reports.show(study, report):
-                assert "no run" in part.text or part.key in {*reports.NOT_NEEDED, *reports.SCORE_TABLES}
+                assert "no run" in part.text or part.key in {
+                    *reports.NOT_NEEDED,
+                    *reports.SCORE_TABLES,
+                }
                 if part.key in reports.SCORE_TABLES:
-                    assert part.table["missing"].str.startswith("no run").all() and part.table["reproduced"].isna().all()
+                    assert (
+                        part.table["missing"].str.startswith("no run").all()
+                        and part.table["reproduced"].isna().all()
+                    )
         assert "0 of 17 runs" in reports.describe(study)
 
     def test_an_unknown_table_is_refused(self, tmp_path):
@@ -388,7 +551,12 @@ class TestMissingRuns:
 def test_the_committed_quick_study_leaves_no_score_cell_empty():
     """A cell holds a number, or why there can be none; ``missing`` is for runs that are not there."""
     study = reports.Study("outputs/reference/quick_study", STUDY)
-    keys = [key for keys in reports.ORDER.values() for key in keys if "Fig" not in key or key == "C-Fig3"]
+    keys = [
+        key
+        for keys in reports.ORDER.values()
+        for key in keys
+        if "Fig" not in key or key == "C-Fig3"
+    ]
     for key in keys:
         page = reports.build(study, key).page
         if "reproduced" in page:

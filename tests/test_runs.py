@@ -46,18 +46,28 @@ def truth() -> dict:
 def finished_run(config=RunConfig(run_name="done")):
     run_dir = start_run(config, FINGERPRINT, SPLIT, truth())
     cell = truth()["annotations"][0]
-    detections = [{key: cell[key] for key in ("image_id", "category_id", "bbox", "segmentation")} | {"score": 0.9}]
+    detections = [
+        {key: cell[key] for key in ("image_id", "category_id", "bbox", "segmentation")}
+        | {"score": 0.9}
+    ]
     write_json(run_dir / "detections.json", detections)
     save_metrics(evaluate(truth(), detections), run_dir / "metrics.json")
-    write_text(run_dir / "history.csv", pd.DataFrame({"epoch": [1, 2], "loss": [2.0, 1.5]}).to_csv(index=False))
+    write_text(
+        run_dir / "history.csv",
+        pd.DataFrame({"epoch": [1, 2], "loss": [2.0, 1.5]}).to_csv(index=False),
+    )
     return run_dir
 
 
 WRITERS = {
     "text": lambda path, fail: write_text(path, Fails() if fail else "new"),
     "json": lambda path, fail: write_json(path, {"a": float("nan") if fail else 1}),
-    "checkpoint": lambda path, fail: save_checkpoint(path, {"a": Fails() if fail else torch.ones(100_000)}),
-    "weights": lambda path, fail: save_weights(path, {"a": torch.ones(100_000), "b": Fails() if fail else torch.ones(1)}),
+    "checkpoint": lambda path, fail: save_checkpoint(
+        path, {"a": Fails() if fail else torch.ones(100_000)}
+    ),
+    "weights": lambda path, fail: save_weights(
+        path, {"a": torch.ones(100_000), "b": Fails() if fail else torch.ones(1)}
+    ),
 }
 
 
@@ -97,7 +107,11 @@ def test_an_interrupt_in_the_middle_of_a_write_leaves_the_old_checkpoint(tmp_pat
 
 
 def test_a_checkpoint_survives_bit_for_bit(tmp_path):
-    checkpoint = {"model": {"a": torch.randn(5)}, "history": [{"epoch": 1, "loss": 0.1}], "plateau": {"best": float("inf")}}
+    checkpoint = {
+        "model": {"a": torch.randn(5)},
+        "history": [{"epoch": 1, "loss": 0.1}],
+        "plateau": {"best": float("inf")},
+    }
     save_checkpoint(tmp_path / "last.pt", checkpoint)
     loaded = load_checkpoint(tmp_path / "last.pt")
     assert torch.equal(loaded["model"]["a"], checkpoint["model"]["a"])
@@ -119,10 +133,17 @@ def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path, content):
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"a": torch.ones(1000)})
     whole = path.read_bytes()
-    path.write_bytes({"nothing": b"", "text": b"hello\nworld", "half": whole[: len(whole) // 2], "code": b""}[content])
+    path.write_bytes(
+        {"nothing": b"", "text": b"hello\nworld", "half": whole[: len(whole) // 2], "code": b""}[
+            content
+        ]
+    )
     if content == "code":
         torch.save({"a": Runs(str(tmp_path / "ran"))}, path)
-    with pytest.raises(RunError, match=f"^checkpoint {re.escape(str(path))} cannot be read \\([^\n]+\\); delete it to train anew$"):
+    with pytest.raises(
+        RunError,
+        match=f"^checkpoint {re.escape(str(path))} cannot be read \\([^\n]+\\); delete it to train anew$",
+    ):
         load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
 
@@ -138,7 +159,9 @@ def test_a_run_folder_holds_settings_split_truth_and_provenance(runs_folder):
     assert provenance["data_fingerprint"] == FINGERPRINT
     assert provenance["packages"]["torch"] == torch.__version__.split("+")[0]
     assert set(provenance["packages"]) == set(runs.PACKAGES)
-    assert {"code_version", "python", "machine"} <= provenance.keys() and provenance["machine"]["cpu_count"] > 0
+    assert {"code_version", "python", "machine"} <= provenance.keys() and provenance["machine"][
+        "cpu_count"
+    ] > 0
 
 
 def test_a_run_goes_on_in_its_folder(runs_folder):
@@ -159,10 +182,19 @@ def test_another_run_in_the_folder_is_refused_with_the_differing_fields():
     run_dir = start_run(RunConfig(run_name="a", epochs=8), FINGERPRINT, SPLIT, truth())
     before = {file.name: file.read_bytes() for file in run_dir.iterdir()}
     with pytest.raises(RunError) as caught:
-        start_run(RunConfig(run_name="a", epochs=9, anchor_ratios=[1.0]), FINGERPRINT, SPLIT, truth())
+        start_run(
+            RunConfig(run_name="a", epochs=9, anchor_ratios=[1.0]), FINGERPRINT, SPLIT, truth()
+        )
     message = str(caught.value)
-    assert "epochs was 8, is 9" in message and "anchor_ratios was [0.5, 1.0, 2.0], is [1.0]" in message
-    assert str(run_dir) in message and "run_name" in message and "batch_size" not in message and "fingerprint" not in message
+    assert (
+        "epochs was 8, is 9" in message and "anchor_ratios was [0.5, 1.0, 2.0], is [1.0]" in message
+    )
+    assert (
+        str(run_dir) in message
+        and "run_name" in message
+        and "batch_size" not in message
+        and "fingerprint" not in message
+    )
     with pytest.raises(RunError, match="data_fingerprint was '0123456789ab', is 'ffffffffffff'"):
         start_run(RunConfig(run_name="a", epochs=8), "f" * 64, SPLIT, truth())
     assert {file.name: file.read_bytes() for file in run_dir.iterdir()} == before
@@ -183,11 +215,17 @@ def test_a_run_is_read_without_torch():
 
 
 def test_a_run_folder_that_does_not_exist_is_named():
-    with pytest.raises(RunError, match="run_dir outputs/runs/none-such does not exist; train one with notebooks/02_train"):
+    with pytest.raises(
+        RunError,
+        match="run_dir outputs/runs/none-such does not exist; train one with notebooks/02_train",
+    ):
         load_run("outputs/runs/none-such")
 
 
-@pytest.mark.parametrize("name", ["settings.json", "split.json", "truth.json", "detections.json", "metrics.json", "history.csv"])
+@pytest.mark.parametrize(
+    "name",
+    ["settings.json", "split.json", "truth.json", "detections.json", "metrics.json", "history.csv"],
+)
 def test_an_unfinished_run_is_named_with_the_missing_file(name):
     run_dir = finished_run()
     (run_dir / name).unlink()
@@ -195,15 +233,22 @@ def test_an_unfinished_run_is_named_with_the_missing_file(name):
         load_run(run_dir)
 
 
-@pytest.mark.parametrize("name", ["settings.json", "detections.json", "metrics.json", "history.csv"])
-@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe\x00"], ids=["nothing", "half", "binary"])
+@pytest.mark.parametrize(
+    "name", ["settings.json", "detections.json", "metrics.json", "history.csv"]
+)
+@pytest.mark.parametrize(
+    "content", [b"", b'{"a": ', b"\xff\xfe\x00"], ids=["nothing", "half", "binary"]
+)
 def test_a_damaged_run_is_named_in_one_sentence(name, content):
     run_dir = finished_run()
     (run_dir / name).write_bytes(content)
     if (name, content) == ("history.csv", b'{"a": '):
         content = b'epoch,loss\n1,"2.0\n'
         (run_dir / name).write_bytes(content)
-    with pytest.raises(RunError, match=f"^[^\n]*{re.escape(name)}[^\n]*run again|{re.escape(name)}[^\n]*run 02_train again"):
+    with pytest.raises(
+        RunError,
+        match=f"^[^\n]*{re.escape(name)}[^\n]*run again|{re.escape(name)}[^\n]*run 02_train again",
+    ):
         load_run(run_dir)
 
 

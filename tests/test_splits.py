@@ -18,7 +18,9 @@ def split_of(patients, counts=None, kind="patient", fraction=0.25, seed=0):
 
 @FEW
 @given(
-    st.lists(st.sampled_from("ABCDEFG"), min_size=2, max_size=30).filter(lambda patients: len(set(patients)) > 1),
+    st.lists(st.sampled_from("ABCDEFG"), min_size=2, max_size=30).filter(
+        lambda patients: len(set(patients)) > 1
+    ),
     st.floats(0.05, 0.95),
     st.integers(0, 1000),
 )
@@ -44,7 +46,9 @@ def test_a_random_split_holds_the_asked_share_of_images(number, fraction, seed):
 def test_a_class_in_two_groups_reaches_both_sides(seed, kind):
     """12 patients of two images; macrophages in two patients (images) only, neutrophils in three."""
     rng = np.random.default_rng(seed)
-    counts = np.column_stack([rng.integers(1, 100, 24), rng.integers(1, 100, 24), np.zeros((24, 2), int)])
+    counts = np.column_stack(
+        [rng.integers(1, 100, 24), rng.integers(1, 100, 24), np.zeros((24, 2), int)]
+    )
     first = rng.permutation(12)
     for patient in first[:2]:
         counts[2 * patient, 3] = 5
@@ -58,7 +62,9 @@ def test_a_class_in_two_groups_reaches_both_sides(seed, kind):
 @pytest.mark.parametrize("seed", range(30))
 def test_a_rare_class_reaches_validation_also_at_a_small_fraction(seed):
     rng = np.random.default_rng(seed)
-    counts = np.column_stack([rng.integers(1, 100, 10), rng.integers(1, 100, 10), np.zeros((10, 2), int)])
+    counts = np.column_stack(
+        [rng.integers(1, 100, 10), rng.integers(1, 100, 10), np.zeros((10, 2), int)]
+    )
     counts[rng.choice(10, 2, replace=False), 3] = rng.integers(1, 60, 2)
     image_ids, split = split_of([f"p{i}" for i in range(10)], counts, fraction=0.25, seed=seed)
     held_out = np.isin(image_ids, split.validation)
@@ -99,13 +105,17 @@ def test_a_class_that_nobody_has_is_no_obstacle():
 
 def test_a_random_split_warns_of_patients_on_both_sides():
     _, split = split_of(["only"] * 6, kind="random")
-    assert split.warning.startswith("1 patients have images on both sides of this random split (only ...)")
+    assert split.warning.startswith(
+        "1 patients have images on both sides of this random split (only ...)"
+    )
     assert "too high" in split.warning
 
 
 def test_a_random_split_warns_where_patients_are_unknown():
     _, split = split_of([None] * 6, kind="random")
-    assert split.warning.startswith("patients are unknown, so one patient's images may be on both sides")
+    assert split.warning.startswith(
+        "patients are unknown, so one patient's images may be on both sides"
+    )
     _, split = split_of(["a", "b", "c", None], kind="random")
     assert "unknown" in split.warning
 
@@ -117,15 +127,25 @@ def test_a_random_split_of_one_image_a_patient_needs_no_warning():
 @pytest.mark.parametrize("patients", [list("aabbccdd"), [None] * 8])
 def test_all_trains_on_the_validation_images_too(patients):
     image_ids, split = split_of(patients, kind="all")
-    assert split.train == image_ids and split.validation == split_of(patients, kind="auto")[1].validation
-    assert (split.kind, split.warning) == ("all", "the validation images are trained on, too: scores are of training images")
+    assert (
+        split.train == image_ids
+        and split.validation == split_of(patients, kind="auto")[1].validation
+    )
+    assert (split.kind, split.warning) == (
+        "all",
+        "the validation images are trained on, too: scores are of training images",
+    )
 
 
 @pytest.mark.parametrize(
     ("patients", "kind", "message"),
     [
         (["a", "b"], "patients", "unknown split 'patients'; one of auto, patient, random, all"),
-        (["a", None, "b", None], "patient", "2 of 4 have none \\(first: image1\\); add patients.csv .* or use split 'random'"),
+        (
+            ["a", None, "b", None],
+            "patient",
+            "2 of 4 have none \\(first: image1\\); add patients.csv .* or use split 'random'",
+        ),
         (["a", "a", "a"], "patient", "split 'patient' needs at least two patients, found 1"),
         (["a"], "random", "split 'random' needs at least two images, found 1"),
     ],

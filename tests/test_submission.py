@@ -25,8 +25,17 @@ SIDES = "x, y, width, height"
 
 def detections():
     """Three discs and a large one in image 1, one disc in image 2, none in image 3."""
-    cells = [(1, 1, 20, 30, 8), (1, 2, 60, 30, 9), (1, 2, 100, 80, 12), (1, 4, 60, 70, 15), (2, 3, 50, 50, 7)]
-    return [result(image_id, k, 0.9 - 0.1 * row, disc(x, y, r)) for row, (image_id, k, x, y, r) in enumerate(cells)]
+    cells = [
+        (1, 1, 20, 30, 8),
+        (1, 2, 60, 30, 9),
+        (1, 2, 100, 80, 12),
+        (1, 4, 60, 70, 15),
+        (2, 3, 50, 50, 7),
+    ]
+    return [
+        result(image_id, k, 0.9 - 0.1 * row, disc(x, y, r))
+        for row, (image_id, k, x, y, r) in enumerate(cells)
+    ]
 
 
 def faults_of(change):
@@ -62,15 +71,24 @@ def test_faulty_detections_are_not_written(tmp_path):
     paths = write_submission(detections(), IMAGES, tmp_path)
     before = [path.read_bytes() for path in paths]
     faulty = [*detections(), result(9, 1, 1.2, disc(20, 20, 5))]
-    with pytest.raises(ValueError, match="no valid submission:\n  result 5 .*no test image 9.*\n  result 5 .*score is 1.2"):
+    with pytest.raises(
+        ValueError,
+        match="no valid submission:\n  result 5 .*no test image 9.*\n  result 5 .*score is 1.2",
+    ):
         write_submission(faulty, IMAGES, tmp_path)
-    assert [path.read_bytes() for path in paths] == before and sorted(tmp_path.iterdir()) == sorted(paths)
+    assert [path.read_bytes() for path in paths] == before and sorted(tmp_path.iterdir()) == sorted(
+        paths
+    )
 
 
 def test_a_failing_write_leaves_the_old_files(tmp_path, monkeypatch):
     paths = write_submission(detections(), IMAGES, tmp_path)
     before = paths[1].read_bytes()
-    monkeypatch.setattr(zipfile.ZipFile, "writestr", lambda *args: (_ for _ in ()).throw(OSError("no space left on device")))
+    monkeypatch.setattr(
+        zipfile.ZipFile,
+        "writestr",
+        lambda *args: (_ for _ in ()).throw(OSError("no space left on device")),
+    )
     with pytest.raises(OSError, match="no space"):
         write_submission(detections()[:2], IMAGES, tmp_path)
     assert paths[1].read_bytes() == before and sorted(tmp_path.iterdir()) == sorted(paths)
@@ -98,19 +116,43 @@ def test_a_written_submission_has_no_faults(tmp_path, which):
 def test_no_result_at_all_is_no_fault():
     checked = check_results([], IMAGES)
     assert checked.faults == []
-    assert (checked.summary["results"], checked.summary["images without results"], checked.summary["boxes"]) == (0, 3, "none")
+    assert (
+        checked.summary["results"],
+        checked.summary["images without results"],
+        checked.summary["boxes"],
+    ) == (0, 3, "none")
 
 
 FILES = {
-    "json_that_is_none": ("a.json", b"results", "a.json: it cannot be read as a zip archive or JSON \\(Expecting value"),
-    "half_a_json": ("a.json", b'[{"image_id": 1, "sc', "it cannot be read as a zip archive or JSON \\(Unterminated string"),
+    "json_that_is_none": (
+        "a.json",
+        b"results",
+        "a.json: it cannot be read as a zip archive or JSON \\(Expecting value",
+    ),
+    "half_a_json": (
+        "a.json",
+        b'[{"image_id": 1, "sc',
+        "it cannot be read as a zip archive or JSON \\(Unterminated string",
+    ),
     "empty": ("a.json", b"", "it cannot be read"),
     "bytes": ("a.json", bytes(range(128, 256)), "it cannot be read"),
     "too_deep": ("a.json", b"[" * 100_000, "it cannot be read .*recursion"),
-    "zip_that_is_none": ("a.zip", b"[]", "a.zip: it cannot be read as a zip archive or JSON \\(File is not a zip file\\)"),
-    "dict": ("a.json", b'{"annotations": []}', "it holds {'annotations': \\[\\]}, but must be a list of results"),
+    "zip_that_is_none": (
+        "a.zip",
+        b"[]",
+        "a.zip: it cannot be read as a zip archive or JSON \\(File is not a zip file\\)",
+    ),
+    "dict": (
+        "a.json",
+        b'{"annotations": []}',
+        "it holds {'annotations': \\[\\]}, but must be a list of results",
+    ),
     "number": ("a.json", b"3", "it holds 3, but must be a list"),
-    "list_of_lists": ("a.json", b"[[1, 2], [3], 4]", "result 0: it is \\[1, 2\\], but must be an .*\\(and 2 more like it\\)"),
+    "list_of_lists": (
+        "a.json",
+        b"[[1, 2], [3], 4]",
+        "result 0: it is \\[1, 2\\], but must be an .*\\(and 2 more like it\\)",
+    ),
 }
 
 
@@ -127,7 +169,10 @@ def test_a_zip_without_the_results_says_what_it_holds(tmp_path):
         for name in ("folder/test-results.json", "readme.txt"):
             archive.writestr(name, "[]")
     (fault,) = check_submission(tmp_path / "a.zip", IMAGES).faults
-    assert fault == "a.zip: it has no test-results.json at its top; it holds folder/test-results.json, readme.txt"
+    assert (
+        fault
+        == "a.zip: it has no test-results.json at its top; it holds folder/test-results.json, readme.txt"
+    )
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
@@ -144,7 +189,9 @@ def test_bytes_changed_at_random_never_raise(tmp_path):
         damaged = bytearray(rng.choice(whole))
         for _ in range(rng.randint(1, 3)):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
-        (tmp_path / "a.zip").write_bytes(damaged[: rng.choice([len(damaged), rng.randrange(len(damaged))])])
+        (tmp_path / "a.zip").write_bytes(
+            damaged[: rng.choice([len(damaged), rng.randrange(len(damaged))])]
+        )
         (tmp_path / "a.zip").rename(tmp_path / rng.choice(["a.zip", "a.json"]))
         for name in ("a.zip", "a.json"):
             found += bool(check_submission(tmp_path / name, IMAGES).faults)
@@ -164,7 +211,9 @@ def put(*keys, value):
 
 
 def as_counts(*numbers):
-    """Numbers as COCO writes them: groups of 5 bits, lowest first, 32 where more follow, 16 where the last is negative."""
+    """Numbers as COCO writes them: groups of 5 bits, lowest first, 32 where more follow, 16 where
+    the last is negative.
+    """
     text = ""
     for number in numbers:
         while not -16 <= number < 16:
@@ -178,39 +227,84 @@ RLE = 'it must be a compressed RLE, {"size": [height, width], "counts": "text"}'
 CASES = {
     "no_score": (lambda r: r.pop("score"), "result 2 (image 1): it has no score"),
     "no_image_id": (lambda r: r.pop("image_id"), "result 2: it has no image_id"),
-    "no_segmentation": (lambda r: r.pop("segmentation"), "result 2 (image 1): it has no segmentation"),
-    "image_unknown": (put("image_id", value=7), "result 2 (image 7): there is no test image 7; the ids are 1, 2, 3"),
-    "image_as_text": (put("image_id", value="1"), "result 2: its image_id is '1'; it must be a whole number"),
-    "image_as_list": (put("image_id", value=[1]), "result 2: its image_id is [1]; it must be a whole number"),
-    "class_0": (put("category_id", value=0), "result 2 (image 1): its category_id is 0; it must be a whole number, 1 to 4"),
+    "no_segmentation": (
+        lambda r: r.pop("segmentation"),
+        "result 2 (image 1): it has no segmentation",
+    ),
+    "image_unknown": (
+        put("image_id", value=7),
+        "result 2 (image 7): there is no test image 7; the ids are 1, 2, 3",
+    ),
+    "image_as_text": (
+        put("image_id", value="1"),
+        "result 2: its image_id is '1'; it must be a whole number",
+    ),
+    "image_as_list": (
+        put("image_id", value=[1]),
+        "result 2: its image_id is [1]; it must be a whole number",
+    ),
+    "class_0": (
+        put("category_id", value=0),
+        "result 2 (image 1): its category_id is 0; it must be a whole number, 1 to 4",
+    ),
     "class_5": (put("category_id", value=5), "its category_id is 5"),
     "class_as_text": (put("category_id", value="2"), "its category_id is '2'"),
     "class_true": (put("category_id", value=True), "its category_id is True"),
-    "score_high": (put("score", value=1.2), "result 2 (image 1): its score is 1.2; it must be a number between 0 and 1"),
+    "score_high": (
+        put("score", value=1.2),
+        "result 2 (image 1): its score is 1.2; it must be a number between 0 and 1",
+    ),
     "score_negative": (put("score", value=-0.1), "its score is -0.1"),
     "score_nan": (put("score", value=math.nan), "its score is nan"),
     "score_text": (put("score", value="0.5"), "its score is '0.5'"),
     "score_null": (put("score", value=None), "its score is None"),
-    "box_of_three": (put("bbox", value=[1, 2, 3]), "its bbox is [1, 2, 3]; it must be four numbers, x, y, width, height"),
+    "box_of_three": (
+        put("bbox", value=[1, 2, 3]),
+        "its bbox is [1, 2, 3]; it must be four numbers, x, y, width, height",
+    ),
     "box_with_text": (put("bbox", value=[1, 2, 3, "4"]), "its bbox is [1, 2, 3, '4']"),
     "box_infinite": (put("bbox", value=[1, 2, 3, math.inf]), "its bbox is [1, 2, 3, inf]"),
     "box_huge": (put("bbox", value=[1, 2, 3, 10**400]), "its bbox is [1, 2, 3, 1000"),
     "box_negative": (put("bbox", value=[1, 2, -3, 4]), "its bbox is [1, 2, -3, 4]"),
     "box_null": (put("bbox", value=None), "its bbox is None"),
-    "polygon": (put("segmentation", value=[[1, 2, 3, 4, 5, 6]]), f"its segmentation is [[1, 2, 3, 4, 5, 6]]; {RLE}"),
+    "polygon": (
+        put("segmentation", value=[[1, 2, 3, 4, 5, 6]]),
+        f"its segmentation is [[1, 2, 3, 4, 5, 6]]; {RLE}",
+    ),
     "counts_as_list": (put("segmentation", "counts", value=[10, 5]), RLE),
     "no_counts": (lambda r: r["segmentation"].pop("counts"), RLE),
-    "size_of_text": (put("segmentation", "size", value="90x110"), "its mask's size is '90x110'; it must be [height, width]"),
+    "size_of_text": (
+        put("segmentation", "size", value="90x110"),
+        "its mask's size is '90x110'; it must be [height, width]",
+    ),
     "size_turned": (
         put("segmentation", "size", value=[WIDTH, HEIGHT]),
         "its mask is 110 x 90 px, its image 90 x 110 px (height x width); height and width are swapped",
     ),
-    "no_rle": (put("segmentation", "counts", value="a cell"), "its counts are damaged: they are no text of a compressed RLE"),
-    "not_ascii": (put("segmentation", "counts", value="é\ud800"), "they are no text of a compressed RLE"),
-    "empty_counts": (put("segmentation", "counts", value=""), "they are no text of a compressed RLE"),
-    "endless_number": (put("segmentation", "counts", value="o" * 30 + "0"), "they are no text of a compressed RLE"),
-    "too_short": (put("segmentation", "counts", value=as_counts(1, 2, 3, 4)), "mask's 9,900 px, but they cover 12 px"),
-    "negative_run": (put("segmentation", "counts", value=as_counts(9900, 7, -7)), "the mask's 9,900 px, but one is negative"),
+    "no_rle": (
+        put("segmentation", "counts", value="a cell"),
+        "its counts are damaged: they are no text of a compressed RLE",
+    ),
+    "not_ascii": (
+        put("segmentation", "counts", value="é\ud800"),
+        "they are no text of a compressed RLE",
+    ),
+    "empty_counts": (
+        put("segmentation", "counts", value=""),
+        "they are no text of a compressed RLE",
+    ),
+    "endless_number": (
+        put("segmentation", "counts", value="o" * 30 + "0"),
+        "they are no text of a compressed RLE",
+    ),
+    "too_short": (
+        put("segmentation", "counts", value=as_counts(1, 2, 3, 4)),
+        "mask's 9,900 px, but they cover 12 px",
+    ),
+    "negative_run": (
+        put("segmentation", "counts", value=as_counts(9900, 7, -7)),
+        "the mask's 9,900 px, but one is negative",
+    ),
     "empty_mask": (
         put("segmentation", value=coco_mask.encode(np.zeros((HEIGHT, WIDTH), np.uint8, order="F"))),
         "its mask has no pixel; leave such results out",
@@ -222,7 +316,11 @@ CASES = {
 def test_every_fault_has_its_sentence(change, expected):
     def as_json(result):
         change(result)
-        counts = result.get("segmentation") and isinstance(result["segmentation"], dict) and result["segmentation"].get("counts")
+        counts = (
+            result.get("segmentation")
+            and isinstance(result["segmentation"], dict)
+            and result["segmentation"].get("counts")
+        )
         if isinstance(counts, bytes):
             result["segmentation"]["counts"] = counts.decode()
 
@@ -265,7 +363,9 @@ def test_the_kind_of_the_boxes_is_told():
         "as they are": sides,
         "corners": [corners(detection) for detection in sides],
         "none": [no_box(detection) for detection in sides],
-        "half": [corners(detection) if row % 2 else detection for row, detection in enumerate(sides)],
+        "half": [
+            corners(detection) if row % 2 else detection for row, detection in enumerate(sides)
+        ],
         "one without": [no_box(sides[0]), *sides[1:]],
         "one stray": [corners(sides[0]), *sides[1:]],
         "elsewhere": [detection | {"bbox": [0, 0, 0, 0]} for detection in sides],
@@ -284,18 +384,27 @@ masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, ma
 @given(st.lists(masks, min_size=1, max_size=5))
 def test_boxes_of_masks_equal_pycocotools(stack):
     rles = [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in stack]
-    boxes, problems = check_masks([rle["counts"].decode() for rle in rles], [rle["size"] for rle in rles])
+    boxes, problems = check_masks(
+        [rle["counts"].decode() for rle in rles], [rle["size"] for rle in rles]
+    )
     assert boxes.tolist() == coco_mask.toBbox(rles).astype(int).tolist()
     assert [not problem for problem in problems] == [bool(mask.any()) for mask in stack]
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.text([chr(code) for code in range(48, 112)], min_size=1, max_size=8), st.integers(1, 9), st.integers(1, 9))
+@given(
+    st.text([chr(code) for code in range(48, 112)], min_size=1, max_size=8),
+    st.integers(1, 9),
+    st.integers(1, 9),
+)
 def test_what_passes_is_a_whole_mask_also_beside_damaged_ones(counts, height, width):
     neighbours = [disc(20, 20, 5), disc(60, 40, 9)]
     texts = [neighbours[0]["counts"], counts, neighbours[1]["counts"]]
     boxes, problems = check_masks(texts, [[HEIGHT, WIDTH], [height, width], [HEIGHT, WIDTH]])
-    assert problems[0] == problems[2] == "" and boxes[2].tolist() == coco_mask.toBbox(neighbours[1]).tolist()
+    assert (
+        problems[0] == problems[2] == ""
+        and boxes[2].tolist() == coco_mask.toBbox(neighbours[1]).tolist()
+    )
     if not problems[1]:
         mask = coco_mask.decode({"size": [height, width], "counts": counts})
         ys, xs = np.nonzero(mask)

@@ -1,4 +1,6 @@
-"""The drawn tissue: the HW3 layout with its quirks, the same bytes from the same seed, and what is planted in it."""
+"""The drawn tissue: the HW3 layout with its quirks, the same bytes from the same seed, and what is
+planted in it.
+"""
 
 import csv
 import json
@@ -17,7 +19,13 @@ from bench import drawn_vs_real
 from cellseg_helpers.config import ROOT
 from cellseg_helpers.data import synthetic
 from cellseg_helpers.data.labels import find_instances
-from cellseg_helpers.data.synthetic import RECIPES, VERSION, discard_older_drawing, draw_dataset, draw_tissue
+from cellseg_helpers.data.synthetic import (
+    RECIPES,
+    VERSION,
+    discard_older_drawing,
+    draw_dataset,
+    draw_tissue,
+)
 
 TRAIN, TEST = 14, 3
 
@@ -30,7 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def label_maps(folder: Path) -> list[np.ndarray]:
@@ -46,7 +58,9 @@ def test_same_seed_same_bytes(folder: Path, tmp_path: Path) -> None:
 
 def test_images_do_not_depend_on_how_many_are_drawn(folder: Path, tmp_path: Path) -> None:
     draw_dataset(tmp_path / "few", 3, 0, seed=5)
-    few = {name: data for name, data in content(tmp_path / "few").items() if name.startswith("train")}
+    few = {
+        name: data for name, data in content(tmp_path / "few").items() if name.startswith("train")
+    }
     assert few.items() <= content(folder).items()
 
 
@@ -55,12 +69,21 @@ def test_layout(folder: Path) -> None:
     assert len(names) == TRAIN and all(str(uuid.UUID(name)) == name for name in names)
     with open(folder / "patients.csv") as file:
         rows = list(csv.DictReader(file))
-    assert sorted(row["image_id"] for row in rows) == names and len({row["patient"] for row in rows}) == 8
+    assert (
+        sorted(row["image_id"] for row in rows) == names
+        and len({row["patient"] for row in rows}) == 8
+    )
     tests = json.loads((folder / "test_image_name_to_ids.json").read_text())
     assert [test["id"] for test in tests] == [1, 2, 3]
     for test in tests:
-        assert tifffile.imread(folder / "test_release" / test["file_name"]).shape == (test["height"], test["width"], 3)
-    assert sorted(path.name for path in (folder / "test_release").iterdir()) == sorted(test["file_name"] for test in tests)
+        assert tifffile.imread(folder / "test_release" / test["file_name"]).shape == (
+            test["height"],
+            test["width"],
+            3,
+        )
+    assert sorted(path.name for path in (folder / "test_release").iterdir()) == sorted(
+        test["file_name"] for test in tests
+    )
 
 
 def test_files_have_the_quirks_of_the_course_data(folder: Path) -> None:
@@ -68,13 +91,22 @@ def test_files_have_the_quirks_of_the_course_data(folder: Path) -> None:
     for train in (folder / "train").iterdir():
         with tifffile.TiffFile(train / "image.tif") as file:
             page = file.pages[0]
-            assert page.compression == tifffile.COMPRESSION.LZW and page.dtype == np.uint8 and page.shape[2] == 4
+            assert (
+                page.compression == tifffile.COMPRESSION.LZW
+                and page.dtype == np.uint8
+                and page.shape[2] == 4
+            )
             shape = page.shape[:2]
             assert (page.asarray()[..., 3] == 255).all()
         masks = sorted(train.glob("class*.tif"))
         assert 1 <= len(masks) <= 4
         for mask in map(tifffile.imread, masks):
-            assert mask.dtype == np.float64 and mask.shape == shape and (mask == np.rint(mask)).all() and mask.max() > 0
+            assert (
+                mask.dtype == np.float64
+                and mask.shape == shape
+                and (mask == np.rint(mask)).all()
+                and mask.max() > 0
+            )
             gaps.append(mask.max() > len(np.unique(mask)) - 1)
     assert any(gaps)
     assert len(gaps) < 4 * TRAIN
@@ -101,7 +133,9 @@ def test_some_cells_abut() -> None:
 @pytest.mark.parametrize("kind", RECIPES)
 def test_border_cells_are_drawn_but_not_annotated(kind: str) -> None:
     image, maps = draw_tissue(np.random.default_rng(3), 160, 160, kind)
-    same, all_maps = draw_tissue(np.random.default_rng(3), 160, 160, kind, annotate_border_cells=True)
+    same, all_maps = draw_tissue(
+        np.random.default_rng(3), 160, 160, kind, annotate_border_cells=True
+    )
     assert np.array_equal(image, same)
     assert not find_instances(maps).touches_border.any()
     added = find_instances(np.where(maps > 0, 0, all_maps))
@@ -119,26 +153,38 @@ def test_classes_differ_as_real_ones_do(folder: Path) -> None:
             if k in darkness:
                 darkness[k].append(red[mask > 0].mean())
     medians = {k: np.median(values) for k, values in sizes.items()}
-    assert 14 < medians[2] < 19 and 20 < medians[1] < 29 and 20 < medians[3] < 26 and 32 < medians[4] < 50
+    assert (
+        14 < medians[2] < 19
+        and 20 < medians[1] < 29
+        and 20 < medians[3] < 26
+        and 32 < medians[4] < 50
+    )
     assert np.mean(darkness[2]) + 20 < np.mean(darkness[1])
 
 
 def test_every_patient_of_the_default_size_shows_every_kind() -> None:
-    turns = {(turn % 8, synthetic.KINDS[(turn // 8 + turn % 8) % len(synthetic.KINDS)]) for turn in range(48)}
+    turns = {
+        (turn % 8, synthetic.KINDS[(turn // 8 + turn % 8) % len(synthetic.KINDS)])
+        for turn in range(48)
+    }
     assert len(turns) == 8 * len(RECIPES)
 
 
 def test_stain_turns_into_light_by_beer_lambert() -> None:
     amounts = np.zeros((3, 64, 64))
     amounts[0, :, 32:] = 1.0
-    image = synthetic._expose(np.random.default_rng(0), amounts, np.array([[1.0, 0.5, 0.0], [0, 0, 0], [0, 0, 0]]))
+    image = synthetic._expose(
+        np.random.default_rng(0), amounts, np.array([[1.0, 0.5, 0.0], [0, 0, 0], [0, 0, 0]])
+    )
     clear, stained = image[:, :, :24].mean((1, 2)), image[:, :, 40:].mean((1, 2))
     assert stained / clear == pytest.approx([0.1, 10**-0.5, 1.0], abs=0.02)
 
 
 def test_image_sides_stay_within_the_given_range(tmp_path: Path) -> None:
     draw_dataset(tmp_path / "small", 8, 0, image_size_px=(96, 100))
-    shapes = [tifffile.imread(path).shape[:2] for path in (tmp_path / "small").glob("train/*/image.tif")]
+    shapes = [
+        tifffile.imread(path).shape[:2] for path in (tmp_path / "small").glob("train/*/image.tif")
+    ]
     assert len(shapes) == 8 and all(72 <= side <= 130 for shape in shapes for side in shape)
 
 
@@ -154,7 +200,9 @@ def test_same_drawing_is_left_alone_and_another_is_refused(folder: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_broken_off_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_off_drawing_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = []
 
     def write(path: Path, *rest, **tags) -> None:
@@ -171,7 +219,10 @@ def test_a_broken_off_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 def test_two_processes_at_once_end_well(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cellseg_helpers.data.synthetic", str(tmp_path / "tissue")]
     command += ["--num-train", "6", "--num-test", "1"]
-    runs = [subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    runs = [
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        for _ in range(2)
+    ]
     assert [run.wait(60) for run in runs] == [0, 0]
     draw_dataset(tmp_path / "alone", 6, 1)
     assert content(tmp_path / "tissue") == content(tmp_path / "alone")
@@ -179,7 +230,9 @@ def test_two_processes_at_once_end_well(tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown kind of tissue 'bone'; one of epithelium, lymphoid"):
+    with pytest.raises(
+        ValueError, match="unknown kind of tissue 'bone'; one of epithelium, lymphoid"
+    ):
         draw_tissue(np.random.default_rng(0), kind="bone")
 
 
@@ -205,8 +258,13 @@ def test_a_drawing_of_another_version_is_discarded_and_nothing_else(tmp_path):
         draw_dataset(tmp_path / "mine", 2, 0)
 
 
-@pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_test": -1}, {"image_size_px": (32, 64)}, {"image_size_px": (99, 90)}])
-def test_impossible_settings_are_refused_before_anything_is_written(tmp_path: Path, wrong: dict) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_train": 0}, {"num_test": -1}, {"image_size_px": (32, 64)}, {"image_size_px": (99, 90)}],
+)
+def test_impossible_settings_are_refused_before_anything_is_written(
+    tmp_path: Path, wrong: dict
+) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         draw_dataset(tmp_path / "tissue", **wrong)
     assert not list(tmp_path.iterdir())
@@ -218,7 +276,12 @@ def test_touching_counts_diagonal_neighbours_of_any_class() -> None:
     maps[0, 5:8, 5:8] = 2  # meets 1 at a corner
     maps[1, 8:10, 5:8] = 1  # meets 2 of class 1
     maps[1, 15:18, 15:18] = 2
-    assert drawn_vs_real.touches_another(maps, find_instances(maps)).tolist() == [True, True, True, False]
+    assert drawn_vs_real.touches_another(maps, find_instances(maps)).tolist() == [
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_a_data_set_lies_at_distance_zero_from_itself(folder: Path) -> None:

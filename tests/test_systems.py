@@ -1,4 +1,6 @@
-"""Each report's system is really that system: the model, optimizer and schedule that its parameter file makes."""
+"""Each report's system is really that system: the model, optimizer and schedule that its parameter
+file makes.
+"""
 
 import json
 from collections import OrderedDict
@@ -16,9 +18,17 @@ from cellseg_helpers import engine, study
 from cellseg_helpers.config import ROOT, RunConfig
 from cellseg_helpers.data.readers import CellDataset, open_dataset
 from cellseg_helpers.model.backbones import CBAM, SingleMapBackbone
-from cellseg_helpers.model.build import IMAGENET_MEAN, IMAGENET_STD, build_model, channel_statistics, count_parameters, rebuild_model
+from cellseg_helpers.model.build import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    build_model,
+    channel_statistics,
+    count_parameters,
+    rebuild_model,
+)
 
-# What a report says and its runs do not share (beside the run that differs from the report's own system in these settings)
+# What a report says and its runs do not share (beside the run that differs from the report's own
+# system in these settings)
 DIFFERS = {
     "a/resnet18": {"backbone"},
     "a/resnet50": {"backbone"},
@@ -37,7 +47,9 @@ DIFFERS = {
 
 def system(key: str, **changes) -> RunConfig:
     """A run at full scale, from random weights."""
-    return replace(study.settings(key, "full", "drawn", 0), **{"weights": "none", "precision": "32", **changes})
+    return replace(
+        study.settings(key, "full", "drawn", 0), **{"weights": "none", "precision": "32", **changes}
+    )
 
 
 def rate_after(config: RunConfig, steps: int = 30) -> float:
@@ -79,7 +91,9 @@ def test_every_parameter_file_holds_known_settings_of_the_right_type(key, scale)
 def test_the_runs_of_a_comparison_differ_in_nothing_else(key, names):
     final = next(final for final in study.FINALS if final[0] == key[0])
     assert system(key).differences(system(final).to_dict()).keys() <= names | {"weights"}
-    with_weights = study.settings(key, "full", "drawn", 0).differences(study.settings(final, "full", "drawn", 0).to_dict())
+    with_weights = study.settings(key, "full", "drawn", 0).differences(
+        study.settings(final, "full", "drawn", 0).to_dict()
+    )
     assert with_weights.keys() == names
 
 
@@ -91,7 +105,9 @@ def test_every_run_is_a_final_or_differs_from_one():
 def test_a_finding_changes_what_its_file_says_and_nothing_else(key):
     changes = yaml.safe_load((ROOT / study.FINDINGS / f"{key}.yaml").read_text())
     base = study.settings(key.split("+")[0], "full", "drawn", 0)
-    assert study.settings(key, "full", "drawn", 0).differences(base.to_dict()).keys() == changes.keys()
+    assert (
+        study.settings(key, "full", "drawn", 0).differences(base.to_dict()).keys() == changes.keys()
+    )
 
 
 def test_a_has_eight_ratios_a_level_and_a_longest_side_of_1024():
@@ -102,7 +118,9 @@ def test_a_has_eight_ratios_a_level_and_a_longest_side_of_1024():
     for size, cell in zip((16, 32, 48, 64, 96), generator.cell_anchors, strict=True):
         width, height = (cell[:, 2:] - cell[:, :2]).T
         assert torch.allclose((width * height).sqrt(), torch.full((8,), float(size)), atol=1.5)
-        assert torch.allclose(height / width, torch.tensor([0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4]), rtol=0.2)
+        assert torch.allclose(
+            height / width, torch.tensor([0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4]), rtol=0.2
+        )
     resized, _ = model.transform.resize(torch.zeros(3, 300, 600))
     assert resized.shape[1:] == (512, 1024)
     assert len(model.backbone.body.layer3) == 23
@@ -110,32 +128,52 @@ def test_a_has_eight_ratios_a_level_and_a_longest_side_of_1024():
     assert type(optimizer) is torch.optim.Adam and optimizer.param_groups[0]["lr"] == 5e-5
     assert (config.epochs, config.batch_size, config.weight_decay) == (150, 2, 0)
     assert config.scheduler == "none" and rate_after(config) == 5e-5
-    assert build_model(system("a/default_anchors")).rpn.anchor_generator.num_anchors_per_location() == [3] * 5
+    assert (
+        build_model(system("a/default_anchors")).rpn.anchor_generator.num_anchors_per_location()
+        == [3] * 5
+    )
 
 
 def test_b_is_a_v2_backbone_in_a_v1_model():
     config = system("b/v2_backbone", trainable_backbone_layers=5)
-    model, whole = build_model(config), build_model(system("b/v2_whole", trainable_backbone_layers=5))
+    model, whole = (
+        build_model(config),
+        build_model(system("b/v2_whole", trainable_backbone_layers=5)),
+    )
     assert count_parameters(model) == pytest.approx(43.99e6, rel=1e-3)
     assert count_parameters(whole) == pytest.approx(45.90e6, rel=1e-3)
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.backbone.fpn.modules())
-    assert isinstance(model.roi_heads.box_head, TwoMLPHead) and isinstance(whole.roi_heads.box_head, FastRCNNConvFCHead)
+    assert isinstance(model.roi_heads.box_head, TwoMLPHead) and isinstance(
+        whole.roi_heads.box_head, FastRCNNConvFCHead
+    )
     assert (len(model.rpn.head.conv), len(whole.rpn.head.conv)) == (1, 2)
     assert not [m for m in model.roi_heads.mask_head.modules() if isinstance(m, nn.BatchNorm2d)]
     assert [m for m in whole.roi_heads.mask_head.modules() if isinstance(m, nn.BatchNorm2d)]
     assert model.backbone.state_dict().keys() == whole.backbone.state_dict().keys()
-    assert config.instance_reading == "connected_components" and config.truth_reading == "pixel_values" and config.keep_every_epoch
+    assert (
+        config.instance_reading == "connected_components"
+        and config.truth_reading == "pixel_values"
+        and config.keep_every_epoch
+    )
     _, optimizer = after_a_step(config)
     assert type(optimizer) is torch.optim.Adam and optimizer.param_groups[0]["lr"] == 5e-4
-    assert config.scheduler == "none" and rate_after(config) == 5e-4 and (config.epochs, config.batch_size) == (5, 2)
+    assert (
+        config.scheduler == "none"
+        and rate_after(config) == 5e-4
+        and (config.epochs, config.batch_size) == (5, 2)
+    )
 
 
 def test_b_takes_the_backbone_alone_from_the_pretrained_model(monkeypatch):
     whole = build_model(system("b/v2_whole"))
-    monkeypatch.setattr("cellseg_helpers.model.build.published_weights", lambda *arguments: whole.state_dict())
+    monkeypatch.setattr(
+        "cellseg_helpers.model.build.published_weights", lambda *arguments: whole.state_dict()
+    )
     model = build_model(study.settings("b/v2_backbone", "full", "drawn", 0))
     assert {name.split(".")[0] for name in model.load_report.loaded} == {"backbone"}
-    norms = [m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)]
+    norms = [
+        m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)
+    ]
     assert norms and all(isinstance(norm, nn.BatchNorm2d) for norm in norms)
 
 
@@ -143,8 +181,12 @@ def test_c_is_sgd_with_a_plateau_on_validation_ap50():
     config = system("c/final")
     assert config.monitor == "validation_ap50" and config.augmentation == "none"
     model = build_model(config)
-    assert model.rpn.anchor_generator.num_anchors_per_location() == [3] * 5 and isinstance(model.roi_heads.box_head, TwoMLPHead)
-    assert len(model.backbone.body.layer3) == 6 and not [m for m in model.modules() if isinstance(m, CBAM)]
+    assert model.rpn.anchor_generator.num_anchors_per_location() == [3] * 5 and isinstance(
+        model.roi_heads.box_head, TwoMLPHead
+    )
+    assert len(model.backbone.body.layer3) == 6 and not [
+        m for m in model.modules() if isinstance(m, CBAM)
+    ]
     assert model.roi_heads.mask_predictor.mask_fcn_logits.out_channels == 5
     _, optimizer = after_a_step(config)
     group = optimizer.param_groups[0]
@@ -164,9 +206,14 @@ def test_d_has_attention_after_each_stage():
     assert [type(stage[-1]) for stage in stages] == [CBAM] * 4
     assert not [m for m in plain.modules() if isinstance(m, CBAM)]
     channels = np.array([256, 512, 1024, 2048])
-    assert count_parameters(model) - count_parameters(plain) == (2 * channels**2 // 16).sum() + 4 * 2 * 7**2
+    assert (
+        count_parameters(model) - count_parameters(plain)
+        == (2 * channels**2 // 16).sum() + 4 * 2 * 7**2
+    )
     extra = set(model.state_dict()) - set(plain.state_dict())
-    assert set(plain.state_dict()) <= set(model.state_dict()) and all(".cbam." in name for name in extra)
+    assert set(plain.state_dict()) <= set(model.state_dict()) and all(
+        ".cbam." in name for name in extra
+    )
 
 
 def test_cbam_is_the_papers_equations():
@@ -178,7 +225,12 @@ def test_cbam_is_the_papers_equations():
     def mlp(v: torch.Tensor) -> torch.Tensor:
         return (v @ w0.T).relu() @ w1.T
 
-    attended = x * torch.sigmoid(mlp(x.flatten(2).mean(2)) + mlp(x.flatten(2).max(2).values))[:, :, None, None]
+    attended = (
+        x
+        * torch.sigmoid(mlp(x.flatten(2).mean(2)) + mlp(x.flatten(2).max(2).values))[
+            :, :, None, None
+        ]
+    )
     maps = torch.stack([attended.mean(1), attended.max(1).values], 1)
     expected = attended * torch.sigmoid(nn.functional.conv2d(maps, cbam.spatial.weight, padding=3))
     torch.testing.assert_close(cbam(x), expected)
@@ -187,7 +239,11 @@ def test_cbam_is_the_papers_equations():
 def test_cbam_stays_trainable_beside_frozen_stages():
     config = system("d/fpn_cbam", trainable_backbone_layers=0)
     rebuilt = rebuild_model(replace(config, weights="imagenet"))
-    trainable = {name for name, parameter in rebuilt.backbone.body.named_parameters() if parameter.requires_grad}
+    trainable = {
+        name
+        for name, parameter in rebuilt.backbone.body.named_parameters()
+        if parameter.requires_grad
+    }
     assert trainable and all(".cbam." in name for name in trainable)
 
 
@@ -211,11 +267,17 @@ def test_d_is_adamw_from_2e_4_to_5e_6_with_the_datas_own_statistics():
     model.transform.learn_statistics([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     grey = model.transform.normalize(torch.full((3, 2, 2), 0.5))[:, 0, 0]
     torch.testing.assert_close(grey, torch.tensor([1.0, 0.6, 1 / 3]))
-    assert config.normalization == "data" and config.box_score_thresh == 0.5 and config.augmentation == "joint_full"
+    assert (
+        config.normalization == "data"
+        and config.box_score_thresh == 0.5
+        and config.augmentation == "joint_full"
+    )
     assert config.keep_every_epoch
     assert study.settings("d/fpn_cbam", "full", "drawn", 0).precision == "16-mixed"
     _, optimizer = after_a_step(config)
-    assert type(optimizer) is torch.optim.AdamW and optimizer.param_groups[0]["weight_decay"] == 1e-4
+    assert (
+        type(optimizer) is torch.optim.AdamW and optimizer.param_groups[0]["weight_decay"] == 1e-4
+    )
     schedule, _ = engine.make_schedulers(optimizer, config, steps_per_epoch=1)
     assert optimizer.param_groups[0]["lr"] == 2e-4
     for _ in range(config.epochs):
@@ -227,14 +289,21 @@ def test_d_is_adamw_from_2e_4_to_5e_6_with_the_datas_own_statistics():
 def test_e_has_small_anchors_more_proposals_and_stops_early():
     config = system("e/full")
     model = build_model(config)
-    sizes = [(cell[:, 2:] - cell[:, :2]).prod(1).sqrt().mean().item() for cell in model.rpn.anchor_generator.cell_anchors]
+    sizes = [
+        (cell[:, 2:] - cell[:, :2]).prod(1).sqrt().mean().item()
+        for cell in model.rpn.anchor_generator.cell_anchors
+    ]
     assert np.allclose(sizes, [8, 16, 32, 64, 128], atol=0.5)
     model.train()
     assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (4000, 4000)
     model.eval()
     assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (2000, 2000)
     assert model.roi_heads.nms_thresh == 0.7 and model.roi_heads.detections_per_img == 300
-    assert config.min_instance_area_px == 36 and config.early_stopping_patience == 5 and config.monitor == "validation_loss"
+    assert (
+        config.min_instance_area_px == 36
+        and config.early_stopping_patience == 5
+        and config.monitor == "validation_loss"
+    )
     flat = [{"validation_loss": 1.0}] * 6
     assert engine.stopped_early(flat, config) and not engine.stopped_early(flat[:5], config)
     _, optimizer = after_a_step(config)
@@ -251,7 +320,11 @@ def test_normalisations_are_what_their_names_say():
     image = torch.rand(3, 4, 4)
     m, s = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
     once = (image - m) / s
-    for name, expected in (("imagenet", once), ("imagenet_twice", (once - m) / s), ("imagenet_of_0_255", (255 * image - m) / s)):
+    for name, expected in (
+        ("imagenet", once),
+        ("imagenet_twice", (once - m) / s),
+        ("imagenet_of_0_255", (255 * image - m) / s),
+    ):
         mean, std = (torch.tensor(values)[:, None, None] for values in channel_statistics(name))
         torch.testing.assert_close((image - mean) / std, expected, rtol=1e-4, atol=1e-4)
 
@@ -278,11 +351,15 @@ def test_learned_statistics_are_saved_with_the_weights():
     image = torch.rand(3, 8, 8)
     torch.testing.assert_close(rebuilt.transform.normalize(image), (image - image.new_tensor([0.1, 0.2, 0.3])[:, None, None])
                                / image.new_tensor([0.4, 0.5, 0.6])[:, None, None])  # fmt: skip
-    assert not [name for name in (*model.load_report.random, *model.load_report.loaded) if "image_" in name]
+    assert not [
+        name for name in (*model.load_report.random, *model.load_report.loaded) if "image_" in name
+    ]
 
 
 def test_unknown_runs_and_scales_are_named():
-    with pytest.raises(ValueError, match="unknown run 'a/resnet102'; one of a/default_anchors, .*e/full"):
+    with pytest.raises(
+        ValueError, match="unknown run 'a/resnet102'; one of a/default_anchors, .*e/full"
+    ):
         study.parameter_files("a/resnet102", "quick")
     with pytest.raises(ValueError, match="unknown scale 'tiny'; one of full, sample, quick"):
         study.parameter_files("a/resnet101", "tiny")

@@ -12,7 +12,9 @@ from cellseg_helpers.runs import load_run
 
 
 class Dataset:
-    """Two images of 10 x 10 px: in the first a lymphocyte of 4 px at the border, in the second two cells of 9 px."""
+    """Two images of 10 x 10 px: in the first a lymphocyte of 4 px at the border, in the second two
+    cells of 9 px.
+    """
 
     patients = ["p1", "p2"]
     counts = np.array([[0, 1, 0, 0], [1, 0, 0, 1]])
@@ -27,7 +29,10 @@ class Dataset:
         maps[0, 1, 0:2, 3:5] = 5
         maps[1, 0, 2:5, 2:5] = 1
         maps[1, 3, 6:9, 6:9] = 1
-        return iter(CellImage(f"i{n}", f"p{n + 1}", np.zeros((3, 10, 10), np.uint8), maps[n]) for n in range(2))
+        return iter(
+            CellImage(f"i{n}", f"p{n + 1}", np.zeros((3, 10, 10), np.uint8), maps[n])
+            for n in range(2)
+        )
 
 
 def test_instances_are_listed_with_size_and_border():
@@ -55,21 +60,39 @@ def test_an_image_is_chosen_by_its_classes_or_its_number():
 
 
 def test_the_split_is_told_in_a_sentence_with_its_warning():
-    split = {"kind": "random", "train": ["a", "b"], "validation": ["c"], "warning": "patients are unknown"}
+    split = {
+        "kind": "random",
+        "train": ["a", "b"],
+        "validation": ["c"],
+        "warning": "patients are unknown",
+    }
     text = tables.describe_split(split)
-    assert text == "random split (by image): 2 training and 1 validation images. Warning: patients are unknown."
+    assert (
+        text
+        == "random split (by image): 2 training and 1 validation images. Warning: patients are unknown."
+    )
 
 
 def test_a_saved_table_carries_its_context_in_every_row(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "TABLES", str(tmp_path))
     table = pd.DataFrame({"AP": [0.5, np.nan]}, index=pd.Index(["a", "b"], name="class"))
     path = tables.save_table(table, "t", scale="quick", data="drawn", split="patient")
-    assert path.read_text().splitlines() == ["scale,data,split,class,AP", "quick,drawn,patient,a,0.5", "quick,drawn,patient,b,"]
+    assert path.read_text().splitlines() == [
+        "scale,data,split,class,AP",
+        "quick,drawn,patient,a,0.5",
+        "quick,drawn,patient,b,",
+    ]
 
 
 def test_the_map_is_read_from_the_notebooks_first_cells(tmp_path):
     told = {"Question": "why?", "Reads": "`a`", "Writes": "b", "Takes": "long"}
-    first = {"source": ["# 07 Title\n", "\n", *(f"- **{key}:** {value}\n" for key, value in told.items())]}
+    first = {
+        "source": [
+            "# 07 Title\n",
+            "\n",
+            *(f"- **{key}:** {value}\n" for key, value in told.items()),
+        ]
+    }
     (tmp_path / "07_why.ipynb").write_text(json.dumps({"cells": [first]}))
     row = tables.notebook_map(tmp_path).loc["07_why"].to_dict()
     assert row == {"question": "why?", "reads": "a", "writes": "b", "takes": "long"}
@@ -77,11 +100,16 @@ def test_the_map_is_read_from_the_notebooks_first_cells(tmp_path):
 
 def test_affected_detections_are_the_surest_of_the_given_rows():
     masks = [disc(20, 20, 8), disc(60, 20, 8), disc(60, 60, 8)]
-    detections = [result(1, 2, score, mask) for score, mask in zip((0.3, 0.9, 0.6), masks, strict=True)]
+    detections = [
+        result(1, 2, score, mask) for score, mask in zip((0.3, 0.9, 0.6), masks, strict=True)
+    ]
     matches = match_detections(truth_of([(1, 2, masks[0]), (1, 2, masks[2])]), detections)
     table = tables.affected_detections(matches, [0, 2], 5)
     assert table.index.tolist() == [2, 0]
-    assert table[["class", "score", "kind"]].to_numpy().tolist() == [["lymphocyte", 0.6, "right"], ["lymphocyte", 0.3, "right"]]
+    assert table[["class", "score", "kind"]].to_numpy().tolist() == [
+        ["lymphocyte", 0.6, "right"],
+        ["lymphocyte", 0.3, "right"],
+    ]
     assert tables.affected_detections(matches, [1], 5)["kind"].tolist() == ["wrong"]
     assert tables.affected_detections(matches, [], 5).empty
 
@@ -92,12 +120,21 @@ def test_annotations_are_of_all_images_or_else_of_the_runs_own():
     assert told == "All 48 annotated images of the data 'drawn'." and len(annotated["images"]) == 48
     gone = run._replace(settings=run.settings | {"data": "outputs/no_such_data"})
     annotated, told = tables.annotations_of_run(gone)
-    assert annotated is run.truth and told.startswith("Only the 12 validation images: ") and "no_such_data" in told
+    assert (
+        annotated is run.truth
+        and told.startswith("Only the 12 validation images: ")
+        and "no_such_data" in told
+    )
 
 
 def test_the_data_set_beside_report_cs(tmp_path):
     (tmp_path / "test_release").mkdir()
     (tmp_path / "test_release" / "a.tif").touch()
-    folder, coco = (tables.dataset_summary(Dataset(), str(place))["here"] for place in (tmp_path, tmp_path / "annotations.json"))
+    folder, coco = (
+        tables.dataset_summary(Dataset(), str(place))["here"]
+        for place in (tmp_path, tmp_path / "annotations.json")
+    )
     assert folder[["classes", "labelled images", "unlabelled images"]].tolist() == ["3", "2", "1"]
-    assert coco["unlabelled images"] == "1" and "COCO" in coco["format"] and "TIFF" in folder["format"]
+    assert (
+        coco["unlabelled images"] == "1" and "COCO" in coco["format"] and "TIFF" in folder["format"]
+    )

@@ -66,10 +66,20 @@ def test_files_are_decoded_as_training_images_are(tmp_path):
     rgba = np.dstack([pixels("a"), np.full((HEIGHT, WIDTH), 255, np.uint8)])
     for place in (tmp_path / "test_release" / "a.tif", tmp_path / "train" / "a" / "image.tif"):
         place.parent.mkdir(parents=True)
-        tifffile.imwrite(place, rgba.astype(np.uint16) * 257, photometric="rgb", extrasamples=["unassalpha"], compression="lzw")
-    tifffile.imwrite(tmp_path / "train" / "a" / "class1.tif", np.eye(HEIGHT, WIDTH, dtype=np.uint16))
+        tifffile.imwrite(
+            place,
+            rgba.astype(np.uint16) * 257,
+            photometric="rgb",
+            extrasamples=["unassalpha"],
+            compression="lzw",
+        )
+    tifffile.imwrite(
+        tmp_path / "train" / "a" / "class1.tif", np.eye(HEIGHT, WIDTH, dtype=np.uint16)
+    )
     (image,) = open_test_images(tmp_path)
-    assert np.array_equal(image, readers.open_dataset(tmp_path, cache_dir=tmp_path / "cache")[0].image)
+    assert np.array_equal(
+        image, readers.open_dataset(tmp_path, cache_dir=tmp_path / "cache")[0].image
+    )
 
 
 def test_names_are_taken_in_any_case_and_other_files_left_alone(folder):
@@ -84,16 +94,25 @@ def test_without_a_list_images_are_numbered_by_name(folder):
     (folder / LIST).unlink()
     tests = open_test_images(folder)
     assert tests.listed == [entry("a", 1), entry("b", 2), entry("c", 3)]
-    assert tests.note == f"There is no {LIST}: the 3 images are numbered from 1 in the order of their names."
+    assert (
+        tests.note
+        == f"There is no {LIST}: the 3 images are numbered from 1 in the order of their names."
+    )
 
 
 def test_the_drawn_data_have_test_images(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "ROOT", tmp_path)
     draw = synthetic.draw_dataset
-    monkeypatch.setattr(synthetic, "draw_dataset", lambda folder: draw(folder, num_train=1, num_test=2, image_size_px=(64, 70)))
+    monkeypatch.setattr(
+        synthetic,
+        "draw_dataset",
+        lambda folder: draw(folder, num_train=1, num_test=2, image_size_px=(64, 70)),
+    )
     tests = open_test_images("drawn")
     assert tests.name == "drawn" and [image["id"] for image in tests.listed] == [1, 2]
-    assert [list(image.shape[1:]) for image in tests] == [[image["height"], image["width"]] for image in tests.listed]
+    assert [list(image.shape[1:]) for image in tests] == [
+        [image["height"], image["width"]] for image in tests.listed
+    ]
 
 
 # What is not there
@@ -108,12 +127,16 @@ def test_data_without_test_images_are_told_apart(tmp_path, leave):
         write_list(tmp_path, [])
     if leave == "only_other_files":
         (tmp_path / "test_release" / "readme.txt").write_text("none yet")
-    with pytest.raises(NoTestImages, match="have no test images \\(test_release/<name>.tif\\); add some"):
+    with pytest.raises(
+        NoTestImages, match="have no test images \\(test_release/<name>.tif\\); add some"
+    ):
         open_test_images(tmp_path)
 
 
 def test_a_missing_data_folder_is_another_matter(tmp_path):
-    with pytest.raises(DataError, match="there is no such folder; give the folder that holds test_release/") as caught:
+    with pytest.raises(
+        DataError, match="there is no such folder; give the folder that holds test_release/"
+    ) as caught:
         open_test_images(tmp_path / "nowhere")
     assert not isinstance(caught.value, NoTestImages)
 
@@ -121,7 +144,8 @@ def test_a_missing_data_folder_is_another_matter(tmp_path):
 def test_a_list_whose_folder_is_missing_is_a_fault(folder):
     shutil.rmtree(folder / "test_release")
     assert faults_of(folder) == [
-        f"test_release/{name}.tif: it is listed in {LIST} but missing; copy it there" for name in "abc"
+        f"test_release/{name}.tif: it is listed in {LIST} but missing; copy it there"
+        for name in "abc"
     ]
 
 
@@ -144,7 +168,9 @@ def test_all_faults_are_told_at_once(folder):
 
 def test_two_spellings_of_one_name(folder):
     add_image(folder, "a.TIFF", "a")
-    assert faults_of(folder) == ["test_release/a.tif: a.TIFF is here too and means the same; keep one of them"]
+    assert faults_of(folder) == [
+        "test_release/a.tif: a.TIFF is here too and means the same; keep one of them"
+    ]
 
 
 LISTS = {
@@ -152,15 +178,36 @@ LISTS = {
     "not_text": (b"\xff\xfe\x00", "it cannot be read as JSON"),
     "too_deep": ("[" * 100_000, "it cannot be read as JSON"),
     "dict": ({"images": []}, "it holds no list of images but a dict; copy it again"),
-    "text_in_list": (["a.tif"], "entry 0 is 'a.tif', but must be an object with file_name, id, height, width"),
-    "keys": ([{"file_name": "a.tif", "height": 12}], "entry 0 has no id, width; each image needs file_name, id, height, width"),
+    "text_in_list": (
+        ["a.tif"],
+        "entry 0 is 'a.tif', but must be an object with file_name, id, height, width",
+    ),
+    "keys": (
+        [{"file_name": "a.tif", "height": 12}],
+        "entry 0 has no id, width; each image needs file_name, id, height, width",
+    ),
     "id_as_text": ([entry("a", "7")], "entry 0 has id '7', but it must be a whole number"),
     "id_true": ([entry("a", True)], "entry 0 has id 'True', but it must be a whole number"),
-    "name_as_number": ([entry("a", 7) | {"file_name": 3}], "entry 0 has file_name '3', but it must be text"),
-    "height_0": ([entry("a", 7, height=0)], "entry 0 has height '0', but it must be a whole number of pixels, 1 or more"),
-    "width_fraction": ([entry("a", 7, width=17.5)], "entry 0 has width '17.5', but it must be a whole number of pixels"),
-    "same_id": ([entry("a", 7), entry("b", 7), entry("c", 5)], "id 7 is listed 2 times; list each once"),
-    "same_name": ([entry("a", 7), entry("A", 3), entry("c", 5)], "image 'a' is listed 2 times; list each once"),
+    "name_as_number": (
+        [entry("a", 7) | {"file_name": 3}],
+        "entry 0 has file_name '3', but it must be text",
+    ),
+    "height_0": (
+        [entry("a", 7, height=0)],
+        "entry 0 has height '0', but it must be a whole number of pixels, 1 or more",
+    ),
+    "width_fraction": (
+        [entry("a", 7, width=17.5)],
+        "entry 0 has width '17.5', but it must be a whole number of pixels",
+    ),
+    "same_id": (
+        [entry("a", 7), entry("b", 7), entry("c", 5)],
+        "id 7 is listed 2 times; list each once",
+    ),
+    "same_name": (
+        [entry("a", 7), entry("A", 3), entry("c", 5)],
+        "image 'a' is listed 2 times; list each once",
+    ),
 }
 
 
@@ -176,7 +223,10 @@ def test_a_damaged_list_is_named(folder, content, expected):
 
 def test_many_faults_are_counted(folder):
     write_list(folder, [entry(f"x{number}", number) for number in range(30)])
-    with pytest.raises(DataError, match=r"has 33 faults:(\n  test_release/.*){20}\n  and 13 more\nRepair them and run again\.$"):
+    with pytest.raises(
+        DataError,
+        match=r"has 33 faults:(\n  test_release/.*){20}\n  and 13 more\nRepair them and run again\.$",
+    ):
         open_test_images(folder)
 
 

@@ -10,8 +10,12 @@ FAR = [disc(x, y, 6) for y in (15, 45, 75) for x in (15, 45, 75, 95)]
 GRID = [0.1, 0.3, 0.5, 0.7, 0.9]
 
 
-def simulated(images: int, seed: int, right=lambda rng: rng.beta(4, 2), wrong=lambda rng: rng.beta(2, 4)):
-    """Images of up to six cells of two classes; each is found or not, and as many detections find nothing."""
+def simulated(
+    images: int, seed: int, right=lambda rng: rng.beta(4, 2), wrong=lambda rng: rng.beta(2, 4)
+):
+    """Images of up to six cells of two classes; each is found or not, and as many detections find
+    nothing.
+    """
     rng = np.random.default_rng(seed)
     cells, detections = [], []
     for image_id in range(1, images + 1):
@@ -40,19 +44,25 @@ def test_kept_matches_are_the_matches_of_the_kept_detections(scene, matches):
     truth, detections = scene
     limits = {"epithelial": 0.3, "lymphocyte": 0.6, "neutrophil": 0.0, "macrophage": 1.0}
     kept = thresholds.keep_scores(matches, limits)
-    left = [row for row in detections if row["score"] >= limits[CLASS_NAMES[row["category_id"] - 1]]]
+    left = [
+        row for row in detections if row["score"] >= limits[CLASS_NAMES[row["category_id"] - 1]]
+    ]
     again = match_detections(truth, left)
     assert 0 < len(left) < len(detections)
     pd.testing.assert_frame_equal(kept.detections.reset_index(drop=True), again.detections)
     pd.testing.assert_series_equal(kept.truths["score"], again.truths["score"])
     assert kept.truths["detection"].notna().tolist() == again.truths["detection"].notna().tolist()
-    with pytest.raises(ValueError, match="score_thresholds has no value for lymphocyte, neutrophil, macrophage"):
+    with pytest.raises(
+        ValueError, match="score_thresholds has no value for lymphocyte, neutrophil, macrophage"
+    ):
         thresholds.keep_scores(matches, {"epithelial": 0.5})
 
 
 def test_the_table_counts_and_scores_what_is_kept(matches):
     by_class = dict(zip(CLASS_NAMES, (0.2, 0.6, 0.5, 0.5), strict=True))
-    table = thresholds.threshold_table(matches, {"keep all": 0, "by class": by_class}, 100).set_index(["strategy", "class"])
+    table = thresholds.threshold_table(
+        matches, {"keep all": 0, "by class": by_class}, 100
+    ).set_index(["strategy", "class"])
     kept = thresholds.keep_scores(matches, by_class)
     for strategy, part in (("keep all", matches), ("by class", kept)):
         for name, count in count_matches(part).items():
@@ -69,7 +79,13 @@ def test_the_table_counts_and_scores_what_is_kept(matches):
 
 def test_average_precision_never_rises_with_the_threshold(matches):
     table = thresholds.sweep(matches, GRID, 100)
-    falls = table.pivot(index="score_threshold", columns="class", values="AP50")[["all", "epithelial", "lymphocyte"]].diff().iloc[1:]
+    falls = (
+        table.pivot(index="score_threshold", columns="class", values="AP50")[
+            ["all", "epithelial", "lymphocyte"]
+        ]
+        .diff()
+        .iloc[1:]
+    )
     assert (falls <= 0).all().all() and (falls < 0).any().all()
 
 
@@ -80,7 +96,11 @@ def test_counts_by_threshold_count(matches):
     for t, limit in enumerate(unsorted):
         for image_id in (1, 7, 30):
             for class_id in (1, 2, 3):
-                here = found[(found["image_id"] == image_id) & (found["class_id"] == class_id) & (found["score"] >= limit)]
+                here = found[
+                    (found["image_id"] == image_id)
+                    & (found["class_id"] == class_id)
+                    & (found["score"] >= limit)
+                ]
                 assert counts.found[image_id - 1, class_id - 1, t] == len(here)
                 assert counts.tp[image_id - 1, class_id - 1, t] == here["matched"].sum()
     assert counts.cells.sum() == len(matches.truths)
@@ -89,10 +109,17 @@ def test_counts_by_threshold_count(matches):
 def test_the_best_threshold_of_a_known_scene():
     cells = [(1, 1, FAR[0]), (1, 1, FAR[1]), (1, 2, FAR[2])]
     found = [(1, 0.9, 0), (1, 0.6, 1), (1, 0.4, 4), (1, 0.3, 5), (2, 0.2, 2), (2, 0.05, 7)]
-    matches = match_detections(truth_of(cells), [result(1, k, score, FAR[place]) for k, score, place in found])
+    matches = match_detections(
+        truth_of(cells), [result(1, k, score, FAR[place]) for k, score, place in found]
+    )
     best = thresholds.choose_thresholds(matches, [0.7, 0.1, 0.5, 0.3])
     for_all = 0.5  # F1 4/5; 0.1: 6/8
-    assert best == {"epithelial": 0.5, "lymphocyte": 0.1, "neutrophil": for_all, "macrophage": for_all}
+    assert best == {
+        "epithelial": 0.5,
+        "lymphocyte": 0.1,
+        "neutrophil": for_all,
+        "macrophage": for_all,
+    }
     assert thresholds.choose_thresholds(matches, [0.1, 0.35, 0.5], "count")["epithelial"] == 0.5
     with pytest.raises(ValueError, match="unknown criterion 'f2'; one of F1, count"):
         thresholds.choose_thresholds(matches, GRID, "f2")
@@ -103,12 +130,18 @@ def test_the_best_threshold_of_a_known_scene():
 def test_the_best_count_is_the_nearest_per_image():
     cells = [(1, 1, FAR[0]), (2, 1, FAR[0]), (2, 1, FAR[1])]
     scores = {1: (0.9, 0.8, 0.4), 2: (0.7,)}
-    detections = [result(i, 1, s, FAR[4 + n]) for i, many in scores.items() for n, s in enumerate(many)]
+    detections = [
+        result(i, 1, s, FAR[4 + n]) for i, many in scores.items() for n, s in enumerate(many)
+    ]
     matches = match_detections(truth_of(cells, 2), detections)
     # 0.3: 3 and 1 for 1 and 2 cells; 0.5: 2 and 1; 0.85: 1 and 0
     assert thresholds.choose_thresholds(matches, [0.3, 0.5, 0.85], "count")["epithelial"] == 0.5
-    counts = thresholds.cell_counts(matches, dict(zip(CLASS_NAMES, (0.5, 0.1, 0.1, 0.1), strict=True)))
-    assert counts[counts["class"] == "epithelial"][["image_id", "cells", "predicted"]].to_numpy().tolist() == [[1, 1, 2], [2, 2, 1]]
+    counts = thresholds.cell_counts(
+        matches, dict(zip(CLASS_NAMES, (0.5, 0.1, 0.1, 0.1), strict=True))
+    )
+    assert counts[counts["class"] == "epithelial"][
+        ["image_id", "cells", "predicted"]
+    ].to_numpy().tolist() == [[1, 1, 2], [2, 2, 1]]
     error = thresholds.counting_error(counts).loc["epithelial"]
     assert error.tolist() == [3, 3, 1, 0]
 
@@ -123,7 +156,9 @@ def test_choosing_on_noise_flatters_and_gains_nothing():
 
 
 def test_a_real_gain_is_found_on_both_halves():
-    truth, detections = simulated(40, 4, lambda rng: rng.uniform(0.55, 1), lambda rng: rng.uniform(0, 0.45))
+    truth, detections = simulated(
+        40, 4, lambda rng: rng.uniform(0.55, 1), lambda rng: rng.uniform(0, 0.45)
+    )
     table = thresholds.flattery(match_detections(truth, detections), GRID, 0.1, 100, 0)
     row = table.loc["epithelial"]
     assert row["claimed"] > 0.15 and row["real"] > 0.15 and abs(row["flattery"]) < 0.02
@@ -152,16 +187,21 @@ def test_flattery_equals_choosing_and_judging_by_hand(matches):
         limits = thresholds.choose_thresholds(part, GRID)
         claimed.append(f1(here, limits) - f1(here, 0.5))
         real.append(f1(there, limits) - f1(there, 0.5))
-    assert table.loc["all", ["claimed", "real"]].tolist() == pytest.approx([np.mean(claimed), np.mean(real)])
+    assert table.loc["all", ["claimed", "real"]].tolist() == pytest.approx(
+        [np.mean(claimed), np.mean(real)]
+    )
     assert table.loc["all", "halvings"] == 2
-    with pytest.raises(ValueError, match="flattery needs two images, one halving and one threshold at least"):
+    with pytest.raises(
+        ValueError, match="flattery needs two images, one halving and one threshold at least"
+    ):
         thresholds.flattery(matches, GRID, 0.5, 0, 0)
 
 
 def test_separation_is_the_chance_to_rank_right():
     found = [(0.9, 0), (0.6, 5), (0.6, 1), (0.2, 6)]
     matches = match_detections(
-        truth_of([(1, 1, FAR[0]), (1, 1, FAR[1])]), [result(1, 1, score, FAR[place]) for score, place in found]
+        truth_of([(1, 1, FAR[0]), (1, 1, FAR[1])]),
+        [result(1, 1, score, FAR[place]) for score, place in found],
     )
     table = thresholds.separation(matches)
     assert table.loc["epithelial"].tolist() == [2, 2, (1 + 1 + 0.5 + 1) / 4]
@@ -177,23 +217,32 @@ def test_scores_that_are_probabilities_are_calibrated_and_others_not():
     proud = thresholds.reliability(table._replace(detections=rows.assign(score=np.sqrt(score))), 10)
     assert honest[honest["class"] == "epithelial"]["detections"].sum() == len(score)
     assert thresholds.expected_calibration_error(honest)["all"] < 0.01
-    assert thresholds.expected_calibration_error(proud)["all"] == pytest.approx(2 / 3 - 1 / 2, abs=0.01)  # mean of sqrt(u) - u
+    assert thresholds.expected_calibration_error(proud)["all"] == pytest.approx(
+        2 / 3 - 1 / 2, abs=0.01
+    )  # mean of sqrt(u) - u
 
 
 def test_bins_hold_their_lower_edge():
     detections = [result(1, 1, score, FAR[n]) for n, score in enumerate((0.0, 0.2, 0.5, 1.0))]
     table = thresholds.reliability(match_detections(truth_of([(1, 1, FAR[0])]), detections), 2)
-    assert table[table["class"] == "all"][["bin", "detections", "matched_share"]].to_numpy().tolist() == [[0, 2, 0.5], [0.5, 2, 0]]
+    assert table[table["class"] == "all"][
+        ["bin", "detections", "matched_share"]
+    ].to_numpy().tolist() == [[0, 2, 0.5], [0.5, 2, 0]]
     with pytest.raises(ValueError, match="bins is 0"):
         thresholds.reliability(match_detections(truth_of([]), []), 0)
 
 
 def test_nothing_to_score_is_no_error():
     matches = match_detections(truth_of([], images=2), [])
-    assert thresholds.threshold_table(matches, {"keep all": 0}, 100)["detections"].tolist() == [0] * 5
+    assert (
+        thresholds.threshold_table(matches, {"keep all": 0}, 100)["detections"].tolist() == [0] * 5
+    )
     assert thresholds.reliability(matches).empty
     assert thresholds.expected_calibration_error(thresholds.reliability(matches)).empty
     assert thresholds.separation(matches)["AUROC"].isna().all()
     assert set(thresholds.choose_thresholds(matches, GRID).values()) == {0.1}
     assert thresholds.flattery(matches, GRID, 0.5, 3, 0)["halvings"].tolist() == [0] * 5
-    assert thresholds.counting_error(thresholds.cell_counts(matches, 0.5))["mean_error"].tolist() == [0] * 4
+    assert (
+        thresholds.counting_error(thresholds.cell_counts(matches, 0.5))["mean_error"].tolist()
+        == [0] * 4
+    )

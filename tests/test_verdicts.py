@@ -1,4 +1,6 @@
-"""Verdicts on planted effects: one that is there is found, in its direction; one that is not there is seldom found."""
+"""Verdicts on planted effects: one that is there is found, in its direction; one that is not there
+is seldom found.
+"""
 
 import math
 
@@ -10,30 +12,41 @@ from cellseg_helpers.analysis import resampling, verdicts
 from cellseg_helpers.analysis.verdicts import CANNOT_TELL, HOLDS, NO_DIFFERENCE, OPPOSITE, Side
 
 IMAGES = 12
-PLACES = [disc(x, y, r) for x, y, r in ((15, 15, 6), (45, 15, 8), (80, 40, 20), (20, 60, 18), (100, 80, 7), (60, 80, 6))]
+PLACES = [
+    disc(x, y, r)
+    for x, y, r in ((15, 15, 6), (45, 15, 8), (80, 40, 20), (20, 60, 18), (100, 80, 7), (60, 80, 6))
+]
 NOTHING_THERE = disc(60, 50, 5)
 TRUTH = truth_of([(image, 1, mask) for image in range(1, IMAGES + 1) for mask in PLACES], IMAGES)
 WEIGHTS = resampling.draw_images(IMAGES, 200, 0)
 
 
 def train(rng, recall, seed_sd):
-    """AP50 and its bootstrap values of a detector; how much it finds differs by image, and by ``seed_sd`` by training."""
+    """AP50 and its bootstrap values of a detector; how much it finds differs by image, and by
+    ``seed_sd`` by training.
+    """
     of_training = recall + rng.normal(0, seed_sd)
     found = []
     for image in range(1, IMAGES + 1):
         chance = np.clip(of_training + rng.normal(0, 0.1), 0, 1)
-        found += [result(image, 1, rng.uniform(0.3, 1), mask) for mask in PLACES if rng.random() < chance]
+        found += [
+            result(image, 1, rng.uniform(0.3, 1), mask) for mask in PLACES if rng.random() < chance
+        ]
         found.append(result(image, 1, rng.uniform(0, 0.7), NOTHING_THERE))
     return resampling.bootstrap_ap50(TRUTH, found, WEIGHTS)
 
 
 def judged(base, other, expected=1, **options):
-    return verdicts.judge("B beats A", Side("A", base), Side("B", other), IMAGES, expected=expected, **options)
+    return verdicts.judge(
+        "B beats A", Side("A", base), Side("B", other), IMAGES, expected=expected, **options
+    )
 
 
 @pytest.fixture(scope="module")
 def detectors():
-    """Trainings that differ by the images' chance alone, others that differ by the seed too, and better ones of both."""
+    """Trainings that differ by the images' chance alone, others that differ by the seed too, and
+    better ones of both.
+    """
     rng = np.random.default_rng(0)
     return {
         ("alike", 0.0): [train(rng, 0.65, 0) for _ in range(100)],
@@ -48,21 +61,34 @@ class TestPlantedEffects:
     def test_none_is_seldom_found(self, detectors, seeds, seed_sd):
         """5 % of the verdicts may be wrong; of so few, up to 15 %."""
         trained = detectors["alike", seed_sd]
-        sides = [trained[first : first + seeds] for first in range(0, len(trained) - seeds + 1, seeds)]
-        words = [judged(base, other).word for base, other in zip(sides[::2], sides[1::2], strict=False)]
+        sides = [
+            trained[first : first + seeds] for first in range(0, len(trained) - seeds + 1, seeds)
+        ]
+        words = [
+            judged(base, other).word for base, other in zip(sides[::2], sides[1::2], strict=False)
+        ]
         assert len(words) >= 40
         assert set(words) <= {CANNOT_TELL, NO_DIFFERENCE, HOLDS, OPPOSITE}
         assert words.count(HOLDS) + words.count(OPPOSITE) <= 0.15 * len(words)
 
     def test_one_is_found_in_its_direction(self, detectors, seeds, seed_sd):
         worse, better = detectors["alike", seed_sd], detectors["better", seed_sd]
-        sides = [(worse[first : first + seeds], better[first : first + seeds]) for first in range(0, len(better), seeds)][:20]
+        sides = [
+            (worse[first : first + seeds], better[first : first + seeds])
+            for first in range(0, len(better), seeds)
+        ][:20]
         up = [judged(*side).word for side in sides]
         down = [judged(*side[::-1]).word for side in sides]
         lowers = [judged(*side[::-1], expected=-1).word for side in sides]
         assert OPPOSITE not in up and HOLDS not in down
-        assert [word == HOLDS for word in up] == [word == OPPOSITE for word in down] == [word == HOLDS for word in lowers]
-        assert up.count(HOLDS) >= {1: 0.8, 2: 0.5, 3: 0.7}[seeds] * len(up)  # two seeds know little of how much seeds differ
+        assert (
+            [word == HOLDS for word in up]
+            == [word == OPPOSITE for word in down]
+            == [word == HOLDS for word in lowers]
+        )
+        assert up.count(HOLDS) >= {1: 0.8, 2: 0.5, 3: 0.7}[seeds] * len(
+            up
+        )  # two seeds know little of how much seeds differ
 
 
 def spread(value, width, resamples=1000, seed=0):
@@ -72,7 +98,9 @@ def spread(value, width, resamples=1000, seed=0):
 def test_one_training_has_the_interval_of_its_images():
     values = spread(0.5, 0.02)
     found = verdicts.estimate([values], 12)
-    assert (found.low, found.high) == resampling.interval(values[1:], 12) and math.isnan(found.seed_sd)
+    assert (found.low, found.high) == resampling.interval(values[1:], 12) and math.isnan(
+        found.seed_sd
+    )
 
 
 def test_the_interval_of_several_trainings_adds_the_seeds_chance():
@@ -102,15 +130,24 @@ def test_what_both_sides_share_cancels():
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_few_images_cannot_tell(seeds):
-    base, other = (Side(name, [spread(score, 0.01)] * seeds) for name, score in (("A", 0.3), ("B", 0.6)))
+    base, other = (
+        Side(name, [spread(score, 0.01)] * seeds) for name, score in (("A", 0.3), ("B", 0.6))
+    )
     found = verdicts.judge("B beats A", base, other, 4, "patients")
-    assert found.word == CANNOT_TELL and math.isnan(found.difference.low) and "4 patients are too few" in found.sentence
+    assert (
+        found.word == CANNOT_TELL
+        and math.isnan(found.difference.low)
+        and "4 patients are too few" in found.sentence
+    )
 
 
 def test_models_that_find_nothing_yet_cannot_tell():
     nothing = [np.full(201, 0.001)]
     found = judged(nothing, [np.full(201, 0.009)])
-    assert found.word == CANNOT_TELL and "Neither model finds cells yet (AP50 under 0.01)" in found.sentence
+    assert (
+        found.word == CANNOT_TELL
+        and "Neither model finds cells yet (AP50 under 0.01)" in found.sentence
+    )
     assert judged(nothing, [np.full(201, 0.3)]).word == HOLDS
 
 
@@ -139,15 +176,28 @@ def test_a_claim_of_no_change(shift, width, word):
 
 def test_the_sentence_says_all_of_it():
     base = spread(0.5, 0.05)
-    told = verdicts.judge("B beats A", Side("A", [base], 0.3), Side("B", [base + 0.1], 0.4), 12, "patients").sentence
-    assert told.startswith('B beats A: holds here. AP50 0.500 for "A" and 0.600 for "B", difference +0.100 [+0.100, +0.100], ')
+    told = verdicts.judge(
+        "B beats A", Side("A", [base], 0.3), Side("B", [base + 0.1], 0.4), 12, "patients"
+    ).sentence
+    assert told.startswith(
+        'B beats A: holds here. AP50 0.500 for "A" and 0.600 for "B", difference +0.100 [+0.100, +0.100], '
+    )
     assert "paired over 12 patients." in told
-    assert "Reported: 0.3 and 0.4." in told and told.endswith("One training each was compared: another seed may differ.")
+    assert "Reported: 0.3 and 0.4." in told and told.endswith(
+        "One training each was compared: another seed may differ."
+    )
     several = judged([base] * 2, [base + 0.1] * 2).sentence
-    assert "12 images and 2 seeds" in several and "another seed" not in several and "Reported" not in several
+    assert (
+        "12 images and 2 seeds" in several
+        and "another seed" not in several
+        and "Reported" not in several
+    )
     assert "another seed" not in judged([base], [base + 0.1], same_weights=True).sentence
 
 
 def test_a_missing_side_is_told():
     found = verdicts.not_asked("B beats A", "no run b")
-    assert found.word == verdicts.NOT_ASKED and found.sentence == "B beats A: cannot be asked. Reason: no run b."
+    assert (
+        found.word == verdicts.NOT_ASKED
+        and found.sentence == "B beats A: cannot be asked. Reason: no run b."
+    )

@@ -1,4 +1,6 @@
-"""The study as jobs: what runs again and what does not, that nothing outlives it, and that a failure is told in a sentence."""
+"""The study as jobs: what runs again and what does not, that nothing outlives it, and that a
+failure is told in a sentence.
+"""
 
 import os
 import re
@@ -38,7 +40,11 @@ while True:
 
 
 def write_notebook(path: Path, code: str, parameters: str = "") -> None:
-    cells = [nbformat.v4.new_code_cell("import os"), nbformat.v4.new_code_cell(parameters), nbformat.v4.new_code_cell(code)]
+    cells = [
+        nbformat.v4.new_code_cell("import os"),
+        nbformat.v4.new_code_cell(parameters),
+        nbformat.v4.new_code_cell(code),
+    ]
     cells[1].metadata["tags"] = ["parameters"]
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +64,11 @@ def tree(tmp_path) -> Path:
     for name in ("Snakefile", "Makefile"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
-    shutil.copytree(ROOT / "cellseg_helpers", tmp_path / "cellseg_helpers", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "cellseg_helpers",
+        tmp_path / "cellseg_helpers",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     for file in {file for key in KEYS for file in study.parameter_files(key, "quick")}:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)
@@ -69,7 +79,13 @@ def tree(tmp_path) -> Path:
 
 def call(tree: Path, *command: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(tree), "CUDA_VISIBLE_DEVICES": ""}
-    options = {"cwd": tree, "env": environment, "capture_output": True, "text": True, "timeout": SECONDS}
+    options = {
+        "cwd": tree,
+        "env": environment,
+        "capture_output": True,
+        "text": True,
+        "timeout": SECONDS,
+    }
     return subprocess.run([sys.executable, "-m", *command], **options)
 
 
@@ -100,8 +116,14 @@ def test_only_what_depends_on_a_changed_parameter_file_runs_again(tree):
     base = tree / "params" / "reports" / "e" / "full.yaml"  # a variant stands on it
     base.write_text(base.read_text() + "batch_size: 3\n")
     listed = plan(tree)
-    assert {"02_train quick-drawn-e-full-seed0", "02_train quick-drawn-e-full+proposals-seed0"} < set(listed)
-    assert not [line for line in listed if re.search("-(a|b|d)-", line)] and "01_explore_data" not in listed
+    assert {
+        "02_train quick-drawn-e-full-seed0",
+        "02_train quick-drawn-e-full+proposals-seed0",
+    } < set(listed)
+    assert (
+        not [line for line in listed if re.search("-(a|b|d)-", line)]
+        and "01_explore_data" not in listed
+    )
 
 
 def test_what_a_killed_process_forked_ends_even_before_it_could_look():
@@ -110,17 +132,30 @@ def test_what_a_killed_process_forked_ends_even_before_it_could_look():
         "if child: print(child, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
         f"time.sleep({2 * SECONDS})"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as killed:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as killed:
         child = int(killed.stdout.readline())
         assert killed.wait() == -signal.SIGKILL
-        wait_until(lambda: child not in [each.pid for each in psutil.process_iter(["status"]) if each.info["status"] != "zombie"])
+        wait_until(
+            lambda: (
+                child
+                not in [
+                    each.pid
+                    for each in psutil.process_iter(["status"])
+                    if each.info["status"] != "zombie"
+                ]
+            )
+        )
 
 
 def test_nothing_outlives_a_killed_make(tree):
     pids = tree / "pids"
     pids.mkdir()
     for name in ("01_explore_data", "00_overview"):
-        write_notebook(tree / "notebooks" / f"{name}.ipynb", f"pids = {str(pids)!r}" + WAITS, "data = ''")
+        write_notebook(
+            tree / "notebooks" / f"{name}.ipynb", f"pids = {str(pids)!r}" + WAITS, "data = ''"
+        )
     environment = {**os.environ, "PYTHONPATH": str(tree), "CUDA_VISIBLE_DEVICES": ""}
     venv = Path(sys.executable).parent
     command = ["make", "study", f"BIN={venv}", "--old-file", ".venv/installed", "JOBS=2"]
@@ -129,7 +164,9 @@ def test_nothing_outlives_a_killed_make(tree):
         wait_until(lambda: len(list(pids.iterdir())) >= 6)  # two kernels, two workers each
         family = [make, *psutil.Process(make.pid).children(recursive=True)]
         second = call(tree, "cellseg_helpers.jobs", "study")
-        assert second.returncode == 2 and second.stderr.startswith("another study runs in this folder (process ")
+        assert second.returncode == 2 and second.stderr.startswith(
+            "another study runs in this folder (process "
+        )
         assert len(second.stderr.splitlines()) == 1
     finally:
         make.send_signal(signal.SIGKILL)
@@ -145,17 +182,28 @@ def test_failures_are_told_in_a_sentence_and_the_other_jobs_go_on(tree):
     tables = [f"outputs/tables/01_{name}.csv" for name in ("data_summary", "classes", "patients")]
     explore = f"for file in {tables}:\n    os.makedirs('../outputs/tables', exist_ok=True); open('../' + file, 'w').close()"
     write_notebook(tree / "notebooks" / "01_explore_data.ipynb", explore, "data = ''")
-    other, killed = (tree / "outputs" / "runs" / f"quick-drawn-{name}-seed0" for name in ("e-full", "a-resnet101"))
+    other, killed = (
+        tree / "outputs" / "runs" / f"quick-drawn-{name}-seed0"
+        for name in ("e-full", "a-resnet101")
+    )
     other.mkdir(parents=True)
     (other / "settings.json").write_text('{"epochs": 99}')
     killed.mkdir()
     (killed / "last.pt").touch()
     told = call(tree, "cellseg_helpers.jobs", "study")
     assert told.returncode == 1
-    assert "2 of 28 jobs done, 26 left: " in told.stdout and f"{len(KEYS)} failures; " in told.stdout
+    assert (
+        "2 of 28 jobs done, 26 left: " in told.stdout and f"{len(KEYS)} failures; " in told.stdout
+    )
     failed = "outputs/notebooks/quick-drawn/02_train/quick-drawn-c-final-seed0.failed.ipynb"
-    line = next(line for line in told.stdout.splitlines() if line.startswith("- 02_train quick-drawn-c-final-seed0: "))
-    assert "ValueError: the loss is not finite is not" in line and line.endswith(f"... (all of it in {failed})")
+    line = next(
+        line
+        for line in told.stdout.splitlines()
+        if line.startswith("- 02_train quick-drawn-c-final-seed0: ")
+    )
+    assert "ValueError: the loss is not finite is not" in line and line.endswith(
+        f"... (all of it in {failed})"
+    )
     assert (tree / failed).exists() and "Traceback" not in told.stdout + told.stderr
     assert re.search(r"01_explore_data +1 +\d", told.stdout)  # time per kind of job
     assert (killed / "last.pt").exists()  # to go on from
@@ -176,26 +224,72 @@ open(f"../{run_dir}/scores.json", "w").close()
     write_notebook(tree / "notebooks" / "02_train.ipynb", train, "run_name = ''")
     write_notebook(tree / "notebooks" / "03_evaluate.ipynb", evaluate, "run_dir = ''")
     written = "for file in files: open('../outputs/tables/' + file + '.csv', 'w').close()"
-    names = [*(f"{report}-T{n + 1}" for report, count in zip("ABCDE", (3, 5, 3, 4, 4), strict=True) for n in range(count))]
-    tables = {"08_report_tables": [*names, "A-Fig3", "B-Fig1", "C-Fig3", "D-Fig2", "E-Fig1", "E-sweep", "08_verdicts"], "09_findings": ["findings"]}
+    names = [
+        *(
+            f"{report}-T{n + 1}"
+            for report, count in zip("ABCDE", (3, 5, 3, 4, 4), strict=True)
+            for n in range(count)
+        )
+    ]
+    tables = {
+        "08_report_tables": [
+            *names,
+            "A-Fig3",
+            "B-Fig1",
+            "C-Fig3",
+            "D-Fig2",
+            "E-Fig1",
+            "E-sweep",
+            "08_verdicts",
+        ],
+        "09_findings": ["findings"],
+    }
     for notebook, files in tables.items():
-        write_notebook(tree / "notebooks" / f"{notebook}.ipynb", f"files = {files}\n{written}", "runs_dir = study = ''; seeds = 0")
+        write_notebook(
+            tree / "notebooks" / f"{notebook}.ipynb",
+            f"files = {files}\n{written}",
+            "runs_dir = study = ''; seeds = 0",
+        )
     told = call(tree, "cellseg_helpers.jobs", "study")
-    assert told.returncode == 1 and "- 02_train quick-drawn-c-final-seed0: ValueError: no" in told.stdout
+    assert (
+        told.returncode == 1
+        and "- 02_train quick-drawn-c-final-seed0: ValueError: no" in told.stdout
+    )
     assert "The tables of the runs that are there; an empty cell has its reason." in told.stdout
-    assert {f"{name}.csv" for files in tables.values() for name in files} <= {path.name for path in (tree / "outputs/tables").iterdir()}
+    assert {f"{name}.csv" for files in tables.values() for name in files} <= {
+        path.name for path in (tree / "outputs/tables").iterdir()
+    }
     assert (tree / "outputs" / "quick-drawn.html").stat().st_size
-    assert {"02_train quick-drawn-c-final-seed0", *LAST} < set(plan(tree))  # with the run that was missing, they are made anew
+    assert {"02_train quick-drawn-c-final-seed0", *LAST} < set(
+        plan(tree)
+    )  # with the run that was missing, they are made anew
 
 
 def test_a_job_writes_its_notebook_whole_or_not_at_all(tmp_path):
-    notebook, output, log = tmp_path / "note.ipynb", tmp_path / "out" / "note.ipynb", tmp_path / "jobs.csv"
+    notebook, output, log = (
+        tmp_path / "note.ipynb",
+        tmp_path / "out" / "note.ipynb",
+        tmp_path / "jobs.csv",
+    )
     (tmp_path / "first.yaml").write_text("x: 1\ny: [1, 2]\n")
     (tmp_path / "second.yaml").write_text("x: 2\n")
-    options = ["-f", str(tmp_path / "first.yaml"), str(tmp_path / "second.yaml"), "-r", "z", "1", "-p", "n", "3"]
+    options = [
+        "-f",
+        str(tmp_path / "first.yaml"),
+        str(tmp_path / "second.yaml"),
+        "-r",
+        "z",
+        "1",
+        "-p",
+        "n",
+        "3",
+    ]
     write_notebook(notebook, "assert os.path.exists(running)\nprint(x, y, repr(z), n)")
     options += ["-r", "running", str(output.with_suffix(".running.ipynb")), "--log", str(log)]
-    assert call(ROOT, "cellseg_helpers.jobs", "run", str(notebook), str(output), *options).returncode == 0
+    assert (
+        call(ROOT, "cellseg_helpers.jobs", "run", str(notebook), str(output), *options).returncode
+        == 0
+    )
     (shown,) = nbformat.read(output, 4).cells[-1].outputs
     assert shown.text == "2 [1, 2] '1' 3\n"
     assert sorted(path.name for path in output.parent.iterdir()) == [".note.lock", "note.ipynb"]
@@ -204,12 +298,23 @@ def test_a_job_writes_its_notebook_whole_or_not_at_all(tmp_path):
     assert "2 [1, 2] '1' 3" in html and "repr" not in html.split("</head>")[-1]
     header, row = log.read_text().splitlines()
     values = dict(zip(header.split(","), row.split(","), strict=True))
-    assert values["job"] == "note" and 0 < float(values["start_seconds"]) <= float(values["seconds"]) and not values["error"]
+    assert (
+        values["job"] == "note"
+        and 0 < float(values["start_seconds"]) <= float(values["seconds"])
+        and not values["error"]
+    )
 
-    told = call(ROOT, "cellseg_helpers.jobs", "run", str(notebook), str(output), "-r", "running", "nowhere")
-    assert told.returncode == 1 and told.stderr.splitlines()[-1].startswith("note failed: AssertionError (all of it in ")
+    told = call(
+        ROOT, "cellseg_helpers.jobs", "run", str(notebook), str(output), "-r", "running", "nowhere"
+    )
+    assert told.returncode == 1 and told.stderr.splitlines()[-1].startswith(
+        "note failed: AssertionError (all of it in "
+    )
     assert nbformat.read(output, 4).cells[-1].outputs == [shown]  # the good one stays
-    assert output.with_suffix(".failed.ipynb").exists() and not output.with_suffix(".running.ipynb").exists()
+    assert (
+        output.with_suffix(".failed.ipynb").exists()
+        and not output.with_suffix(".running.ipynb").exists()
+    )
 
 
 def test_a_jobs_kernel_looks_for_garbage_more_seldom_and_has_no_names_of_ours(tmp_path):
@@ -250,7 +355,10 @@ def test_a_study_that_cannot_start_says_why(options, said, capsys, monkeypatch):
 
 def test_slurm_needs_its_plugin(monkeypatch):
     monkeypatch.setattr(jobs.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(jobs.StudyError, match=r"needs snakemake-executor-plugin-slurm, which is not installed; .*--group slurm"):
+    with pytest.raises(
+        jobs.StudyError,
+        match=r"needs snakemake-executor-plugin-slurm, which is not installed; .*--group slurm",
+    ):
         jobs.run_study("drawn", "quick", 1, "slurm", plan=True)
     profile = yaml.safe_load((ROOT / "profiles" / "slurm" / "config.yaml").read_text())
     rules = re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(), re.MULTILINE)

@@ -1,4 +1,6 @@
-"""A Mask R-CNN small enough to train in a second, and the settings for it; run by the tests, also in processes of their own."""
+"""A Mask R-CNN small enough to train in a second, and the settings for it; run by the tests, also
+in processes of their own.
+"""
 
 import io
 import os
@@ -41,11 +43,17 @@ class TinyPyramid(nn.Module):
         levels = [self.stem(x)]
         for down in self.down:
             levels.append(down(levels[-1]).relu())
-        return OrderedDict(zip(["0", "1", "2", "3", "pool"], [*levels, F.max_pool2d(levels[-1], 1, 2)], strict=True))
+        return OrderedDict(
+            zip(
+                ["0", "1", "2", "3", "pool"], [*levels, F.max_pool2d(levels[-1], 1, 2)], strict=True
+            )
+        )
 
 
 def build_tiny(config: RunConfig, norm: type[nn.Module] = nn.Identity) -> LabelMapMaskRCNN:
-    """In place of ``build_model``: the same parts with 16 channels, and without norms unless one is given."""
+    """In place of ``build_model``: the same parts with 16 channels, and without norms unless one is
+    given.
+    """
     return LabelMapMaskRCNN(
         TinyPyramid(norm),
         None,
@@ -57,7 +65,9 @@ def build_tiny(config: RunConfig, norm: type[nn.Module] = nn.Identity) -> LabelM
         box_predictor=FastRCNNPredictor(16, 5),
         mask_head=MaskRCNNHeads(CHANNELS, [CHANNELS], 1),
         mask_predictor=MaskRCNNPredictor(CHANNELS, CHANNELS, 5),
-        rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in config.anchor_sizes), (config.anchor_ratios,) * 5),
+        rpn_anchor_generator=AnchorGenerator(
+            tuple((size,) for size in config.anchor_sizes), (config.anchor_ratios,) * 5
+        ),
         rpn_batch_size_per_image=config.rpn_batch_size_per_image,
         rpn_post_nms_top_n_train=config.rpn_post_nms_top_n_train,
         rpn_post_nms_top_n_test=config.rpn_post_nms_top_n_test,
@@ -110,10 +120,16 @@ def train_in_process(
     nth: int = 0,
     environment: dict[str, str] | None = None,
 ) -> None:
-    """``fit`` in a process of its own, with its files under ``folder``; ``die_in``: see ``die_in_the_middle_of``."""
+    """``fit`` in a process of its own, with its files under ``folder``; ``die_in``: see
+    ``die_in_the_middle_of``.
+    """
     os.environ.update(environment or {})
     torch.set_num_threads(1)
-    runs.RUNS, readers.CACHE, engine.build_model = str(folder / "runs"), folder / "cache", BUILDERS[builder]
+    runs.RUNS, readers.CACHE, engine.build_model = (
+        str(folder / "runs"),
+        folder / "cache",
+        BUILDERS[builder],
+    )
     if die_in:
         die_in_the_middle_of(die_in, nth)
     model = remember_model()
@@ -135,7 +151,9 @@ def remember_model() -> list[nn.Module]:
 
 
 def die_in_the_middle_of(save: str, nth: int) -> None:
-    """The nth checkpoint or weights file from now on is written by half, and then the process is killed by SIGKILL."""
+    """The nth checkpoint or weights file from now on is written by half, and then the process is
+    killed by SIGKILL.
+    """
     import safetensors.torch
 
     calls = []
@@ -156,8 +174,12 @@ def die_in_the_middle_of(save: str, nth: int) -> None:
     if save == "last.pt":
         torch.save = save_checkpoint
     else:
-        safetensors.torch.save_file = lambda tensors, path: half(safetensors.torch.save(tensors), path)
+        safetensors.torch.save_file = lambda tensors, path: half(
+            safetensors.torch.save(tensors), path
+        )
 
 
 if __name__ == "__main__":
-    train_in_process(Path(sys.argv[1]), read_json(Path(sys.argv[1]) / "settings.json"), *sys.argv[2:])
+    train_in_process(
+        Path(sys.argv[1]), read_json(Path(sys.argv[1]) / "settings.json"), *sys.argv[2:]
+    )

@@ -1,4 +1,6 @@
-"""Post-processing step by step: parameters chosen on one half of the images, each step's effect judged on the other. No torch."""
+"""Post-processing step by step: parameters chosen on one half of the images, each step's effect
+judged on the other. No torch.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +10,13 @@ import pandas as pd
 
 from cellseg_helpers.analysis import postprocess
 from cellseg_helpers.analysis.metrics import match_detections
-from cellseg_helpers.analysis.resampling import Half, compare, count_scores, draw_images, resampled_scores
+from cellseg_helpers.analysis.resampling import (
+    Half,
+    compare,
+    count_scores,
+    draw_images,
+    resampled_scores,
+)
 from cellseg_helpers.analysis.thresholds import choose_thresholds
 
 LEAST_GAIN = 0.001  # of panoptic quality on the choosing half, for a step to be carried on
@@ -22,7 +30,8 @@ class Step(NamedTuple):
     Attributes:
         name: as tables show it.
         apply: takes detections and one of the options, gives new detections.
-        options: to choose from, or a function that makes them from the half to choose on; [None] for a step without parameter.
+        options: to choose from, or a function that makes them from the half to choose on; [None]
+            for a step without parameter.
         required: it is carried on even where it does not help.
         replaces: names of earlier steps in whose place it stands, before all later ones.
     """
@@ -38,10 +47,12 @@ class Ablation(NamedTuple):
     """What ``ablate`` found.
 
     Attributes:
-        steps: one row a step in its order: step, option (the chosen one), PQ_before, PQ_after (on the choosing half), carried.
-        effects: one row a step and score on the judging half: step, then as ``resampling.compare``; ``before`` is what the carried
-            steps before it gave, ``after`` what it made of that.
-        total: as ``resampling.compare``, from the detections as predicted to those after all carried steps.
+        steps: one row a step in its order: step, option (the chosen one), PQ_before, PQ_after (on
+            the choosing half), carried.
+        effects: one row a step and score on the judging half: step, then as ``resampling.compare``;
+            ``before`` is what the carried steps before it gave, ``after`` what it made of that.
+        total: as ``resampling.compare``, from the detections as predicted to those after all
+            carried steps.
         recipe: the carried steps and their options.
     """
 
@@ -61,10 +72,10 @@ def steps_of_report_e(
 ) -> list[Step]:
     """Report E's steps and two that users need in the end, in the order in which they are applied.
 
-    Scores first: one threshold for all classes; in its place one for each class; in their place size-aware scores with thresholds
-    chosen for them (a threshold is what makes a changed score count, and report E adjusts first). Then masks (closing,
-    opening, holes, largest component, smoothing), then what masks do to one another (mask NMS across classes, each pixel
-    to one cell).
+    Scores first: one threshold for all classes; in its place one for each class; in their place
+    size-aware scores with thresholds chosen for them (a threshold is what makes a changed score
+    count, and report E adjusts first). Then masks (closing, opening, holes, largest component,
+    smoothing), then what masks do to one another (mask NMS across classes, each pixel to one cell).
 
     Args:
         size_factors: of ``postprocess.adjust_scores_by_size``.
@@ -88,8 +99,14 @@ def steps_of_report_e(
         ),
         Step(
             "size-aware scores",
-            lambda detections, limits: postprocess.apply_class_thresholds(adjust(detections), limits),
-            lambda half: [_class_thresholds(half._replace(detections=adjust(half.detections)), score_thresholds)],
+            lambda detections, limits: postprocess.apply_class_thresholds(
+                adjust(detections), limits
+            ),
+            lambda half: [
+                _class_thresholds(
+                    half._replace(detections=adjust(half.detections)), score_thresholds
+                )
+            ],
             replaces=("one threshold", "class thresholds"),
         ),
         Step("closing", postprocess.close_masks, radii_px),
@@ -102,12 +119,15 @@ def steps_of_report_e(
     ]
 
 
-def ablate(choosing: Half, judging: Half, steps: Sequence[Step], resamples: int, seed: int) -> Ablation:
+def ablate(
+    choosing: Half, judging: Half, steps: Sequence[Step], resamples: int, seed: int
+) -> Ablation:
     """Add steps one by one.
 
-    A step's option is the one of best panoptic quality (mean over classes) on the choosing half, the first of equal ones. The step
-    is carried on where it raises that quality there by ``LEAST_GAIN`` or more, or is required; its effect on the judging half is
-    measured in any case, against the steps carried on so far.
+    A step's option is the one of best panoptic quality (mean over classes) on the choosing half,
+    the first of equal ones. The step is carried on where it raises that quality there by
+    ``LEAST_GAIN`` or more, or is required; its effect on the judging half is measured in any case,
+    against the steps carried on so far.
 
     Args:
         choosing: the half that options are chosen on.
@@ -124,17 +144,24 @@ def ablate(choosing: Half, judging: Half, steps: Sequence[Step], resamples: int,
     for step in steps:
         kept, base, base_judging = recipe, now, now_judging
         if step.replaces:
-            kept = [(earlier, option) for earlier, option in recipe if earlier.name not in step.replaces]
+            kept = [
+                (earlier, option) for earlier, option in recipe if earlier.name not in step.replaces
+            ]
             base, base_judging = (
-                half._replace(detections=apply_recipe(half.detections, kept)) for half in (choosing, judging)
+                half._replace(detections=apply_recipe(half.detections, kept))
+                for half in (choosing, judging)
             )
         options = step.options(base) if callable(step.options) else step.options
-        tried = [base._replace(detections=step.apply(base.detections, option)) for option in options]
+        tried = [
+            base._replace(detections=step.apply(base.detections, option)) for option in options
+        ]
         qualities = [panoptic_quality(half) for half in tried]
         best = int(np.nanargmax(qualities)) if not np.isnan(qualities).all() else 0
         carried = step.required or qualities[best] >= quality + LEAST_GAIN
         rows.append((step.name, options[best], quality, qualities[best], carried))
-        judged = base_judging._replace(detections=step.apply(base_judging.detections, options[best]))
+        judged = base_judging._replace(
+            detections=step.apply(base_judging.detections, options[best])
+        )
         after = resampled_scores(*judged, weights)
         effects.append(compare(before, after).assign(step=step.name))
         if carried:
@@ -142,7 +169,9 @@ def ablate(choosing: Half, judging: Half, steps: Sequence[Step], resamples: int,
             recipe = [*kept, (step, options[best])]
     table = pd.concat(effects, ignore_index=True)
     return Ablation(
-        steps=pd.DataFrame(rows, columns=["step", "option", "PQ_before", "PQ_after", "carried"]).set_index("step"),
+        steps=pd.DataFrame(
+            rows, columns=["step", "option", "PQ_before", "PQ_after", "carried"]
+        ).set_index("step"),
         effects=table[["step", *table.columns.drop("step")]],
         total=compare(first, before),
         recipe=recipe,
@@ -172,5 +201,7 @@ def _class_thresholds(half: Half, score_thresholds: Sequence[float]) -> dict[int
     return {class_id: by_name[name] for class_id, name in matches.class_names.items()}
 
 
-def _without_option(apply: Callable[[Detections], Detections]) -> Callable[[Detections, None], Detections]:
+def _without_option(
+    apply: Callable[[Detections], Detections],
+) -> Callable[[Detections, None], Detections]:
     return lambda detections, _: apply(detections)

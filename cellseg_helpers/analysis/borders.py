@@ -1,12 +1,15 @@
-"""Cells at the image border: as many as chance would put there? And report B's filter of detections there. No torch.
+"""Cells at the image border: as many as chance would put there? And report B's filter of detections
+there. No torch.
 
-Whoever takes no notice of the border finds a cell of a given size equally often at every position of its box. So each cell that
-lies wholly inside its image stands for ``positions at the border / positions inside`` cells of its size at the border, and the
-sum of these weights is how many to expect there (edge correction of Miles, "On the elimination of edge effects in planar
-sampling", 1974, and Lantuejoul, "On the estimation of mean values in individual analysis of particles", 1980).
+Whoever takes no notice of the border finds a cell of a given size equally often at every position
+of its box. So each cell that lies wholly inside its image stands for ``positions at the border /
+positions inside`` cells of its size at the border, and the sum of these weights is how many to
+expect there (edge correction of Miles, "On the elimination of edge effects in planar sampling",
+1974, and Lantuejoul, "On the estimation of mean values in individual analysis of particles", 1980).
 
-Boxes are all that is used: a round cell whose box shows in a corner of the image need not show there itself, so that about 5 %
-of cell width / image width too many are expected. Cells too large to lie inside their image are not expected at all.
+Boxes are all that is used: a round cell whose box shows in a corner of the image need not show
+there itself, so that about 5 % of cell width / image width too many are expected. Cells too large
+to lie inside their image are not expected at all.
 """
 
 from typing import Any
@@ -29,38 +32,50 @@ def border_contact(
     inset_px: int = 32,
     min_visible_px: int = 3,
 ) -> pd.DataFrame:
-    """Cells at the image border, and how many to expect there if whoever found them took no notice of it.
+    """Cells at the image border, and how many to expect there if whoever found them took no notice
+    of it.
 
-    The negative control is ``virtual=True``: a border ``inset_px`` inside the image's own, where nobody saw one. It takes only
-    cells, and positions, away from the image's own border, so that it makes no difference whether cells are missing there.
+    The negative control is ``virtual=True``: a border ``inset_px`` inside the image's own, where
+    nobody saw one. It takes only cells, and positions, away from the image's own border, so that it
+    makes no difference whether cells are missing there.
 
-    The interval is of a Poisson process: ``at_border - expected`` has the variance ``sum of weight * (1 + weight)``. As cells
-    cluster, this is multiplied by a dispersion (quasi-Poisson; McCullagh and Nelder, "Generalized linear models", 1989) that is
-    measured at the virtual border: the sum over images of the squared difference, divided by its variance, at least 1. From
-    a few images with cells in large clumps, it comes out too small.
+    The interval is of a Poisson process: ``at_border - expected`` has the variance ``sum of weight
+    * (1 + weight)``. As cells cluster, this is multiplied by a dispersion (quasi-Poisson; McCullagh
+    and Nelder, "Generalized linear models", 1989) that is measured at the virtual border: the sum
+    over images of the squared difference, divided by its variance, at least 1. From a few images
+    with cells in large clumps, it comes out too small.
 
     Args:
-        cells: COCO annotations or results with RLE masks, whose tight boxes are used; class ids 1..K.
-        images: of a COCO data set; those with a side under ``3 * inset_px`` are left out, as there one cell would stand for many.
-        border_margin_px: a cell whose box ends this far from an edge is at the border; 0 = it reaches the edge. The outline of
-            a cut cell may stop a pixel or two short.
+        cells: COCO annotations or results with RLE masks, whose tight boxes are used; class ids
+            1..K.
+        images: of a COCO data set; those with a side under ``3 * inset_px`` are left out, as there
+            one cell would stand for many.
+        border_margin_px: a cell whose box ends this far from an edge is at the border; 0 = it
+            reaches the edge. The outline of a cut cell may stop a pixel or two short.
         virtual: whether the table is of the virtual border.
-        inset_px: about as wide as a cell, so that as many cells cross the virtual border as the image's own.
-        min_visible_px: of thinner slivers (of the box, in either direction) nobody can tell what they are: they do not count.
+        inset_px: about as wide as a cell, so that as many cells cross the virtual border as the
+            image's own.
+        min_visible_px: of thinner slivers (of the box, in either direction) nobody can tell what
+            they are: they do not count.
 
     Returns:
-        Rows ``all`` and each class. cells: those that count. at_border: those of them at the border. expected, low, high: how
-        many of them by chance, and the 95 % interval. ratio: at_border / expected, NaN where none is expected. dispersion.
-        verdict: ``fewer than by chance``, ``as by chance``, ``more than by chance``; ``cannot tell`` where none would be as by
-        chance (and not more are there than the interval holds), or none is expected.
+        Rows ``all`` and each class. cells: those that count. at_border: those of them at the
+        border. expected, low, high: how many of them by chance, and the 95 % interval. ratio:
+        at_border / expected, NaN where none is expected. dispersion. verdict: ``fewer than by
+        chance``, ``as by chance``, ``more than by chance``; ``cannot tell`` where none would be as
+        by chance (and not more are there than the interval holds), or none is expected.
 
     Raises:
         ValueError: a cell of an unknown image or class, or a setting out of range.
     """
     if inset_px < 1 or min_visible_px < 1:
-        raise ValueError(f"inset_px is {inset_px} and min_visible_px {min_visible_px}; both must be at least 1")
+        raise ValueError(
+            f"inset_px is {inset_px} and min_visible_px {min_visible_px}; both must be at least 1"
+        )
     settings = border_margin_px, inset_px, min_visible_px
-    contact, control = (_contact(cells, images, is_virtual, *settings) for is_virtual in (virtual, True))
+    contact, control = (
+        _contact(cells, images, is_virtual, *settings) for is_virtual in (virtual, True)
+    )
     counted, at_border, expected, variance = contact.sum(axis=1)
     dispersion = _dispersion(control)
     reach = Z_95 * np.sqrt(dispersion * variance)
@@ -73,59 +88,88 @@ def border_contact(
             "expected": expected,
             "low": low,
             "high": high,
-            "ratio": np.divide(at_border, expected, out=np.full_like(expected, np.nan), where=expected > 0),
+            "ratio": np.divide(
+                at_border, expected, out=np.full_like(expected, np.nan), where=expected > 0
+            ),
             "dispersion": dispersion,
-            "verdict": np.select([(expected > 0) & (at_border > high), low == 0, at_border < low], verdicts, "as by chance"),
+            "verdict": np.select(
+                [(expected > 0) & (at_border > high), low == 0, at_border < low],
+                verdicts,
+                "as by chance",
+            ),
         },
         index=pd.Index(["all", *CLASS_NAMES], name="class"),
     )
 
 
-def near_border(detections: Rows, images: Rows, border_margin_px: float = 0, by: str = "box") -> np.ndarray:
+def near_border(
+    detections: Rows, images: Rows, border_margin_px: float = 0, by: str = "box"
+) -> np.ndarray:
     """Which detections come within ``border_margin_px`` of an edge of their image: bool [N].
 
-    ``by="box"`` takes the model's box (``bbox``), whose edge, by rounding, may end just short of the image's; ``by="mask"`` the
-    tight box of the mask. An empty one is near no border.
+    ``by="box"`` takes the model's box (``bbox``), whose edge, by rounding, may end just short of
+    the image's; ``by="mask"`` the tight box of the mask. An empty one is near no border.
 
     Raises:
         ValueError: a detection of an unknown image, a negative margin, or an unknown ``by``.
     """
     if by not in ("box", "mask"):
-        raise ValueError(f"by is {by!r}; it must be 'box' (the model's box) or 'mask' (the tight box of the mask)")
+        raise ValueError(
+            f"by is {by!r}; it must be 'box' (the model's box) or 'mask' (the tight box of the mask)"
+        )
     starts, stops, sides, _ = _places(detections, images, border_margin_px, by)
     return _near(starts, stops, sides, border_margin_px) & (stops > starts).all(axis=1)
 
 
-def drop_border_detections(detections: Rows, images: Rows, border_margin_px: float = 0, by: str = "box") -> Rows:
+def drop_border_detections(
+    detections: Rows, images: Rows, border_margin_px: float = 0, by: str = "box"
+) -> Rows:
     """Report B's filter: the detections that are not ``near_border``, in their order."""
-    return [detections[row] for row in np.flatnonzero(~near_border(detections, images, border_margin_px, by))]
+    return [
+        detections[row]
+        for row in np.flatnonzero(~near_border(detections, images, border_margin_px, by))
+    ]
 
 
 def _near(starts: np.ndarray, stops: np.ndarray, sides: np.ndarray, margin_px: float) -> np.ndarray:
     return ((starts <= margin_px) | (stops >= sides - margin_px)).any(axis=1)
 
 
-def _places(cells: Rows, images: Rows, border_margin_px: float, by: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Per cell the start and stop of its box and the sides of its image, float64 [N, 2] (x, y), px; the image's row, int [N]."""
+def _places(
+    cells: Rows, images: Rows, border_margin_px: float, by: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Per cell the start and stop of its box and the sides of its image, float64 [N, 2] (x, y), px;
+    the image's row, int [N].
+    """
     if border_margin_px < 0:
         raise ValueError(f"border_margin_px is {border_margin_px}; it must be 0 or more")
     row_of = {image["id"]: row for row, image in enumerate(images)}
     unknown = {cell["image_id"] for cell in cells} - set(row_of)
     if unknown:
-        raise ValueError(f"a cell is of image {min(unknown)}, which the images do not have: are both of one split?")
-    boxes = [cell["bbox"] for cell in cells] if by == "box" else coco_mask.toBbox([cell["segmentation"] for cell in cells])
+        raise ValueError(
+            f"a cell is of image {min(unknown)}, which the images do not have: are both of one split?"
+        )
+    boxes = (
+        [cell["bbox"] for cell in cells]
+        if by == "box"
+        else coco_mask.toBbox([cell["segmentation"] for cell in cells])
+    )
     boxes = np.asarray(boxes, float).reshape(-1, 4)
     rows = np.array([row_of[cell["image_id"]] for cell in cells], int)
     sides = np.array([(image["width"], image["height"]) for image in images], float).reshape(-1, 2)
     return boxes[:, :2], boxes[:, :2] + boxes[:, 2:], sides[rows], rows
 
 
-def _position_counts(sizes: np.ndarray, sides: np.ndarray, margin_px: int, inset_px: int, min_visible_px: int) -> np.ndarray:
-    """Whole-pixel positions of boxes, float64 [2, N]: those at which it counts, and those inside, away from the border.
+def _position_counts(
+    sizes: np.ndarray, sides: np.ndarray, margin_px: int, inset_px: int, min_visible_px: int
+) -> np.ndarray:
+    """Whole-pixel positions of boxes, float64 [2, N]: those at which it counts, and those inside,
+    away from the border.
 
-    Along a side of L px, a box of s px shows m px of itself or more at L + s - 2m + 1 positions, and lies further than d from
-    either end at L - 2d - s - 1. A virtual border (``inset_px`` above 0) takes its inset from L at either end, and of its
-    positions only those further than d from the image's own border.
+    Along a side of L px, a box of s px shows m px of itself or more at L + s - 2m + 1 positions,
+    and lies further than d from either end at L - 2d - s - 1. A virtual border (``inset_px`` above
+    0) takes its inset from L at either end, and of its positions only those further than d from the
+    image's own border.
     """
     inner = sides - 2 * inset_px
     counting = inner + sizes - 2 * min_visible_px + 1
@@ -134,12 +178,18 @@ def _position_counts(sizes: np.ndarray, sides: np.ndarray, margin_px: int, inset
     return np.stack([counting.prod(axis=1), (inner - 2 * margin_px - sizes - 1).prod(axis=1)])
 
 
-def _contact(cells: Rows, images: Rows, virtual: bool, margin_px: int, inset_px: int, min_visible_px: int) -> np.ndarray:
-    """Cells that count, those at the border, how many to expect there, variance: float64 [4, I images, all and K classes]."""
+def _contact(
+    cells: Rows, images: Rows, virtual: bool, margin_px: int, inset_px: int, min_visible_px: int
+) -> np.ndarray:
+    """Cells that count, those at the border, how many to expect there, variance: float64 [4, I
+    images, all and K classes].
+    """
     starts, stops, sides, rows = _places(cells, images, margin_px, "mask")
     class_ids = np.array([cell["category_id"] for cell in cells], int)
     if not np.isin(class_ids, range(1, len(CLASS_NAMES) + 1)).all():
-        raise ValueError(f"cells are of the classes {sorted(set(class_ids.tolist()))}; only 1..{len(CLASS_NAMES)} are known")
+        raise ValueError(
+            f"cells are of the classes {sorted(set(class_ids.tolist()))}; only 1..{len(CLASS_NAMES)} are known"
+        )
     inset = inset_px if virtual else 0
     visible = np.minimum(stops, sides - inset) - np.maximum(starts, inset)
     counted = (visible >= min_visible_px).all(axis=1) & (sides >= 3 * inset_px).all(axis=1)
@@ -155,7 +205,11 @@ def _contact(cells: Rows, images: Rows, virtual: bool, margin_px: int, inset_px:
 
 
 def _dispersion(contact: np.ndarray) -> np.ndarray:
-    """float64 [all and K classes]. A ratio of sums: one image may hold cells at the border alone, and so no variance."""
+    """float64 [all and K classes]. A ratio of sums: one image may hold cells at the border alone,
+    and so no variance.
+    """
     _, at_border, expected, variance = contact
     squares, variances = ((at_border - expected) ** 2).sum(axis=0), variance.sum(axis=0)
-    return np.maximum(np.divide(squares, variances, out=np.ones_like(squares), where=variances > 0), 1)
+    return np.maximum(
+        np.divide(squares, variances, out=np.ones_like(squares), where=variances > 0), 1
+    )

@@ -1,4 +1,6 @@
-"""Figures of images, instances, detections and scores. Each function returns a closed ``Figure``: a notebook shows it once."""
+"""Figures of images, instances, detections and scores. Each function returns a closed ``Figure``: a
+notebook shows it once.
+"""
 
 import colorsys
 import math
@@ -23,8 +25,14 @@ from cellseg_helpers.analysis.metrics import Counts, Matches, count_matches
 from cellseg_helpers.data.labels import CLASS_NAMES, decode_in_box, encode_instances, find_instances
 from cellseg_helpers.data.readers import CellImage
 
-# Okabe and Ito's colour-blind safe palette, those of its colours that show on stained tissue and on white.
-CLASS_COLORS = {"epithelial": "#E69F00", "lymphocyte": "#56B4E9", "neutrophil": "#009E73", "macrophage": "#D55E00"}
+# Okabe and Ito's colour-blind safe palette, those of its colours that show on stained tissue and on
+# white.
+CLASS_COLORS = {
+    "epithelial": "#E69F00",
+    "lymphocyte": "#56B4E9",
+    "neutrophil": "#009E73",
+    "macrophage": "#D55E00",
+}
 BEFORE, AFTER = "#0072B2", "#D55E00"  # also Okabe and Ito's
 DPI = 80
 VIEW_PX = 320  # side of what is shown of a large image
@@ -42,7 +50,8 @@ LOSS_LABELS = {
 
 
 def image_beside_instances(cell_image: CellImage, class_name: str = "all") -> Figure:
-    """An image beside its instance map, one colour an instance; of one class (report A) or of all (report C).
+    """An image beside its instance map, one colour an instance; of one class (report A) or of all
+    (report C).
 
     Raises:
         ValueError: an unknown ``class_name``.
@@ -54,18 +63,27 @@ def image_beside_instances(cell_image: CellImage, class_name: str = "all") -> Fi
     fig, (left, right) = _figure(1, 2, 6.4, 3.4)
     _show(left, cell_image.image, cell_image.image_id[:8])
     right.imshow(colour_instances(label_maps))
-    _bare(right, f"{len(find_instances(label_maps).ids)} instances, {class_name if class_name != 'all' else 'all classes'}")
+    _bare(
+        right,
+        f"{len(find_instances(label_maps).ids)} instances, {class_name if class_name != 'all' else 'all classes'}",
+    )
     return fig
 
 
 def colour_instances(label_maps: np.ndarray) -> np.ndarray:
-    """Label maps (int [K, H, W]) as uint8 [H, W, 3]: instances that follow one another get hues far apart; background black."""
+    """Label maps (int [K, H, W]) as uint8 [H, W, 3]: instances that follow one another get hues far
+    apart; background black.
+    """
     picture = np.zeros((*label_maps.shape[1:], 3), np.uint8)
     instances = find_instances(label_maps)
     rows = zip(instances.boxes.astype(int).tolist(), instances.labels, instances.ids, strict=True)
     for place, ((x1, y1, x2, y2), class_id, instance_id) in enumerate(rows):
-        colour = colorsys.hsv_to_rgb(place * 0.618034 % 1, 0.55 + 0.4 * (place % 2), 1 - 0.25 * (place % 3 == 2))
-        picture[y1:y2, x1:x2][label_maps[class_id - 1, y1:y2, x1:x2] == instance_id] = np.multiply(colour, 255)
+        colour = colorsys.hsv_to_rgb(
+            place * 0.618034 % 1, 0.55 + 0.4 * (place % 2), 1 - 0.25 * (place % 3 == 2)
+        )
+        picture[y1:y2, x1:x2][label_maps[class_id - 1, y1:y2, x1:x2] == instance_id] = np.multiply(
+            colour, 255
+        )
     return picture
 
 
@@ -94,8 +112,12 @@ def sizes_against_anchors(instances: pd.DataFrame, anchor_sizes: Sequence[float]
     return fig
 
 
-def seldom(draw: Callable[[pd.DataFrame], None], every_s: float = 30.0) -> Callable[[pd.DataFrame], None]:
-    """``draw``, left out where it ended less than ``every_s`` seconds ago: a picture can take as long as a training step."""
+def seldom(
+    draw: Callable[[pd.DataFrame], None], every_s: float = 30.0
+) -> Callable[[pd.DataFrame], None]:
+    """``draw``, left out where it ended less than ``every_s`` seconds ago: a picture can take as
+    long as a training step.
+    """
     drawn = -math.inf
 
     def call(history: pd.DataFrame) -> None:
@@ -115,13 +137,29 @@ def training_curves(history: pd.DataFrame) -> Figure:
     """
     fig, (left, right) = _figure(1, 2, 7.2, 2.8, sharex=True)
     marker = "o" if len(history) < 25 else None
-    left.plot(history["epoch"], history["loss"], color="#0072B2", marker=marker, markersize=3, label="training")
+    left.plot(
+        history["epoch"],
+        history["loss"],
+        color="#0072B2",
+        marker=marker,
+        markersize=3,
+        label="training",
+    )
     validated = history.dropna(subset="validation_loss")
-    left.plot(validated["epoch"], validated["validation_loss"], color="#CC79A7", marker=marker, markersize=3, label="validation")
+    left.plot(
+        validated["epoch"],
+        validated["validation_loss"],
+        color="#CC79A7",
+        marker=marker,
+        markersize=3,
+        label="validation",
+    )
     left.set(xlabel="epoch", ylabel="sum of the five losses")
     left.set_ylim(bottom=0)
     left.legend(frameon=False)
-    right.plot(validated["epoch"], validated["validation_ap50"], color="0.1", marker=marker, markersize=3)
+    right.plot(
+        validated["epoch"], validated["validation_ap50"], color="0.1", marker=marker, markersize=3
+    )
     right.set(xlabel="epoch", ylabel="validation mask AP50", ylim=(0, 1))
     _whole_epochs(left, right)
     return fig
@@ -134,7 +172,9 @@ def loss_parts(history: pd.DataFrame) -> Figure:
         history: as ``history.csv`` of a run, one row an epoch.
     """
     fig, ax = _figure(1, 1, 5.6, 2.8)
-    for (name, label), style in zip(LOSS_LABELS.items(), ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))), strict=True):
+    for (name, label), style in zip(
+        LOSS_LABELS.items(), ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))), strict=True
+    ):
         ax.plot(history["epoch"], history[name], linestyle=style, label=label)
     ax.set(xlabel="epoch", ylabel="training loss")
     ax.set_ylim(bottom=0)
@@ -147,14 +187,25 @@ def losses_beside_reported(history: pd.DataFrame | None, reported: Sequence[floa
     """Training loss by epoch beside that of a report.
 
     Args:
-        history: as ``history.csv`` of a run, one row an epoch; of it as many epochs as were reported are drawn. None: no run.
+        history: as ``history.csv`` of a run, one row an epoch; of it as many epochs as were
+            reported are drawn. None: no run.
         reported: the report's losses, from epoch 1.
     """
     fig, ax = _figure(1, 1, 4.8, 2.8)
-    ax.plot(range(1, len(reported) + 1), reported, color="0.5", linestyle="--", marker="s", markersize=3, label="reported")
+    ax.plot(
+        range(1, len(reported) + 1),
+        reported,
+        color="0.5",
+        linestyle="--",
+        marker="s",
+        markersize=3,
+        label="reported",
+    )
     if history is not None:
         shown = history[history["epoch"] <= len(reported)]
-        ax.plot(shown["epoch"], shown["loss"], color="#0072B2", marker="o", markersize=3, label="here")
+        ax.plot(
+            shown["epoch"], shown["loss"], color="#0072B2", marker="o", markersize=3, label="here"
+        )
     ax.set(xlabel="epoch", ylabel="training loss")
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False)
@@ -168,7 +219,8 @@ def truth_beside_predictions(
     predictions: Sequence[list[dict[str, Any]]],
     score_threshold: float,
 ) -> Figure:
-    """One row an image: the image, its annotated cells, its detections of at least ``score_threshold``, outlined by class.
+    """One row an image: the image, its annotated cells, its detections of at least
+    ``score_threshold``, outlined by class.
 
     Args:
         cell_images: the images.
@@ -188,14 +240,17 @@ def truth_beside_predictions(
     return fig
 
 
-def precision_recall(curves: pd.DataFrame, per_class: dict[str, float], counts: dict[float, dict[str, Counts]]) -> Figure:
+def precision_recall(
+    curves: pd.DataFrame, per_class: dict[str, float], counts: dict[float, dict[str, Counts]]
+) -> Figure:
     """The precision-recall curve of each class, and where score thresholds put it.
 
     Args:
         curves: of ``metrics.precision_recall_curves``.
-        per_class: average precision by class name, for the legend; NaN for a class without truth, which is left out.
-        counts: score threshold -> counts of ``metrics.count_matches``, shown as a mark on (or, as the curve is COCO's envelope, a
-            little below) each curve; at most ``len(MARKS)``.
+        per_class: average precision by class name, for the legend; NaN for a class without truth,
+            which is left out.
+        counts: score threshold -> counts of ``metrics.count_matches``, shown as a mark on (or, as
+            the curve is COCO's envelope, a little below) each curve; at most ``len(MARKS)``.
     """
     fig, ax = _figure(1, 1, 5.6, 3.6)
     for name, average in per_class.items():
@@ -203,9 +258,20 @@ def precision_recall(curves: pd.DataFrame, per_class: dict[str, float], counts: 
             continue
         curve = curves[curves["class"] == name]
         reached = curve[curve["precision"] > 0]
-        ax.plot(reached["recall"], reached["precision"], color=CLASS_COLORS[name], label=f"{name}: {average:.2f}")
+        ax.plot(
+            reached["recall"],
+            reached["precision"],
+            color=CLASS_COLORS[name],
+            label=f"{name}: {average:.2f}",
+        )
         for mark, count in zip(MARKS, counts.values(), strict=False):
-            ax.plot(count[name].recall, count[name].precision, mark, color=CLASS_COLORS[name], markeredgecolor="0.1")
+            ax.plot(
+                count[name].recall,
+                count[name].precision,
+                mark,
+                color=CLASS_COLORS[name],
+                markeredgecolor="0.1",
+            )
     for mark, score_threshold in zip(MARKS, counts, strict=False):
         label = f"score ≥ {score_threshold:g}" if score_threshold else "all detections"
         ax.plot([], [], mark, color="white", markeredgecolor="0.1", label=label)
@@ -215,7 +281,9 @@ def precision_recall(curves: pd.DataFrame, per_class: dict[str, float], counts: 
 
 
 def score_histograms(matches: Matches) -> Figure:
-    """Scores of the detections of each class, matched (in the class's colour) on top of unmatched ones (grey)."""
+    """Scores of the detections of each class, matched (in the class's colour) on top of unmatched
+    ones (grey).
+    """
     fig, axes = _figure(2, 2, 7.2, 4.2, sharex=True)
     bins = np.linspace(0, 1, 41)
     for ax, (class_id, name) in zip(axes.flat, matches.class_names.items(), strict=True):
@@ -226,18 +294,25 @@ def score_histograms(matches: Matches) -> Figure:
         ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.set_xlim(0, 1)
         ax.set_ylim(0, max(1, ax.get_ylim()[1]))
-    handles = [Patch(color="0.75", label="matches no annotated cell"), Patch(color="0.3", label="colours: matches one")]
-    fig.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize="small")
+    handles = [
+        Patch(color="0.75", label="matches no annotated cell"),
+        Patch(color="0.3", label="colours: matches one"),
+    ]
+    fig.legend(
+        handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize="small"
+    )
     fig.supxlabel("score", fontsize="medium")
     fig.supylabel("detections", fontsize="medium")
     return fig
 
 
 def threshold_sweep(table: pd.DataFrame) -> Figure:
-    """Average precision, precision, recall and F1 over the score threshold, by class and all together.
+    """Average precision, precision, recall and F1 over the score threshold, by class and all
+    together.
 
     Args:
-        table: of ``thresholds.sweep``; its column of average precision is the one whose name begins with AP.
+        table: of ``thresholds.sweep``; its column of average precision is the one whose name begins
+            with AP.
     """
     average = next(column for column in table if column.startswith("AP"))
     fig, axes = _figure(2, 2, 7.2, 4.8, sharex=True, sharey=True)
@@ -245,7 +320,15 @@ def threshold_sweep(table: pd.DataFrame) -> Figure:
         for name, colour in {"all": "0.1", **CLASS_COLORS}.items():
             rows = table[table["class"] == name]
             style = "--" if name == "all" else "-"
-            ax.plot(rows["score_threshold"], rows[column], style, color=colour, marker=".", markersize=4, label=name)
+            ax.plot(
+                rows["score_threshold"],
+                rows[column],
+                style,
+                color=colour,
+                marker=".",
+                markersize=4,
+                label=name,
+            )
         ax.set_title(column, fontsize="medium")
         ax.set_ylim(0, 1.02)
     handles, names = axes[0, 0].get_legend_handles_labels()
@@ -256,31 +339,43 @@ def threshold_sweep(table: pd.DataFrame) -> Figure:
 
 
 def reliability_diagram(table: pd.DataFrame, errors: pd.Series) -> Figure:
-    """Matched share over score, by class, and how many detections each point stands for; bins of under ten are left out.
+    """Matched share over score, by class, and how many detections each point stands for; bins of
+    under ten are left out.
 
     Args:
         table: of ``thresholds.reliability``.
         errors: expected calibration error by class, for the legend.
     """
     fig, (ax, below) = _figure(2, 1, 5.6, 4.6, sharex=True, height_ratios=(3, 1))
-    ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", label="scores were probabilities")
+    ax.plot(
+        [0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle=":", label="scores were probabilities"
+    )
     for name, colour in {"all": "0.1", **CLASS_COLORS}.items():
         rows = table[(table["class"] == name) & (table["detections"] >= FEWEST_IN_BIN)]
         style = "--" if name == "all" else "-"
         for axis, column in ((ax, "matched_share"), (below, "detections")):
-            axis.plot(rows["mean_score"], rows[column], style, color=colour, marker="o", markersize=3)
+            axis.plot(
+                rows["mean_score"], rows[column], style, color=colour, marker="o", markersize=3
+            )
         ax.plot([], [], style, color=colour, label=f"{name}: {errors.get(name, np.nan):.2f}")
     ax.set(ylabel="share that matches a cell", xlim=(0, 1), ylim=(0, 1.02))
     below.set(xlabel="score (mean of a bin)", ylabel="detections")
     if (table["detections"] >= FEWEST_IN_BIN).any():
         below.set_yscale("log")
         below.yaxis.set_minor_formatter(NullFormatter())
-    ax.legend(frameon=False, title="expected calibration error", loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    ax.legend(
+        frameon=False,
+        title="expected calibration error",
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        fontsize="small",
+    )
     return fig
 
 
 def predicted_against_true_counts(counts: dict[str, pd.DataFrame]) -> Figure:
-    """Predicted over annotated cells of each image, one panel a class, one mark for each way to choose the threshold.
+    """Predicted over annotated cells of each image, one panel a class, one mark for each way to
+    choose the threshold.
 
     Args:
         counts: name of the choice -> table of ``thresholds.cell_counts``; at most ``len(MARKS)``.
@@ -291,7 +386,15 @@ def predicted_against_true_counts(counts: dict[str, pd.DataFrame]) -> Figure:
         for mark, size, table in zip(MARKS, (7, 5, 4), counts.values(), strict=False):
             rows = table[table["class"] == name]
             face = colour if mark == MARKS[0] else "white"
-            ax.plot(rows["cells"], rows["predicted"], mark, color=face, markeredgecolor=colour, markersize=size, alpha=0.8)
+            ax.plot(
+                rows["cells"],
+                rows["predicted"],
+                mark,
+                color=face,
+                markeredgecolor=colour,
+                markersize=size,
+                alpha=0.8,
+            )
             largest = max(largest, rows["cells"].max(), rows["predicted"].max())
         ax.plot([0, largest], [0, largest], color="0.6", linewidth=0.8, linestyle=":")
         ax.set_title(name, fontsize="medium")
@@ -299,21 +402,36 @@ def predicted_against_true_counts(counts: dict[str, pd.DataFrame]) -> Figure:
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(4, integer=True))
     handles = [
-        Line2D([], [], linestyle="", marker=mark, color="0.4" if mark == MARKS[0] else "white", markeredgecolor="0.4", label=name)
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker=mark,
+            color="0.4" if mark == MARKS[0] else "white",
+            markeredgecolor="0.4",
+            label=name,
+        )
         for mark, name in zip(MARKS, counts, strict=False)
     ]
-    fig.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    fig.legend(
+        handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize="small"
+    )
     axes[0].set_ylabel("predicted cells")
     return fig
 
 
 def crops(
-    table: pd.DataFrame, cell_images: Sequence[CellImage], truth: dict[str, Any], detections: list[dict[str, Any]]
+    table: pd.DataFrame,
+    cell_images: Sequence[CellImage],
+    truth: dict[str, Any],
+    detections: list[dict[str, Any]],
 ) -> Figure:
-    """A crop around each of some detections (solid), with the annotated cells (dashed), outlined by class.
+    """A crop around each of some detections (solid), with the annotated cells (dashed), outlined by
+    class.
 
     Args:
-        table: indexed by the detection's row: class, score, kind (shown above the crop), as ``tables.confident_mistakes`` gives.
+        table: indexed by the detection's row: class, score, kind (shown above the crop), as
+            ``tables.confident_mistakes`` gives.
         cell_images: the images of ``truth``, in its order.
         truth: COCO data set.
         detections: COCO results, of which ``table`` is a part.
@@ -326,19 +444,31 @@ def crops(
     for ax, (row, told) in zip(axes.flat, table.iterrows(), strict=False):
         detection = detections[row]
         number = detection["image_id"]
-        _show(ax, cell_images[number - 1].image, f"{told['class']} {told['score']:.2f}\n{told['kind']}")
-        _outline_by_class(ax, [cell for cell in truth["annotations"] if cell["image_id"] == number], linestyle=(0, (2, 1.5)))
+        _show(
+            ax,
+            cell_images[number - 1].image,
+            f"{told['class']} {told['score']:.2f}\n{told['kind']}",
+        )
+        _outline_by_class(
+            ax,
+            [cell for cell in truth["annotations"] if cell["image_id"] == number],
+            linestyle=(0, (2, 1.5)),
+        )
         _outline_by_class(ax, [detection], linewidth=2)
         x, y, width, height = detection["bbox"]
         half = max(WINDOW_PX, 1.5 * width, 1.5 * height) / 2
-        ax.set(xlim=(x + width / 2 - half, x + width / 2 + half), ylim=(y + height / 2 + half, y + height / 2 - half))
+        ax.set(
+            xlim=(x + width / 2 - half, x + width / 2 + half),
+            ylim=(y + height / 2 + half, y + height / 2 - half),
+        )
         ax.set_facecolor("0.85")
     _class_legend(fig)
     return fig
 
 
 def border_contact(contacts: dict[str, pd.DataFrame]) -> Figure:
-    """Cells at the border over the number expected by chance, by class, with the interval of chance (grey); one panel a table.
+    """Cells at the border over the number expected by chance, by class, with the interval of chance
+    (grey); one panel a table.
 
     Args:
         contacts: title -> table of ``borders.border_contact``.
@@ -355,16 +485,26 @@ def border_contact(contacts: dict[str, pd.DataFrame]) -> Figure:
             ax.annotate(f"{row['at_border']} of {row['expected']:.0f}", (0.98, place), xycoords=("axes fraction", "data"),
                         ha="right", va="center", fontsize="x-small")  # fmt: skip
         ax.set_yticks(range(len(table)), table.index)
-        ax.set_xlim(-0.1, max(2.4, 1.5 * shown["ratio"].max(), 1.4 * high.max()) if len(shown) else 2.4)
+        ax.set_xlim(
+            -0.1, max(2.4, 1.5 * shown["ratio"].max(), 1.4 * high.max()) if len(shown) else 2.4
+        )
         ax.set_title(textwrap.fill(title, 26), fontsize="small")
         ax.set_xlabel("at the border / by chance", fontsize="small")
     axes[0, 0].invert_yaxis()
-    fig.legend(handles=[Patch(color="0.85", label="95 % of chance")], loc="outside lower center", frameon=False, fontsize="small")
+    fig.legend(
+        handles=[Patch(color="0.85", label="95 % of chance")],
+        loc="outside lower center",
+        frameon=False,
+        fontsize="small",
+    )
     return fig
 
 
-def border_strip(cell_image: CellImage, truth: list[dict[str, Any]], at_border: list[dict[str, Any]], title: str) -> Figure:
-    """Annotated cells over an image (report B, figure 2), beside the detections that come near its border.
+def border_strip(
+    cell_image: CellImage, truth: list[dict[str, Any]], at_border: list[dict[str, Any]], title: str
+) -> Figure:
+    """Annotated cells over an image (report B, figure 2), beside the detections that come near its
+    border.
 
     Of a large image a window of ``VIEW_PX`` around the highest-scored of these detections is shown.
 
@@ -380,7 +520,9 @@ def border_strip(cell_image: CellImage, truth: list[dict[str, Any]], at_border: 
     _show(right, cell_image.image, f"{len(at_border)} {title}")
     _outline_by_class(right, at_border)
     height, width = cell_image.image.shape[1:]
-    surest = max(at_border, key=lambda detection: detection["score"], default={"bbox": (0, 0, 0, 0)})
+    surest = max(
+        at_border, key=lambda detection: detection["score"], default={"bbox": (0, 0, 0, 0)}
+    )
     x, y, w, h = surest["bbox"]
     for ax in (left, right):
         _view(ax, x + w / 2, y + h / 2, width, height)
@@ -389,22 +531,39 @@ def border_strip(cell_image: CellImage, truth: list[dict[str, Any]], at_border: 
 
 
 def step_effects(effects: pd.DataFrame, steps: pd.DataFrame, metrics: Sequence[str]) -> Figure:
-    """What each step of post-processing changed on the judging half: difference and 95 % interval, one panel a metric.
+    """What each step of post-processing changed on the judging half: difference and 95 % interval,
+    one panel a metric.
 
-    The scale is linear between -0.01 and 0.01 and logarithmic beyond, so that small and large changes show side by side.
+    The scale is linear between -0.01 and 0.01 and logarithmic beyond, so that small and large
+    changes show side by side.
 
     Args:
         effects: ``effects`` of ``ablation.ablate``; the rows of all classes together are shown.
         steps: ``steps`` of it; steps that were not carried on are drawn hollow.
         metrics: of the panels.
     """
-    fig, axes = _figure(1, len(metrics), 2.0 * len(metrics) + 1.4, 0.28 * len(steps) + 1, sharey=True, squeeze=False)
+    fig, axes = _figure(
+        1, len(metrics), 2.0 * len(metrics) + 1.4, 0.28 * len(steps) + 1, sharey=True, squeeze=False
+    )
     for ax, metric in zip(axes[0], metrics, strict=True):
-        rows = effects[(effects["of"] == "all") & (effects["metric"] == metric)].set_index("step").loc[steps.index]
+        rows = (
+            effects[(effects["of"] == "all") & (effects["metric"] == metric)]
+            .set_index("step")
+            .loc[steps.index]
+        )
         ax.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
         ax.hlines(range(len(rows)), rows["low"], rows["high"], color="#0072B2", linewidth=1.5)
-        for place, (difference, carried) in enumerate(zip(rows["difference"], steps["carried"], strict=True)):
-            ax.plot(difference, place, "o", markeredgecolor="#0072B2", color="#0072B2" if carried else "white", markersize=5)
+        for place, (difference, carried) in enumerate(
+            zip(rows["difference"], steps["carried"], strict=True)
+        ):
+            ax.plot(
+                difference,
+                place,
+                "o",
+                markeredgecolor="#0072B2",
+                color="#0072B2" if carried else "white",
+                markersize=5,
+            )
         ax.set_yticks(range(len(rows)), rows.index)
         ax.set_xscale("symlog", linthresh=0.01)
         ax.set_xticks([-0.1, -0.01, 0, 0.01, 0.1], ["−.1", "−.01", "0", ".01", ".1"])
@@ -415,8 +574,14 @@ def step_effects(effects: pd.DataFrame, steps: pd.DataFrame, metrics: Sequence[s
     return fig
 
 
-def before_and_after(cell_image: CellImage, before: list[dict[str, Any]], labels: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """An image, its detections as predicted (they may overlap), and the label image in the end, coloured by class.
+def before_and_after(
+    cell_image: CellImage,
+    before: list[dict[str, Any]],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+) -> Figure:
+    """An image, its detections as predicted (they may overlap), and the label image in the end,
+    coloured by class.
 
     Of a large image the middle ``VIEW_PX`` are shown.
 
@@ -426,14 +591,18 @@ def before_and_after(cell_image: CellImage, before: list[dict[str, Any]], labels
         labels: uint [H, W], ids 1..N; 0 = background.
         class_names: of the N cells.
     """
-    from skimage.segmentation import find_boundaries  # it takes 0.1 s, which no other notebook needs
+    from skimage.segmentation import (
+        find_boundaries,
+    )  # it takes 0.1 s, which no other notebook needs
 
     fig, (left, middle, right) = _figure(1, 3, 8.4, 3.3)
     _show(left, cell_image.image, cell_image.image_id[:8])
     _show(middle, cell_image.image, f"{len(before)} detections in the image")
     _outline_by_class(middle, before, linewidth=0.8)
     colours = np.array([(0, 0, 0), *(to_rgb(CLASS_COLORS[name]) for name in class_names)])
-    right.imshow(colours[np.where(find_boundaries(labels, mode="inner"), 0, labels)], interpolation="nearest")
+    right.imshow(
+        colours[np.where(find_boundaries(labels, mode="inner"), 0, labels)], interpolation="nearest"
+    )
     _bare(right, f"{len(class_names)} cells, each pixel to one")
     height, width = labels.shape
     for ax in (left, middle, right):
@@ -450,7 +619,8 @@ def found_and_missed(
     matches: Matches,
     score_threshold: float,
 ) -> Figure:
-    """One image at a score threshold: annotated cells (missed ones dashed) beside detections (wrong ones dashed).
+    """One image at a score threshold: annotated cells (missed ones dashed) beside detections (wrong
+    ones dashed).
 
     The title tells precision, recall and F1 of all images.
 
@@ -464,7 +634,10 @@ def found_and_missed(
     """
     cells = [cell for cell in truth["annotations"] if cell["image_id"] == number]
     found = matches.truths["score"] >= score_threshold
-    table = matches.detections[(matches.detections["image_id"] == number) & (matches.detections["score"] >= score_threshold)]
+    table = matches.detections[
+        (matches.detections["image_id"] == number)
+        & (matches.detections["score"] >= score_threshold)
+    ]
     fig, (left, right) = _figure(1, 2, 6.6, 3.9)
     missed = [cell for cell in cells if not found[cell["id"]]]
     _show(left, cell_image.image, f"{len(cells)} annotated, {len(missed)} missed (dashed)")
@@ -477,13 +650,21 @@ def found_and_missed(
     _class_legend(fig)
     count = count_matches(matches, score_threshold)["all"]
     ratios = {"precision": count.precision, "recall": count.recall, "F1": count.f1}
-    told = ", ".join(f"{name} {'–' if np.isnan(value) else f'{value:.2f}'}" for name, value in ratios.items())
-    fig.suptitle(f"image {cell_image.image_id[:8]} at score ≥ {score_threshold:.2f}; all images: {told}", fontsize="small")
+    told = ", ".join(
+        f"{name} {'–' if np.isnan(value) else f'{value:.2f}'}" for name, value in ratios.items()
+    )
+    fig.suptitle(
+        f"image {cell_image.image_id[:8]} at score ≥ {score_threshold:.2f}; all images: {told}",
+        fontsize="small",
+    )
     return fig
 
 
 def contact_sheet(
-    images: Sequence[np.ndarray], names: Sequence[str], detections: Sequence[list[dict[str, Any]]], columns: int = 4
+    images: Sequence[np.ndarray],
+    names: Sequence[str],
+    detections: Sequence[list[dict[str, Any]]],
+    columns: int = 4,
 ) -> Figure:
     """Small images with their detections, outlined by class.
 
@@ -504,8 +685,11 @@ def contact_sheet(
     return fig
 
 
-def recipe_gallery(cell_image: CellImage, recipes: Mapping[str, Sequence[Any]], seed: int) -> Figure:
-    """One row a recipe: what it makes of the middle of an image, in four draws, and where the cells went, outlined by class.
+def recipe_gallery(
+    cell_image: CellImage, recipes: Mapping[str, Sequence[Any]], seed: int
+) -> Figure:
+    """One row a recipe: what it makes of the middle of an image, in four draws, and where the cells
+    went, outlined by class.
 
     Args:
         cell_image: shown and augmented are at most ``GALLERY_PX`` of each side.
@@ -519,16 +703,24 @@ def recipe_gallery(cell_image: CellImage, recipes: Mapping[str, Sequence[Any]], 
     draws = 4
     starts = [max(length - GALLERY_PX, 0) // 2 for length in cell_image.image.shape[1:]]
     window = np.s_[:, starts[0] : starts[0] + GALLERY_PX, starts[1] : starts[1] + GALLERY_PX]
-    image, label_maps = (torch.from_numpy(pixels[window].copy()) for pixels in (cell_image.image, cell_image.label_maps))
+    image, label_maps = (
+        torch.from_numpy(pixels[window].copy())
+        for pixels in (cell_image.image, cell_image.label_maps)
+    )
     fig, axes = _figure(len(recipes), draws, 5.0, 1.2 * len(recipes) + 0.5, squeeze=False)
     for row, (name, recipe) in zip(axes, recipes.items(), strict=True):
         for draw, ax in enumerate(row):
-            changed, moved = (tensor.numpy() for tensor in augment(image, label_maps, recipe, seed + draw))
+            changed, moved = (
+                tensor.numpy() for tensor in augment(image, label_maps, recipe, seed + draw)
+            )
             ax.imshow(changed.transpose(1, 2, 0), interpolation="bilinear")
             _bare(ax, "")
             instances = find_instances(moved)
             rles = encode_instances(moved, instances)
-            cells = [{"category_id": k, "segmentation": rle} for k, rle in zip(instances.labels.tolist(), rles, strict=True)]
+            cells = [
+                {"category_id": k, "segmentation": rle}
+                for k, rle in zip(instances.labels.tolist(), rles, strict=True)
+            ]
             _outline_by_class(ax, cells, linewidth=1)
         row[0].set_ylabel(name, fontsize="small")
     for draw, ax in enumerate(axes[0], 1):
@@ -538,25 +730,51 @@ def recipe_gallery(cell_image: CellImage, recipes: Mapping[str, Sequence[Any]], 
 
 
 def outlines(rle: dict[str, Any]) -> list[np.ndarray]:
-    """The closed outlines of an RLE mask, each float64 [n, 2] of x, y px; the mask is decoded in its box only."""
+    """The closed outlines of an RLE mask, each float64 [n, 2] of x, y px; the mask is decoded in
+    its box only.
+    """
     mask, x0, y0 = decode_in_box(rle)
-    return [line[:, ::-1] - 1 + (x0, y0) for line in find_contours(np.pad(mask, 1).astype(float), 0.5)]
+    return [
+        line[:, ::-1] - 1 + (x0, y0) for line in find_contours(np.pad(mask, 1).astype(float), 0.5)
+    ]
 
 
-def _outline_by_class(ax: Axes, annotations: list[dict[str, Any]], linewidth: float = 1.3, linestyle: Any = "-") -> None:
+def _outline_by_class(
+    ax: Axes, annotations: list[dict[str, Any]], linewidth: float = 1.3, linestyle: Any = "-"
+) -> None:
     for class_id, name in enumerate(CLASS_NAMES, 1):
-        lines = [line for row in annotations if row["category_id"] == class_id for line in outlines(row["segmentation"])]
-        drawn = LineCollection(lines, colors=CLASS_COLORS[name], linewidths=linewidth, linestyles=[linestyle])
+        lines = [
+            line
+            for row in annotations
+            if row["category_id"] == class_id
+            for line in outlines(row["segmentation"])
+        ]
+        drawn = LineCollection(
+            lines, colors=CLASS_COLORS[name], linewidths=linewidth, linestyles=[linestyle]
+        )
         ax.add_collection(drawn, autolim=False)
 
 
 def _class_legend(fig: Figure) -> None:
-    handles = [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in CLASS_COLORS.items()]
-    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize="small")
+    handles = [
+        Line2D([], [], color=colour, linewidth=2, label=name)
+        for name, colour in CLASS_COLORS.items()
+    ]
+    fig.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        frameon=False,
+        fontsize="small",
+    )
 
 
-def _figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Any]:
-    fig, axes = plt.subplots(rows, columns, figsize=(width, height), dpi=DPI, layout="constrained", **options)
+def _figure(
+    rows: int, columns: int, width: float, height: float, **options: Any
+) -> tuple[Figure, Any]:
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(width, height), dpi=DPI, layout="constrained", **options
+    )
     plt.close(fig)
     return fig, axes
 
@@ -586,9 +804,13 @@ def _whole_epochs(*axes: Axes) -> None:
 
 
 def anchors_against_cells(
-    cells: pd.DataFrame, scales: dict[str, pd.Series], reported: Sequence[float], kept: Sequence[float]
+    cells: pd.DataFrame,
+    scales: dict[str, pd.Series],
+    reported: Sequence[float],
+    kept: Sequence[float],
 ) -> Figure:
-    """Histograms of the cells' sizes as the model sees them, with the anchors of the text and those that the model keeps.
+    """Histograms of the cells' sizes as the model sees them, with the anchors of the text and those
+    that the model keeps.
 
     Args:
         cells: of ``cell_table``.
@@ -597,10 +819,19 @@ def anchors_against_cells(
         kept: sizes, px.
     """
     fig, axes = plt.subplots(
-        len(scales), 1, figsize=(6.4, 1.9 * len(scales) + 0.6), dpi=DPI, layout="constrained", sharex=True, squeeze=False
+        len(scales),
+        1,
+        figsize=(6.4, 1.9 * len(scales) + 0.6),
+        dpi=DPI,
+        layout="constrained",
+        sharex=True,
+        squeeze=False,
     )
     plt.close(fig)
-    sizes = {title: np.sqrt(cells["width_px"] * cells["height_px"]) * scale for title, scale in scales.items()}
+    sizes = {
+        title: np.sqrt(cells["width_px"] * cells["height_px"]) * scale
+        for title, scale in scales.items()
+    }
     every = np.concatenate([*sizes.values(), reported, kept])
     bins = np.geomspace(every.min() / 1.1, every.max() * 1.1, 50)
     for ax, (title, values) in zip(axes[:, 0], sizes.items(), strict=True):
@@ -610,18 +841,31 @@ def anchors_against_cells(
             (kept, AFTER, "--", "anchors, kept by the model"),
         ):
             for place, side in enumerate(sides):
-                ax.axvline(side, color=colour, linestyle=style, linewidth=1.6, label=label if not place else None)
+                ax.axvline(
+                    side,
+                    color=colour,
+                    linestyle=style,
+                    linewidth=1.6,
+                    label=label if not place else None,
+                )
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.set_title(title, fontsize="medium")
         ax.set_ylabel("cells")
     axes[-1, 0].set_xlabel("square root of the box's area, or side of the anchor, px")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize="small")
+    fig.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=3,
+        frameon=False,
+        fontsize="small",
+    )
     return fig
 
 
 def value_ranges(table: pd.DataFrame) -> Figure:
-    """What the first layer sees, by normalisation and channel: least to greatest (line), mean (dot), standard deviation (bar).
+    """What the first layer sees, by normalisation and channel: least to greatest (line), mean
+    (dot), standard deviation (bar).
 
     Args:
         table: of ``normalised_values``.
@@ -629,11 +873,20 @@ def value_ranges(table: pd.DataFrame) -> Figure:
     names = list(dict.fromkeys(table.index.get_level_values(0)))
     fig, ax = plt.subplots(figsize=(6.4, 0.6 * len(names) + 1.2), dpi=DPI, layout="constrained")
     plt.close(fig)
-    for channel, colour, mark, shift in zip("RGB", ("#D55E00", "#009E73", "#0072B2"), "os^", (-0.22, 0, 0.22), strict=True):
+    for channel, colour, mark, shift in zip(
+        "RGB", ("#D55E00", "#009E73", "#0072B2"), "os^", (-0.22, 0, 0.22), strict=True
+    ):
         rows = table.xs(channel, level="channel").loc[names]
         places = np.arange(len(names)) + shift
         ax.hlines(places, rows["least"], rows["greatest"], color=colour, linewidth=1)
-        ax.hlines(places, rows["mean"] - rows["std"], rows["mean"] + rows["std"], color=colour, linewidth=4, alpha=0.5)
+        ax.hlines(
+            places,
+            rows["mean"] - rows["std"],
+            rows["mean"] + rows["std"],
+            color=colour,
+            linewidth=4,
+            alpha=0.5,
+        )
         ax.plot(rows["mean"], places, mark, color=colour, markersize=5, label=channel)
     ax.set_xscale("symlog", linthresh=1)
     ax.axvline(0, color="0.6", linewidth=0.8, linestyle=":")

@@ -1,4 +1,6 @@
-"""What the five reports say, as data: their tables' rows, numbers and conclusions, and how their scores came about. No torch."""
+"""What the five reports say, as data: their tables' rows, numbers and conclusions, and how their
+scores came about. No torch.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +18,8 @@ class Row(NamedTuple):
         label: as the report names it.
         reported: its number, or its words, or None where it gives none.
         run: key of the run that reproduces it.
-        variant: what is done to the run's detections before they are scored, a name in ``VARIANTS``.
+        variant: what is done to the run's detections before they are scored, a name in
+            ``VARIANTS``.
         measure: ``AP50``, or a number in ``finished.json``.
     """
 
@@ -78,9 +81,19 @@ SCORE_TABLES = {
             Row("ResNet101_FPN", 0.357, "a/resnet101"),
         ],
         [
-            Comparison("A larger backbone helps, ResNet-50 over ResNet-18", "ResNet18_FPN", "ResNet50_FPN"),
-            Comparison("A larger backbone helps, ResNet-101 over ResNet-50", "ResNet50_FPN", "ResNet101_FPN"),
-            Comparison("A larger backbone helps, ResNet-101 over ResNet-18", "ResNet18_FPN", "ResNet101_FPN"),
+            Comparison(
+                "A larger backbone helps, ResNet-50 over ResNet-18", "ResNet18_FPN", "ResNet50_FPN"
+            ),
+            Comparison(
+                "A larger backbone helps, ResNet-101 over ResNet-50",
+                "ResNet50_FPN",
+                "ResNet101_FPN",
+            ),
+            Comparison(
+                "A larger backbone helps, ResNet-101 over ResNet-18",
+                "ResNet18_FPN",
+                "ResNet101_FPN",
+            ),
         ],
         "The report's own ResNet-18 beats its ResNet-50.",
     ),
@@ -99,8 +112,16 @@ SCORE_TABLES = {
             Row("0 (keep all)", 0.27, "b/v2_backbone"),
         ],
         [
-            Comparison("Keeping all scores higher than a threshold of 0.2", "0.2 (cut the low peak)", "0 (keep all)"),
-            Comparison("Keeping all scores higher than a threshold of 0.5", "0.5 (keep the high peak)", "0 (keep all)"),
+            Comparison(
+                "Keeping all scores higher than a threshold of 0.2",
+                "0.2 (cut the low peak)",
+                "0 (keep all)",
+            ),
+            Comparison(
+                "Keeping all scores higher than a threshold of 0.5",
+                "0.5 (keep the high peak)",
+                "0 (keep all)",
+            ),
         ],
         "The report says only that 0 scored highest: which of 0.26 and 0.21 is which is inferred, and the border filter may have "
         "been on. A threshold takes the end off "
@@ -113,7 +134,14 @@ SCORE_TABLES = {
             Row("keep all", 0.27, "b/v2_backbone"),
             Row("drop boxes at the border", 0.27, "b/v2_backbone", "no box at the border"),
         ],
-        [Comparison("Dropping boxes at the border changes nothing to be seen", "keep all", "drop boxes at the border", 0)],
+        [
+            Comparison(
+                "Dropping boxes at the border changes nothing to be seen",
+                "keep all",
+                "drop boxes at the border",
+                0,
+            )
+        ],
         "Two digits were reported: a change under 0.01 counts as none.",
     ),
     "B-T5": Table(
@@ -125,8 +153,12 @@ SCORE_TABLES = {
             Row("ResNet-50-FPN v2, whole model", None, "b/v2_whole"),
         ],
         [
-            Comparison("The v2 backbone beats ResNet-50", "ResNet-50", "ResNet-50-FPN v2, backbone"),
-            Comparison("The v2 backbone beats ResNeXt-50", "ResNeXt-50", "ResNet-50-FPN v2, backbone"),
+            Comparison(
+                "The v2 backbone beats ResNet-50", "ResNet-50", "ResNet-50-FPN v2, backbone"
+            ),
+            Comparison(
+                "The v2 backbone beats ResNeXt-50", "ResNeXt-50", "ResNet-50-FPN v2, backbone"
+            ),
             Comparison(
                 "The whole v2 model beats its backbone in a v1-style Mask R-CNN",
                 "ResNet-50-FPN v2, backbone",
@@ -137,14 +169,27 @@ SCORE_TABLES = {
         "released code takes the backbone and FPN of it; the last row and comparison are not in the report. At full scale v2 starts "
         "from COCO weights, the other two backbones from ImageNet's: there are no others for all, so the weights are compared, too.",
     ),
-    "C-T2": Table("Final", [Row("ResNet-50 FPN", 0.31, "c/final")], note="Reported: private leaderboard."),
+    "C-T2": Table(
+        "Final", [Row("ResNet-50 FPN", 0.31, "c/final")], note="Reported: private leaderboard."
+    ),
     "C-T3": Table(
         "Augmentation",
         [
             Row("none", None, "c/final"),
-            Row("flip, colour jitter, rotation ±15°", "a loss in validation performance", "c/flip_colour_rotation"),
+            Row(
+                "flip, colour jitter, rotation ±15°",
+                "a loss in validation performance",
+                "c/flip_colour_rotation",
+            ),
         ],
-        [Comparison("This augmentation lowers the score", "none", "flip, colour jitter, rotation ±15°", -1)],
+        [
+            Comparison(
+                "This augmentation lowers the score",
+                "none",
+                "flip, colour jitter, rotation ±15°",
+                -1,
+            )
+        ],
         "The report gives no figure.",
     ),
     "D-T3": Table(
@@ -178,8 +223,14 @@ SCORE_TABLES = {
             Row("+ refinement + score adjustment", 0.455, "e/full", E_BOTH),
         ],
         [
-            Comparison("Small anchors and class thresholds help", "base", "+ anchors + class thresholds"),
-            Comparison("Refinement and score adjustment help", "+ anchors + class thresholds", "+ refinement + score adjustment"),
+            Comparison(
+                "Small anchors and class thresholds help", "base", "+ anchors + class thresholds"
+            ),
+            Comparison(
+                "Refinement and score adjustment help",
+                "+ anchors + class thresholds",
+                "+ refinement + score adjustment",
+            ),
         ],
         "Reported figures are approximate. The base's one threshold of 0.5 is inferred, and that it differs from the system in the "
         "anchors alone (in px of what the model sees: enlarged to 800 px at full scale, not at quick scale); as the class thresholds "
@@ -195,7 +246,11 @@ SCORE_TABLES = {
         ],
         [
             Comparison("Basic augmentation helps", "none", "basic: flips, 90° rotations"),
-            Comparison("Full augmentation beats basic", "basic: flips, 90° rotations", "full: + colours, distortion, blur"),
+            Comparison(
+                "Full augmentation beats basic",
+                "basic: flips, 90° rotations",
+                "full: + colours, distortion, blur",
+            ),
             Comparison("Full augmentation helps", "none", "full: + colours, distortion, blur"),
         ],
         "All with class thresholds and refinement, as 0.455 is the figure of the whole system. The report gives the gains over none "
@@ -255,7 +310,11 @@ D_AUGMENTATION = [
     ("vertical flip", "p 0.3", "p 0.3"),
     ("rotation", "±15°, p 0.4", "±15°, p 0.4"),
     ("zoom", "scale 0.85 to 1.15, p 0.3", "scale 0.85 to 1.15, p 0.3"),
-    ("random resized crop", "area 0.8 to 1.0, ratio 0.9 to 1.1, p 0.3", "area 0.8 to 1.0, ratio 0.9 to 1.1, p 0.3"),
+    (
+        "random resized crop",
+        "area 0.8 to 1.0, ratio 0.9 to 1.1, p 0.3",
+        "area 0.8 to 1.0, ratio 0.9 to 1.1, p 0.3",
+    ),
     (
         "colour jitter",
         "brightness, contrast, saturation, hue, p: legible are 0.3, 0.3, 0.3, 0.15",
@@ -291,19 +350,29 @@ E_THRESHOLDS = {1: 0.25, 2: 0.22, 3: 0.20, 4: 0.18}
 E_PRECISION = [0.83, 0.78, 0.74, 0.70]
 E_RECALL = [0.72, 0.76, 0.79, 0.82]
 E_SIZE_FACTORS = [(0.01, 1.15), (0.05, 1.10)]
-F1_COMPARISON = Comparison("Class thresholds beat one threshold, chosen on other images", "one threshold", "class thresholds")
+F1_COMPARISON = Comparison(
+    "Class thresholds beat one threshold, chosen on other images",
+    "one threshold",
+    "class thresholds",
+)
 E_GRID = [round(0.05 * step, 2) for step in range(2, 17)]
 
 
 def _refine(detections: Detections) -> Detections:
-    """Report E's refinement, with its 5 x 5 closing, 3 x 3 opening and 3 x 3 closing as discs of radius 2, 1 and 1."""
+    """Report E's refinement, with its 5 x 5 closing, 3 x 3 opening and 3 x 3 closing as discs of
+    radius 2, 1 and 1.
+    """
     opened = postprocess.open_masks(postprocess.close_masks(detections, 2), 1)
-    return postprocess.close_masks(postprocess.fill_holes(postprocess.keep_largest_component(opened)), 1)
+    return postprocess.close_masks(
+        postprocess.fill_holes(postprocess.keep_largest_component(opened)), 1
+    )
 
 
 def above(score_threshold: float, detections: Detections) -> Detections:
     """The detections that score as high as one threshold for all classes."""
-    return postprocess.apply_class_thresholds(detections, dict.fromkeys(range(1, len(CLASS_NAMES) + 1), score_threshold))
+    return postprocess.apply_class_thresholds(
+        detections, dict.fromkeys(range(1, len(CLASS_NAMES) + 1), score_threshold)
+    )
 
 
 def _adjusted(detections: Detections) -> Detections:
@@ -314,8 +383,16 @@ VARIANTS: dict[str, Callable[[Detections, list[dict[str, Any]]], Detections]] = 
     "all detections": lambda detections, images: detections,
     "score ≥ 0.2": lambda detections, images: above(0.2, detections),
     "score ≥ 0.5": lambda detections, images: above(0.5, detections),
-    "no box at the border": lambda detections, images: borders.drop_border_detections(detections, images),
-    "class thresholds": lambda detections, images: postprocess.apply_class_thresholds(detections, E_THRESHOLDS),
-    E_BOTH: lambda detections, images: _refine(postprocess.apply_class_thresholds(_adjusted(detections), E_THRESHOLDS)),
-    "score ≥ 0.5 + refinement": lambda detections, images: _refine(above(0.5, _adjusted(detections))),
+    "no box at the border": lambda detections, images: borders.drop_border_detections(
+        detections, images
+    ),
+    "class thresholds": lambda detections, images: postprocess.apply_class_thresholds(
+        detections, E_THRESHOLDS
+    ),
+    E_BOTH: lambda detections, images: _refine(
+        postprocess.apply_class_thresholds(_adjusted(detections), E_THRESHOLDS)
+    ),
+    "score ≥ 0.5 + refinement": lambda detections, images: _refine(
+        above(0.5, _adjusted(detections))
+    ),
 }

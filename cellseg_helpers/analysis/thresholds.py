@@ -1,7 +1,8 @@
-"""Score thresholds: what each does, which to choose, how much a choice flatters itself, and how far scores are probabilities.
+"""Score thresholds: what each does, which to choose, how much a choice flatters itself, and how far
+scores are probabilities.
 
-All functions take the table of ``metrics.match_detections``: a match depends on no lower-scored detection, so one matching serves
-every threshold. No torch.
+All functions take the table of ``metrics.match_detections``: a match depends on no lower-scored
+detection, so one matching serves every threshold. No torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,8 @@ class CountsByThreshold(NamedTuple):
 
 
 def keep_scores(matches: Matches, score_thresholds: float | Mapping[str, float]) -> Matches:
-    """The matches of the detections that score at least the threshold, one for all or one for each class name.
+    """The matches of the detections that score at least the threshold, one for all or one for each
+    class name.
 
     Raises:
         ValueError: a class has no threshold.
@@ -41,13 +43,17 @@ def keep_scores(matches: Matches, score_thresholds: float | Mapping[str, float])
     kept = matches.detections["score"] >= matches.detections["class_id"].map(by_id)
     lost = ~(matches.truths["score"] >= matches.truths["class_id"].map(by_id))
     truths = matches.truths.assign(
-        score=matches.truths["score"].mask(lost), detection=matches.truths["detection"].mask(lost, pd.NA)
+        score=matches.truths["score"].mask(lost),
+        detection=matches.truths["detection"].mask(lost, pd.NA),
     )
     return matches._replace(detections=matches.detections[kept], truths=truths)
 
 
-def threshold_table(matches: Matches, strategies: Mapping[str, float | Mapping[str, float]], max_dets: int) -> pd.DataFrame:
-    """What each strategy's thresholds give: detections kept, average precision at the matches' IoU, precision, recall, F1.
+def threshold_table(
+    matches: Matches, strategies: Mapping[str, float | Mapping[str, float]], max_dets: int
+) -> pd.DataFrame:
+    """What each strategy's thresholds give: detections kept, average precision at the matches' IoU,
+    precision, recall, F1.
 
     Args:
         matches: of the detections.
@@ -55,8 +61,8 @@ def threshold_table(matches: Matches, strategies: Mapping[str, float | Mapping[s
         max_dets: of the average precision.
 
     Returns:
-        One row a strategy and class (``all`` first): strategy, class, score_threshold, detections, AP50 (by the matches' IoU), tp,
-        fp, fn, precision, recall, F1.
+        One row a strategy and class (``all`` first): strategy, class, score_threshold, detections,
+        AP50 (by the matches' IoU), tp, fp, fn, precision, recall, F1.
     """
     column = f"AP{round(100 * matches.iou_threshold)}"
     rows = []
@@ -71,7 +77,13 @@ def threshold_table(matches: Matches, strategies: Mapping[str, float | Mapping[s
         ):
             ratios = {"precision": count.precision, "recall": count.recall, "F1": count.f1}
             rows.append(
-                {"strategy": strategy, "class": name, "score_threshold": threshold, "detections": count.tp + count.fp, column: ap}
+                {
+                    "strategy": strategy,
+                    "class": name,
+                    "score_threshold": threshold,
+                    "detections": count.tp + count.fp,
+                    column: ap,
+                }
                 | {"tp": count.tp, "fp": count.fp, "fn": count.fn}
                 | ratios
             )
@@ -79,15 +91,20 @@ def threshold_table(matches: Matches, strategies: Mapping[str, float | Mapping[s
 
 
 def sweep(matches: Matches, score_thresholds: Sequence[float], max_dets: int) -> pd.DataFrame:
-    """``threshold_table`` of one threshold for all classes after another, without the column ``strategy``."""
-    return threshold_table(matches, {f"{t:g}": t for t in score_thresholds}, max_dets).drop(columns="strategy")
+    """``threshold_table`` of one threshold for all classes after another, without the column
+    ``strategy``.
+    """
+    return threshold_table(matches, {f"{t:g}": t for t in score_thresholds}, max_dets).drop(
+        columns="strategy"
+    )
 
 
 def count_by_threshold(matches: Matches, score_thresholds: Sequence[float]) -> CountsByThreshold:
     """Detections, matched detections and cells of each image, class and threshold.
 
-    Each row counts once, at the number of thresholds that its score reaches; those at threshold t are the sum of all that reach t or
-    more. The same as ``keep_scores`` at each threshold, its oracle.
+    Each row counts once, at the number of thresholds that its score reaches; those at threshold t
+    are the sum of all that reach t or more. The same as ``keep_scores`` at each threshold, its
+    oracle.
     """
     images, classes, steps = len(matches.image_ids), len(matches.class_names), len(score_thresholds)
     order = np.argsort(score_thresholds)
@@ -97,7 +114,9 @@ def count_by_threshold(matches: Matches, score_thresholds: Sequence[float]) -> C
         image = pd.Index(matches.image_ids).get_indexer(rows["image_id"])
         class_place = pd.Index(list(matches.class_names)).get_indexer(rows["class_id"])
         place = (image * classes + class_place) * (steps + 1) + reached
-        return np.bincount(place, minlength=images * classes * (steps + 1)).reshape(images, classes, steps + 1)
+        return np.bincount(place, minlength=images * classes * (steps + 1)).reshape(
+            images, classes, steps + 1
+        )
 
     def at_least(rows: pd.DataFrame) -> np.ndarray:
         reached = np.searchsorted(np.asarray(score_thresholds)[order], rows["score"], side="right")
@@ -109,14 +128,17 @@ def count_by_threshold(matches: Matches, score_thresholds: Sequence[float]) -> C
     return CountsByThreshold(at_least(found), at_least(found[found["matched"]]), cells)
 
 
-def choose_thresholds(matches: Matches, score_thresholds: Sequence[float], criterion: str = "F1") -> dict[str, float]:
+def choose_thresholds(
+    matches: Matches, score_thresholds: Sequence[float], criterion: str = "F1"
+) -> dict[str, float]:
     """The best of some thresholds for each class name; of equally good ones the lowest.
 
     Args:
         matches: of the images to choose on.
         score_thresholds: to choose from.
-        criterion: ``F1`` (a class without a cell gets the threshold that is best for all classes together), or ``count``: the
-            smallest mean over images of |predicted - true number of cells|.
+        criterion: ``F1`` (a class without a cell gets the threshold that is best for all classes
+            together), or ``count``: the smallest mean over images of |predicted - true number of
+            cells|.
 
     Raises:
         ValueError: an unknown criterion, or no threshold.
@@ -131,17 +153,25 @@ def choose_thresholds(matches: Matches, score_thresholds: Sequence[float], crite
         best = np.abs(counts.found - counts.cells[..., None]).sum(0).argmin(-1)
     else:
         best = _best_f1(*(table.sum(0) for table in counts))
-    return {name: float(rising[k]) for name, k in zip(matches.class_names.values(), best, strict=True)}
+    return {
+        name: float(rising[k]) for name, k in zip(matches.class_names.values(), best, strict=True)
+    }
 
 
 def flattery(
-    matches: Matches, score_thresholds: Sequence[float], score_threshold: float, halvings: int, seed: int
+    matches: Matches,
+    score_thresholds: Sequence[float],
+    score_threshold: float,
+    halvings: int,
+    seed: int,
 ) -> pd.DataFrame:
-    """How much F1 a choice of class thresholds seems to gain over one shared threshold, and how much it gains on other images.
+    """How much F1 a choice of class thresholds seems to gain over one shared threshold, and how
+    much it gains on other images.
 
-    The images are halved at random many times; the thresholds of best F1 are chosen on one half, and their gain over the shared
-    threshold is measured on that half (claimed) and on the other (real). A gain that is claimed and not real is flattery: the
-    choice followed the chance in its own images.
+    The images are halved at random many times; the thresholds of best F1 are chosen on one half,
+    and their gain over the shared threshold is measured on that half (claimed) and on the other
+    (real). A gain that is claimed and not real is flattery: the choice followed the chance in its
+    own images.
 
     Args:
         matches: of all images.
@@ -151,8 +181,9 @@ def flattery(
         seed: of the halvings.
 
     Returns:
-        By class, ``all`` first (its counts added over the classes): claimed, real, flattery (their means over the halvings),
-        low, high (the middle 95 % of the flattery), halvings (choices made where both halves hold the class).
+        By class, ``all`` first (its counts added over the classes): claimed, real, flattery (their
+        means over the halvings), low, high (the middle 95 % of the flattery), halvings (choices
+        made where both halves hold the class).
 
     Raises:
         ValueError: fewer than two images, no halving, or no threshold.
@@ -166,7 +197,10 @@ def flattery(
     order = np.random.default_rng(seed).permuted(np.tile(np.arange(images), (halvings, 1)), axis=1)
     chooses = np.concatenate([order < images // 2, order >= images // 2]).astype(int)
     counts = count_by_threshold(matches, [*sorted(score_thresholds), score_threshold])
-    here, there = (CountsByThreshold(*(np.tensordot(half, table, 1) for table in counts)) for half in (chooses, 1 - chooses))
+    here, there = (
+        CountsByThreshold(*(np.tensordot(half, table, 1) for table in counts))
+        for half in (chooses, 1 - chooses)
+    )
     best = _best_f1(here.found[..., :-1], here.tp[..., :-1], here.cells)
     claimed, real = (_gain(half, best) for half in (here, there))
     rows = {}
@@ -181,12 +215,17 @@ def flattery(
 
 
 def _gain(counts: CountsByThreshold, best: np.ndarray) -> np.ndarray:
-    """F1 at the thresholds of places ``best`` [H, K] minus F1 at the last one: float64 [H, 1 + K], NaN without a cell."""
+    """F1 at the thresholds of places ``best`` [H, K] minus F1 at the last one: float64 [H, 1 + K],
+    NaN without a cell.
+    """
 
     def with_all(table: np.ndarray) -> np.ndarray:
         return np.column_stack([table.sum(1), table])
 
-    chosen = [with_all(np.take_along_axis(table, best[..., None], -1)[..., 0]) for table in (counts.found, counts.tp)]
+    chosen = [
+        with_all(np.take_along_axis(table, best[..., None], -1)[..., 0])
+        for table in (counts.found, counts.tp)
+    ]
     shared = [with_all(table[..., -1]) for table in (counts.found, counts.tp)]
     cells = with_all(counts.cells)
     return np.where(cells > 0, _f1(*chosen, cells) - _f1(*shared, cells), np.nan)
@@ -195,15 +234,20 @@ def _gain(counts: CountsByThreshold, best: np.ndarray) -> np.ndarray:
 def separation(matches: Matches) -> pd.DataFrame:
     """How well scores tell matched from unmatched detections, by class and ``all``.
 
-    ``AUROC`` is the chance that a matched detection scores above an unmatched one (equal scores count half): 0.5 tells nothing, 1 is
-    perfect (Mann and Whitney's U / (n1 n2)); NaN where one kind is missing.
+    ``AUROC`` is the chance that a matched detection scores above an unmatched one (equal scores
+    count half): 0.5 tells nothing, 1 is perfect (Mann and Whitney's U / (n1 n2)); NaN where one
+    kind is missing.
     """
     rows = {}
     for name, found in _classes(matches):
         matched = found["matched"].to_numpy()
         right, wrong = int(matched.sum()), int((~matched).sum())
         above = rankdata(found["score"])[matched].sum() - right * (right + 1) / 2
-        rows[name] = {"matched": right, "unmatched": wrong, "AUROC": above / (right * wrong) if right and wrong else np.nan}
+        rows[name] = {
+            "matched": right,
+            "unmatched": wrong,
+            "AUROC": above / (right * wrong) if right and wrong else np.nan,
+        }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("class")
 
 
@@ -215,7 +259,8 @@ def reliability(matches: Matches, bins: int = 10) -> pd.DataFrame:
         bins: of equal width from 0 to 1; an edge belongs to the bin above it.
 
     Returns:
-        One row a class and filled bin: class, bin (its lower edge), detections, mean_score, matched_share.
+        One row a class and filled bin: class, bin (its lower edge), detections, mean_score,
+        matched_share.
 
     Raises:
         ValueError: ``bins`` is under 1.
@@ -227,23 +272,37 @@ def reliability(matches: Matches, bins: int = 10) -> pd.DataFrame:
     for name, found in _classes(matches):
         place = np.minimum(np.searchsorted(edges, found["score"], side="right") - 1, bins - 1)
         groups = found.groupby(place)
-        table = groups.agg(detections=("score", "size"), mean_score=("score", "mean"), matched_share=("matched", "mean"))
+        table = groups.agg(
+            detections=("score", "size"),
+            mean_score=("score", "mean"),
+            matched_share=("matched", "mean"),
+        )
         parts.append(table.assign(bin=edges[table.index], **{"class": name}))
-    return pd.concat(parts, ignore_index=True)[["class", "bin", "detections", "mean_score", "matched_share"]]
+    return pd.concat(parts, ignore_index=True)[
+        ["class", "bin", "detections", "mean_score", "matched_share"]
+    ]
 
 
 def expected_calibration_error(table: pd.DataFrame) -> pd.Series:
-    """Mean distance of score and matched share over the detections, by class, of a table of ``reliability``.
+    """Mean distance of score and matched share over the detections, by class, of a table of
+    ``reliability``.
 
-    Guo et al., "On calibration of modern neural networks", 2017, equation 3. 0 = scores are probabilities.
+    Guo et al., "On calibration of modern neural networks", 2017, equation 3. 0 = scores are
+    probabilities.
     """
     distance = (table["mean_score"] - table["matched_share"]).abs() * table["detections"]
-    sums = table.assign(distance=distance).groupby("class", sort=False)[["distance", "detections"]].sum()
+    sums = (
+        table.assign(distance=distance)
+        .groupby("class", sort=False)[["distance", "detections"]]
+        .sum()
+    )
     return (sums["distance"] / sums["detections"]).rename("ECE")
 
 
 def cell_counts(matches: Matches, score_thresholds: float | Mapping[str, float]) -> pd.DataFrame:
-    """One row an image and class: image_id, class, cells (annotated), predicted (detections of at least the threshold)."""
+    """One row an image and class: image_id, class, cells (annotated), predicted (detections of at
+    least the threshold).
+    """
     thresholds = _by_class(matches, score_thresholds)
     counts = count_by_threshold(matches, thresholds)
     classes = np.arange(len(thresholds))
@@ -258,7 +317,8 @@ def cell_counts(matches: Matches, score_thresholds: float | Mapping[str, float])
 
 
 def counting_error(counts: pd.DataFrame) -> pd.DataFrame:
-    """By class of a table of ``cell_counts``: cells, predicted, mean_error (over images, of |predicted - cells|), bias (of predicted
+    """By class of a table of ``cell_counts``: cells, predicted, mean_error (over images, of
+    |predicted - cells|), bias (of predicted
     - cells)."""
     difference = counts["predicted"] - counts["cells"]
     table = counts.assign(mean_error=difference.abs(), bias=difference).groupby("class", sort=False)
@@ -271,18 +331,23 @@ def _by_class(matches: Matches, score_thresholds: float | Mapping[str, float]) -
         return [float(score_thresholds)] * len(names)
     missing = [name for name in names if name not in score_thresholds]
     if missing:
-        raise ValueError(f"score_thresholds has no value for {', '.join(missing)}; give one for each class")
+        raise ValueError(
+            f"score_thresholds has no value for {', '.join(missing)}; give one for each class"
+        )
     return [float(score_thresholds[name]) for name in names]
 
 
 def _classes(matches: Matches) -> list[tuple[str, pd.DataFrame]]:
     found = matches.detections
-    return [("all", found), *((name, found[found["class_id"] == k]) for k, name in matches.class_names.items())]
+    return [
+        ("all", found),
+        *((name, found[found["class_id"] == k]) for k, name in matches.class_names.items()),
+    ]
 
 
 def _best_f1(found: np.ndarray, tp: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Place int [..., K] of the threshold of best F1 of each class (found, tp [..., K, T], cells [..., K]); a class without a cell
-    takes the best for all classes together."""
+    """Place int [..., K] of the threshold of best F1 of each class (found, tp [..., K, T], cells
+    [..., K]); a class without a cell takes the best for all classes together."""
     for_all = _f1(found.sum(-2), tp.sum(-2), cells.sum(-1)[..., None]).argmax(-1)[..., None]
     return np.where(cells > 0, _f1(found, tp, cells[..., None]).argmax(-1), for_all)
 

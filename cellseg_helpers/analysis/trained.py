@@ -65,26 +65,40 @@ class Study:
 
     def missing(self, key: str) -> str:
         """Which seeds of a key are missing, and why; empty where none is."""
-        reasons = [reason for seed in range(self.seeds) if isinstance(reason := self._read(key, seed), str)]
+        reasons = [
+            reason for seed in range(self.seeds) if isinstance(reason := self._read(key, seed), str)
+        ]
         return "; ".join(reasons)
 
     def values(self, trained: Trained, variant: str = "all detections") -> np.ndarray:
-        """AP50 of a run after a variant's post-processing, and its bootstrap values: float64 [1 + B]."""
+        """AP50 of a run after a variant's post-processing, and its bootstrap values: float64 [1 +
+        B].
+        """
         place = trained.run.run_dir.name, variant
         if place not in self._values:
             if variant == "all detections":
                 self._values[place] = np.array(trained.scores.AP50, float)
             else:
                 truth, found = trained.run.truth, trained.run.detections
-                weights = resampling.draw_units(truth, trained.scores.resamples, trained.scores.seed).weights
-                self._values[place] = resampling.bootstrap_ap50(truth, VARIANTS[variant](found, truth["images"]), weights)
+                weights = resampling.draw_units(
+                    truth, trained.scores.resamples, trained.scores.seed
+                ).weights
+                self._values[place] = resampling.bootstrap_ap50(
+                    truth, VARIANTS[variant](found, truth["images"]), weights
+                )
         return self._values[place]
 
     def images(self, key: str) -> tuple[list[CellImage], str]:
-        """The validation images of a key's first run, and a sentence; none where they, or the run, are not at hand."""
+        """The validation images of a key's first run, and a sentence; none where they, or the run,
+        are not at hand.
+        """
         if key not in self._images:
             trained = self.first(key)
-            self._images[key] = tables.images_of_run(trained.run) if trained else ([], f"No pictures: {self.missing(key)}.")
+            self._images[key] = (
+                tables.images_of_run(trained.run)
+                if trained
+                else ([], f"No pictures: {self.missing(key)}.")
+            )
         return self._images[key]
 
     def _read(self, key: str, seed: int) -> Trained | str:
@@ -101,23 +115,38 @@ class Study:
             if scale in SCALES and not differs_from_base(key, scale):
                 return f"{key} is not trained at the {scale} scale, which gives it all the settings of {key.split('+')[0]}"
             return f"no run {name}"
-        for file, reason in {"finished.json": "has not finished", "scores.json": "was not scored, run 03_evaluate on it"}.items():
+        for file, reason in {
+            "finished.json": "has not finished",
+            "scores.json": "was not scored, run 03_evaluate on it",
+        }.items():
             if not (folder / file).exists():
                 return f"{name} {reason} (no {file})"
         try:
-            finished, scores = read_json(folder / "finished.json"), resampling.load_scores(folder / "scores.json")
+            finished, scores = (
+                read_json(folder / "finished.json"),
+                resampling.load_scores(folder / "scores.json"),
+            )
             found = Trained(seed, load_run(folder), finished, scores)
         except RunError as error:
             return str(error).replace(str(folder), name)
         if seed:
-            before = next((run for earlier in range(seed) if isinstance(run := self._read(key, earlier), Trained)), None)
+            before = next(
+                (
+                    run
+                    for earlier in range(seed)
+                    if isinstance(run := self._read(key, earlier), Trained)
+                ),
+                None,
+            )
             if before and (differing := differences(before, found)):
                 return f"{name} is of other {differing} than {before.run.run_dir.name}"
         return found
 
 
 def differences(one: Trained, other: Trained, besides: Collection[str] = ()) -> str:
-    """In which of data, scale, split, truth and scoring, ``besides`` some, two runs differ, in words; empty where they can be compared."""
+    """In which of data, scale, split, truth and scoring, ``besides`` some, two runs differ, in
+    words; empty where they can be compared.
+    """
     before, after = (
         {
             "data": Path(trained.run.settings["data"]).name,

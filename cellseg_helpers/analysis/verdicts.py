@@ -1,4 +1,6 @@
-"""Does an effect that a report claims hold here? Paired differences over images or patients, and seeds; sentences. No torch."""
+"""Does an effect that a report claims hold here? Paired differences over images or patients, and
+seeds; sentences. No torch.
+"""
 
 import math
 from collections.abc import Sequence
@@ -41,8 +43,8 @@ class Side(NamedTuple):
 
     Attributes:
         label: as the sentence names it.
-        values: of each training (seed) the score and its B bootstrap values, float64 [1 + B]; the same images, drawn by the
-            same weights, and the same seeds as the other side's.
+        values: of each training (seed) the score and its B bootstrap values, float64 [1 + B]; the
+            same images, drawn by the same weights, and the same seeds as the other side's.
         reported: in the report, or None.
     """
 
@@ -70,16 +72,19 @@ class Verdict(NamedTuple):
 
 
 def estimate(values: Sequence[np.ndarray], units: int) -> Estimate:
-    """Mean over trainings with a 95 % interval that knows of both chances: which images were drawn, and which seeds.
+    """Mean over trainings with a 95 % interval that knows of both chances: which images were drawn,
+    and which seeds.
 
-    One training: ``resampling.interval`` of its bootstrap values; how much another training would differ, it cannot know.
-    S trainings: the variance of the mean is V = V_units + s^2 / S, where V_units is the bootstrap variance of the mean times
-    n / (n - 1) (n units), and s the standard deviation of the trainings' scores; the interval is mean +- t sqrt(V), with the
-    degrees of freedom of Welch and Satterthwaite from n - 1 and S - 1 (Satterthwaite, "An approximate distribution of
-    estimates of variance components", 1946).
+    One training: ``resampling.interval`` of its bootstrap values; how much another training would
+    differ, it cannot know. S trainings: the variance of the mean is V = V_units + s^2 / S, where
+    V_units is the bootstrap variance of the mean times n / (n - 1) (n units), and s the standard
+    deviation of the trainings' scores; the interval is mean +- t sqrt(V), with the degrees of
+    freedom of Welch and Satterthwaite from n - 1 and S - 1 (Satterthwaite, "An approximate
+    distribution of estimates of variance components", 1946).
 
     Args:
-        values: of each training the score and its bootstrap values, float64 [1 + B], of the same weights.
+        values: of each training the score and its bootstrap values, float64 [1 + B], of the same
+            weights.
         units: number of images (or patients) that were drawn.
     """
     trainings = np.stack(values)
@@ -109,9 +114,10 @@ def judge(
 ) -> Verdict:
     """What the paired difference of two sides says of a claim.
 
-    The claim holds (or its opposite) where the 95 % interval of the difference leaves out 0. A claim of no change holds where
-    the interval lies within ``VISIBLE`` of 0, and its opposite where it leaves out 0 and the difference is ``VISIBLE`` or more.
-    Without an interval, or where neither side reaches ``LEAST_SCORE``, nobody can tell.
+    The claim holds (or its opposite) where the 95 % interval of the difference leaves out 0. A
+    claim of no change holds where the interval lies within ``VISIBLE`` of 0, and its opposite where
+    it leaves out 0 and the difference is ``VISIBLE`` or more. Without an interval, or where neither
+    side reaches ``LEAST_SCORE``, nobody can tell.
 
     Args:
         claim: a statement, without full stop.
@@ -119,11 +125,15 @@ def judge(
         other: the other side.
         units: number of images (or patients) that were drawn.
         unit: ``images`` or ``patients``.
-        expected: 1: the claim says that ``other`` scores higher, -1: lower, 0: that there is no change.
-        same_weights: both sides are of the same trained models, and only what was done to their detections differs.
+        expected: 1: the claim says that ``other`` scores higher, -1: lower, 0: that there is no
+            change.
+        same_weights: both sides are of the same trained models, and only what was done to their
+            detections differs.
         metric: what the scores are.
     """
-    difference = estimate([after - before for before, after in zip(base.values, other.values, strict=True)], units)
+    difference = estimate(
+        [after - before for before, after in zip(base.values, other.values, strict=True)], units
+    )
     scores = [float(np.mean([values[0] for values in side.values])) for side in (base, other)]
     word, why = _judge(difference, max(scores), units, unit, expected, metric)
     told = f'{metric} {scores[0]:.3f} for "{base.label}" and {scores[1]:.3f} for "{other.label}", '
@@ -143,19 +153,28 @@ def judge(
 def not_asked(claim: str, reason: str) -> Verdict:
     """The verdict where a side of the comparison is missing."""
     nothing = Estimate(math.nan, math.nan, math.nan, math.nan)
-    return Verdict(NOT_ASKED, math.nan, math.nan, nothing, f"{claim}: {NOT_ASKED}. Reason: {reason}.")
+    return Verdict(
+        NOT_ASKED, math.nan, math.nan, nothing, f"{claim}: {NOT_ASKED}. Reason: {reason}."
+    )
 
 
-def _judge(difference: Estimate, best: float, units: int, unit: str, expected: int, metric: str) -> tuple[str, str]:
+def _judge(
+    difference: Estimate, best: float, units: int, unit: str, expected: int, metric: str
+) -> tuple[str, str]:
     """The verdict's word, and why."""
     value, low, high = difference.value, difference.low, difference.high
     if best < LEAST_SCORE:
-        return CANNOT_TELL, f"Neither model finds cells yet ({metric} under {LEAST_SCORE:g}), so this scale cannot tell."
+        return (
+            CANNOT_TELL,
+            f"Neither model finds cells yet ({metric} under {LEAST_SCORE:g}), so this scale cannot tell.",
+        )
     if math.isnan(low):
         return CANNOT_TELL, f"{units} {unit} are too few for an interval."
     beyond_zero = low > 0 or high < 0
     if max(abs(value), abs(low), abs(high)) < ALIKE:
-        return (NO_DIFFERENCE if expected else HOLDS), f"The scores differ by less than {ALIKE:.4f}."
+        return (
+            NO_DIFFERENCE if expected else HOLDS
+        ), f"The scores differ by less than {ALIKE:.4f}."
     if not expected:
         if max(abs(low), abs(high)) < VISIBLE:
             return HOLDS, f"The interval lies within {VISIBLE:g} of 0."
@@ -164,4 +183,6 @@ def _judge(difference: Estimate, best: float, units: int, unit: str, expected: i
         return CANNOT_TELL, f"The interval holds both changes under {VISIBLE:g} and larger ones."
     if not beyond_zero:
         return CANNOT_TELL, "0 lies inside the interval."
-    return (HOLDS if (low > 0) == (expected > 0) else OPPOSITE), "The effect is larger than its interval: 0 lies outside."
+    return (
+        HOLDS if (low > 0) == (expected > 0) else OPPOSITE
+    ), "The effect is larger than its interval: 0 lies outside."

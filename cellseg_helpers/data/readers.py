@@ -1,10 +1,13 @@
-"""A folder in the HW3 layout, or a COCO data set, as checked, decoded, memory-mapped images. numpy and tifffile, no torch.
+"""A folder in the HW3 layout, or a COCO data set, as checked, decoded, memory-mapped images. numpy
+and tifffile, no torch.
 
-The layout: ``train/<image id>/image.tif`` with ``class1.tif`` to ``class4.tif`` beside it (an absent class has no file), and
-optionally ``patients.csv`` (columns ``image_id``, ``patient``) beside ``train/``. File names are taken in any case, with ``.tif``
-or ``.tiff``; other files and hidden ones are left alone.
+The layout: ``train/<image id>/image.tif`` with ``class1.tif`` to ``class4.tif`` beside it (an
+absent class has no file), and optionally ``patients.csv`` (columns ``image_id``, ``patient``)
+beside ``train/``. File names are taken in any case, with ``.tif`` or ``.tiff``; other files and
+hidden ones are left alone.
 
-A COCO data set is one ``.json`` file, which names its images (TIFF, PNG or JPEG); ``coco_reading`` says what of it is read.
+A COCO data set is one ``.json`` file, which names its images (TIFF, PNG or JPEG); ``coco_reading``
+says what of it is read.
 
 Every file is decoded once, into ``outputs/cache``; that folder may be deleted at any time.
 """
@@ -32,7 +35,12 @@ from tqdm import tqdm
 
 from cellseg_helpers.config import ROOT, resolve_path
 from cellseg_helpers.data.coco_reading import CocoImage, draw_label_maps, read_coco, read_masks
-from cellseg_helpers.data.labels import CLASS_NAMES, connected_components, drop_small_instances, find_instances
+from cellseg_helpers.data.labels import (
+    CLASS_NAMES,
+    connected_components,
+    drop_small_instances,
+    find_instances,
+)
 from cellseg_helpers.data.splits import patient_of
 
 CACHE = ROOT / "outputs" / "cache"
@@ -45,17 +53,21 @@ FAULTS_SHOWN = 20
 FILE_NAME = re.compile(r"(image|class[1-4])\.tiff?", re.IGNORECASE)
 LOOKALIKE = re.compile(r"(image|class).*|.*\.tiff?", re.IGNORECASE)
 
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its remarks on broken files come back as faults
+logging.getLogger("tifffile").setLevel(
+    logging.CRITICAL
+)  # its remarks on broken files come back as faults
 
 
 class CellImage(NamedTuple):
     """One decoded image.
 
     Attributes:
-        image_id: name of its folder under ``train/``; in a COCO data set, of its file without ending.
+        image_id: name of its folder under ``train/``; in a COCO data set, of its file without
+            ending.
         patient: None where unknown.
         image: uint8 [3, H, W], RGB, 0..255, read-only.
-        label_maps: int32 [K, H, W], 0 = background, other values = instance ids (1..65,535), unique within a class.
+        label_maps: int32 [K, H, W], 0 = background, other values = instance ids (1..65,535), unique
+            within a class.
     """
 
     image_id: str
@@ -65,7 +77,9 @@ class CellImage(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What is wrong with one file; ``image_id`` is "" where the whole folder is concerned. ``str()`` gives it as one line."""
+    """What is wrong with one file; ``image_id`` is "" where the whole folder is concerned.
+    ``str()`` gives it as one line.
+    """
 
     image_id: str
     file: str
@@ -85,7 +99,8 @@ class CellDataset:
     ``dataset[i]`` is a ``CellImage``. Pickling (to DataLoader workers) carries a path, not pixels.
 
     Attributes:
-        name: of the folder, ``drawn``, or a COCO file's folder and name (``cells/annotations.json``).
+        name: of the folder, ``drawn``, or a COCO file's folder and name
+            (``cells/annotations.json``).
         image_ids: N names, sorted.
         patients: N names, None where unknown.
         sizes: int64 [N, 2], height and width, px.
@@ -107,10 +122,15 @@ class CellDataset:
             self.fingerprint: str = index["fingerprint"]
             self.skipped = [Fault(*fault) for fault in index["faults"]]
             self._starts = np.append(0, self.sizes.prod(1).cumsum())
-            if self._images.size != 3 * self._starts[-1] or self._label_maps.size != len(CLASS_NAMES) * self._starts[-1]:
+            if (
+                self._images.size != 3 * self._starts[-1]
+                or self._label_maps.size != len(CLASS_NAMES) * self._starts[-1]
+            ):
                 raise ValueError("a file is not as long as its index says")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{cache}: the decoded cache is gone or damaged; open the data again, which rebuilds it") from error
+            raise DataError(
+                f"{cache}: the decoded cache is gone or damaged; open the data again, which rebuilds it"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -123,7 +143,9 @@ class CellDataset:
             self.image_ids[i],
             self.patients[i],
             self._images[3 * start : 3 * stop].reshape(3, height, width),
-            self._label_maps[classes * start : classes * stop].reshape(classes, height, width).astype(np.int32),
+            self._label_maps[classes * start : classes * stop]
+            .reshape(classes, height, width)
+            .astype(np.int32),
         )
 
     def __reduce__(self) -> tuple[type, tuple[Path, str]]:
@@ -137,15 +159,19 @@ def open_dataset(
     skip_faulty_images: bool = False,
     cache_dir: Path | None = None,
 ) -> CellDataset:
-    """Open a folder in the HW3 layout, or a COCO data set; decode it first, unless its cache is at hand.
+    """Open a folder in the HW3 layout, or a COCO data set; decode it first, unless its cache is at
+    hand.
 
     Args:
-        data: the folder that holds ``train/`` (a relative path stands under the repository's root); or the ``.json`` of a COCO
-            data set; or ``drawn``: the embedded drawn tissue, drawn into ``outputs/drawn`` on first use.
-        instance_reading: ``pixel_values`` (each value of a class file, or each annotation, is one instance, in however many
-            pieces) or ``connected_components`` (each 8-connected piece of a class's pixels).
+        data: the folder that holds ``train/`` (a relative path stands under the repository's root);
+            or the ``.json`` of a COCO data set; or ``drawn``: the embedded drawn tissue, drawn into
+            ``outputs/drawn`` on first use.
+        instance_reading: ``pixel_values`` (each value of a class file, or each annotation, is one
+            instance, in however many pieces) or ``connected_components`` (each 8-connected piece of
+            a class's pixels).
         min_instance_area_px: instances of fewer pixels are left out; 0 keeps all.
-        skip_faulty_images: leave faulty images out, named in ``.skipped``, instead of refusing the folder.
+        skip_faulty_images: leave faulty images out, named in ``.skipped``, instead of refusing the
+            folder.
         cache_dir: where decoded images are kept; ``outputs/cache`` by default.
 
     Raises:
@@ -154,15 +180,20 @@ def open_dataset(
     """
     _check_settings(instance_reading, min_instance_area_px)
     folder, name = locate_data(data)
-    dataset = _open_cached(folder, name, (instance_reading, min_instance_area_px), cache_dir or CACHE)
+    dataset = _open_cached(
+        folder, name, (instance_reading, min_instance_area_px), cache_dir or CACHE
+    )
     for_all = [fault for fault in dataset.skipped if not fault.image_id]
     if dataset.skipped and (for_all or not skip_faulty_images or not len(dataset)):
-        raise DataError(refusal(folder, dataset.skipped, can_skip=bool(len(dataset)) and not for_all))
+        raise DataError(
+            refusal(folder, dataset.skipped, can_skip=bool(len(dataset)) and not for_all)
+        )
     return dataset
 
 
 def check_folder(data: str | Path, instance_reading: str = "pixel_values") -> list[Fault]:
-    """All faults of a folder or COCO data set, in one pass that decodes every file; empty when there are none.
+    """All faults of a folder or COCO data set, in one pass that decodes every file; empty when
+    there are none.
 
     Args:
         data: as for ``open_dataset``.
@@ -171,14 +202,22 @@ def check_folder(data: str | Path, instance_reading: str = "pixel_values") -> li
     _check_settings(instance_reading, 0)
     folder, name = locate_data(data)
     layout = _read_layout(folder)
-    return layout.faults + [fault for _, faults in _decode(folder, name, layout, (instance_reading, 0)) for fault in faults]
+    return layout.faults + [
+        fault
+        for _, faults in _decode(folder, name, layout, (instance_reading, 0))
+        for fault in faults
+    ]
 
 
 def _check_settings(instance_reading: str, min_instance_area_px: int) -> None:
     if instance_reading not in INSTANCE_READINGS:
-        raise ValueError(f"unknown instance_reading {instance_reading!r}; one of {', '.join(INSTANCE_READINGS)}")
+        raise ValueError(
+            f"unknown instance_reading {instance_reading!r}; one of {', '.join(INSTANCE_READINGS)}"
+        )
     if not isinstance(min_instance_area_px, int) or min_instance_area_px < 0:
-        raise ValueError(f"min_instance_area_px is {min_instance_area_px!r}; give a whole number of pixels, 0 or more")
+        raise ValueError(
+            f"min_instance_area_px is {min_instance_area_px!r}; give a whole number of pixels, 0 or more"
+        )
 
 
 def locate_data(data: str | Path) -> tuple[Path, str]:
@@ -208,7 +247,10 @@ def is_coco(folder: Path) -> bool:
 
 
 def refusal(
-    folder: Path, faults: list[Fault], can_skip: bool = False, lists_all: str = "cellseg_helpers.data.readers.check_folder"
+    folder: Path,
+    faults: list[Fault],
+    can_skip: bool = False,
+    lists_all: str = "cellseg_helpers.data.readers.check_folder",
 ) -> str:
     """Why a folder is refused: its faults, the first ``FAULTS_SHOWN`` in full, and what to do.
 
@@ -221,8 +263,15 @@ def refusal(
     lines = [f"the data in {folder} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:"]
     lines += [f"  {fault}" for fault in faults[:FAULTS_SHOWN]]
     if len(faults) > FAULTS_SHOWN:
-        lines.append(f"  and {len(faults) - FAULTS_SHOWN} more" + (f": {lists_all} lists all" if lists_all else ""))
-    go_on = ", or set skip_faulty_images to go on without these images" if can_skip else " and run again"
+        lines.append(
+            f"  and {len(faults) - FAULTS_SHOWN} more"
+            + (f": {lists_all} lists all" if lists_all else "")
+        )
+    go_on = (
+        ", or set skip_faulty_images to go on without these images"
+        if can_skip
+        else " and run again"
+    )
     return "\n".join([*lines, f"Repair {'them' if len(faults) > 1 else 'it'}{go_on}."])
 
 
@@ -238,27 +287,61 @@ class _Layout(NamedTuple):
 def _read_layout(folder: Path) -> _Layout:
     if is_coco(folder):
         listed, problems = read_coco(folder)
-        return _Layout({i: image.patient for i, image in listed.items()}, [Fault(*problem) for problem in problems], listed)
+        return _Layout(
+            {i: image.patient for i, image in listed.items()},
+            [Fault(*problem) for problem in problems],
+            listed,
+        )
     train = folder / "train"
     if not folder.is_dir():
-        return _Layout({}, [Fault("", str(folder), "there is no such folder; give the folder that holds train/")])
+        return _Layout(
+            {},
+            [Fault("", str(folder), "there is no such folder; give the folder that holds train/")],
+        )
     if not train.is_dir():
-        right = f"above, {folder.parent}" if folder.name == "train" else "that holds train/<image id>/image.tif"
+        right = (
+            f"above, {folder.parent}"
+            if folder.name == "train"
+            else "that holds train/<image id>/image.tif"
+        )
         if (folder / "annotations.json").is_file():
             right += f", or the COCO file {folder / 'annotations.json'}"
-        return _Layout({}, [Fault("", str(folder), f"it has no train/ folder; give the folder {right}")])
+        return _Layout(
+            {}, [Fault("", str(folder), f"it has no train/ folder; give the folder {right}")]
+        )
     try:
         entries = list_visible(train)
     except OSError as error:
-        return _Layout({}, [Fault("", "train", f"it cannot be listed ({_cause(error)}); allow reading it")])
+        return _Layout(
+            {}, [Fault("", "train", f"it cannot be listed ({_cause(error)}); allow reading it")]
+        )
     image_ids = [name for name in entries if (train / name).is_dir()]
     if not image_ids:
-        return _Layout({}, [Fault("", "train", "it holds no image folder; each image needs train/<image id>/image.tif")])
+        return _Layout(
+            {},
+            [
+                Fault(
+                    "",
+                    "train",
+                    "it holds no image folder; each image needs train/<image id>/image.tif",
+                )
+            ],
+        )
     stray = "it stands outside an image folder; move it to train/<image id>/ under its right name, or remove it"
-    faults = [Fault(name, f"train/{name}", stray) for name in entries if name not in image_ids and LOOKALIKE.fullmatch(name)]
+    faults = [
+        Fault(name, f"train/{name}", stray)
+        for name in entries
+        if name not in image_ids and LOOKALIKE.fullmatch(name)
+    ]
     spellings = Counter(image_id.lower() for image_id in image_ids)
-    twice = "another folder has the same image id but for upper and lower case; rename or remove one"
-    faults += [Fault(image_id, f"train/{image_id}", twice) for image_id in image_ids if spellings[image_id.lower()] > 1]
+    twice = (
+        "another folder has the same image id but for upper and lower case; rename or remove one"
+    )
+    faults += [
+        Fault(image_id, f"train/{image_id}", twice)
+        for image_id in image_ids
+        if spellings[image_id.lower()] > 1
+    ]
     if not (folder / "patients.csv").exists():
         return _Layout({image_id: patient_of(image_id) for image_id in image_ids}, faults)
     patients, patient_faults = _read_patients(folder, image_ids)
@@ -292,12 +375,19 @@ def _read_patients(folder: Path, image_ids: list[str]) -> tuple[dict[str, str | 
         if times[image_id] > 1:
             problems[image_id] = f"is listed {times[image_id]} times; keep one row"
         elif image_id not in patients:
-            problems[image_id] = "is missing; add its row, or remove patients.csv to go on without patients"
+            problems[image_id] = (
+                "is missing; add its row, or remove patients.csv to go on without patients"
+            )
         elif image_id not in unknown and image_id not in tests:
             problems[image_id] = "has no folder under train/; correct or remove its row"
         elif image_id in unknown and not patients[image_id]:
-            problems[image_id] = "has no patient; fill it in, or remove patients.csv to go on without patients"
-    faults = [Fault(image_id, "patients.csv", f"image id {image_id!r} {problem}") for image_id, problem in problems.items()]
+            problems[image_id] = (
+                "has no patient; fill it in, or remove patients.csv to go on without patients"
+            )
+    faults = [
+        Fault(image_id, "patients.csv", f"image id {image_id!r} {problem}")
+        for image_id, problem in problems.items()
+    ]
     return {image_id: patients.get(image_id) for image_id in image_ids}, faults
 
 
@@ -311,15 +401,25 @@ def _test_ids(folder: Path) -> set[str]:
 Decoded = tuple[CellImage | None, list[Fault]]
 
 
-def _decode(folder: Path, name: str, layout: _Layout, settings: tuple[str, int]) -> Iterator[Decoded]:
-    for image_id, patient in tqdm(layout.patients.items(), f"decoding {name}", unit="image", delay=2, leave=False):
+def _decode(
+    folder: Path, name: str, layout: _Layout, settings: tuple[str, int]
+) -> Iterator[Decoded]:
+    for image_id, patient in tqdm(
+        layout.patients.items(), f"decoding {name}", unit="image", delay=2, leave=False
+    ):
         if layout.listed:
             yield _read_listed(image_id, layout.listed[image_id], *settings)
         else:
             yield _read_image(folder / "train" / image_id, image_id, patient, *settings)
 
 
-def _read_image(place: Path, image_id: str, patient: str | None, instance_reading: str, min_instance_area_px: int) -> Decoded:
+def _read_image(
+    place: Path,
+    image_id: str,
+    patient: str | None,
+    instance_reading: str,
+    min_instance_area_px: int,
+) -> Decoded:
     files, problems = _find_files(place)
     image, shape = None, None
     label_maps = {}
@@ -334,14 +434,21 @@ def _read_image(place: Path, image_id: str, patient: str | None, instance_readin
         except DataError as error:
             problems.append((files[key], str(error)))
     if problems or image is None:
-        return None, [Fault(image_id, f"train/{image_id}/{name}".rstrip("/"), problem) for name, problem in sorted(problems)]
+        return None, [
+            Fault(image_id, f"train/{image_id}/{name}".rstrip("/"), problem)
+            for name, problem in sorted(problems)
+        ]
     stack = np.zeros((len(CLASS_NAMES), *shape), np.int32)
     for class_id, label_map in label_maps.items():
         stack[class_id - 1] = label_map
-    return CellImage(image_id, patient, image, drop_small_instances(stack, min_instance_area_px)), []
+    return CellImage(
+        image_id, patient, image, drop_small_instances(stack, min_instance_area_px)
+    ), []
 
 
-def _read_listed(image_id: str, listed: CocoImage, instance_reading: str, min_instance_area_px: int) -> Decoded:
+def _read_listed(
+    image_id: str, listed: CocoImage, instance_reading: str, min_instance_area_px: int
+) -> Decoded:
     """``_read_image`` of an image of a COCO data set."""
     problems: list[tuple[str, str]] = []
     size = (listed.height, listed.width)
@@ -360,43 +467,73 @@ def _read_listed(image_id: str, listed: CocoImage, instance_reading: str, min_in
     if problems:
         return None, [Fault(image_id, *problem) for problem in problems]
     if instance_reading == "connected_components":
-        label_maps = np.stack([_to_label_map(label_map, size, instance_reading) for label_map in label_maps])
-    return CellImage(image_id, listed.patient, image, drop_small_instances(label_maps, min_instance_area_px)), []
+        label_maps = np.stack(
+            [_to_label_map(label_map, size, instance_reading) for label_map in label_maps]
+        )
+    return CellImage(
+        image_id, listed.patient, image, drop_small_instances(label_maps, min_instance_area_px)
+    ), []
 
 
 def _find_files(place: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """File names by what they hold (``image``, ``class1`` ...), and (file name, problem) of what is amiss."""
+    """File names by what they hold (``image``, ``class1`` ...), and (file name, problem) of what is
+    amiss.
+    """
     try:
         names = list_visible(place)
     except OSError as error:
         return {}, [("", f"it cannot be listed ({_cause(error)}); allow reading it")]
     if not names:
-        return {}, [("", "it is empty; put image.tif and its class files there, or remove the folder")]
+        return {}, [
+            ("", "it is empty; put image.tif and its class files there, or remove the folder")
+        ]
     files: dict[str, str] = {}
     problems = []
     for name in names:
         if not FILE_NAME.fullmatch(name):
             if LOOKALIKE.fullmatch(name):
-                problems.append((name, "unexpected name; image.tif and class1.tif to class4.tif are read: rename or remove it"))
+                problems.append(
+                    (
+                        name,
+                        "unexpected name; image.tif and class1.tif to class4.tif are read: rename or remove it",
+                    )
+                )
             continue
         key = name.lower().split(".")[0]
         if key in files:
-            problems.append((name, f"{files[key]} is here too and means the same; keep one of them"))
+            problems.append(
+                (name, f"{files[key]} is here too and means the same; keep one of them")
+            )
         files.setdefault(key, name)
     if "image" not in files:
-        problems.append(("image.tif", "it is missing; put the image there under this name, or remove its folder"))
+        problems.append(
+            (
+                "image.tif",
+                "it is missing; put the image there under this name, or remove its folder",
+            )
+        )
     if not files.keys() - {"image"}:
-        problems.append(("", "it has no class file; add at least one of class1.tif to class4.tif (all 0 where there is no cell)"))
+        problems.append(
+            (
+                "",
+                "it has no class file; add at least one of class1.tif to class4.tif (all 0 where there is no cell)",
+            )
+        )
     return files, problems
 
 
 def read_image(path: Path) -> np.ndarray:
-    """The image of a TIFF, PNG or JPEG file as uint8 [3, H, W]; see ``_to_rgb`` for what is read and how.
+    """The image of a TIFF, PNG or JPEG file as uint8 [3, H, W]; see ``_to_rgb`` for what is read
+    and how.
 
     Raises:
         DataError: no such file, truncated, or not an image.
     """
-    return _to_rgb(_read_picture(path) if path.suffix.lower() in (".png", ".jpg", ".jpeg") else _read_tiff(path))
+    return _to_rgb(
+        _read_picture(path)
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg")
+        else _read_tiff(path)
+    )
 
 
 class _Tiff(NamedTuple):
@@ -416,12 +553,16 @@ def _read_tiff(path: Path) -> _Tiff:
             size = tif.filehandle.size
             page = tif.pages.first
             if max(page.shape) > LARGEST_SIDE_PX:
-                claim = f"its header claims {_size(page.shape)} px, above {LARGEST_SIDE_PX:,} a side"
+                claim = (
+                    f"its header claims {_size(page.shape)} px, above {LARGEST_SIDE_PX:,} a side"
+                )
                 raise DataError(f"{claim}; cut it up, or copy it again if it is damaged")
             for part in tif.pages:
                 ends = np.add(part.dataoffsets, part.databytecounts)
                 if not len(ends) or not all(part.databytecounts) or max(ends) > size:
-                    raise DataError(f"it is truncated (its {size:,} bytes do not hold all its pixels); copy or export it again")
+                    raise DataError(
+                        f"it is truncated (its {size:,} bytes do not hold all its pixels); copy or export it again"
+                    )
             colours = getattr(page.photometric, "name", str(page.photometric))
             if colours == "YCBCR" and page.compression == tifffile.COMPRESSION.JPEG:
                 colours = "RGB"  # the decoder converts
@@ -429,11 +570,14 @@ def _read_tiff(path: Path) -> _Tiff:
     except DataError:
         raise
     except Exception as error:  # decoders raise nearly everything on a broken file
-        raise DataError(f"it cannot be read as a TIFF ({_cause(error)}); copy or export it again") from error
+        raise DataError(
+            f"it cannot be read as a TIFF ({_cause(error)}); copy or export it again"
+        ) from error
 
 
 def _read_picture(path: Path) -> _Tiff:
-    """A PNG or JPEG file as if it were a TIFF; Pillow gives 8 of the 16 bits of a colour PNG, and all of a grey one.
+    """A PNG or JPEG file as if it were a TIFF; Pillow gives 8 of the 16 bits of a colour PNG, and
+    all of a grey one.
 
     Raises:
         DataError: it cannot be decoded.
@@ -444,27 +588,37 @@ def _read_picture(path: Path) -> _Tiff:
                 return _Tiff(np.asarray(picture), "MINISBLACK", None)
             return _Tiff(np.asarray(picture.convert("RGB")), "RGB", None)
     except Exception as error:  # decoders raise nearly everything on a broken file
-        raise DataError(f"it cannot be read as a PNG or JPEG ({_cause(error)}); copy or export it again") from error
+        raise DataError(
+            f"it cannot be read as a PNG or JPEG ({_cause(error)}); copy or export it again"
+        ) from error
 
 
 def _cause(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    text = (
+        error.strerror
+        if isinstance(error, OSError) and error.strerror
+        else str(error) or type(error).__name__
+    )
     return " ".join(text.split())[:120]
 
 
 def _to_rgb(tiff: _Tiff) -> np.ndarray:
-    """uint8 [3, H, W] of RGB, RGBA, grey, grey + alpha or palette pixels, channels last or first; alpha is dropped.
+    """uint8 [3, H, W] of RGB, RGBA, grey, grey + alpha or palette pixels, channels last or first;
+    alpha is dropped.
 
-    16-bit values are scaled to 8 bits by the bit depth in use: the smallest of 8, 12 and 16 bits that holds the largest value
-    of the image's colour channels, so ``round(value * 255 / (2**depth - 1))``. (A bright-field image is bright somewhere: one
-    whose every value is below 4,096 was not recorded with 16 bits.)
+    16-bit values are scaled to 8 bits by the bit depth in use: the smallest of 8, 12 and 16 bits
+    that holds the largest value of the image's colour channels, so ``round(value * 255 / (2**depth
+    - 1))``. (A bright-field image is bright somewhere: one whose every value is below 4,096 was not
+    recorded with 16 bits.)
 
     Raises:
         DataError: another pixel type, colour space or shape.
     """
     array = tiff.pixels
     if array.dtype not in (np.uint8, np.uint16):
-        raise DataError(f"its pixels are {array.dtype}; save the image with 8 or 16 bits a channel (unsigned integers)")
+        raise DataError(
+            f"its pixels are {array.dtype}; save the image with 8 or 16 bits a channel (unsigned integers)"
+        )
     if tiff.colours not in ("MINISBLACK", "MINISWHITE", "RGB", "PALETTE"):
         raise DataError(f"its colours are {tiff.colours}; save the image as RGB or grey")
     if tiff.colours == "MINISWHITE":
@@ -476,7 +630,9 @@ def _to_rgb(tiff: _Tiff) -> np.ndarray:
     elif array.ndim == 3 and array.shape[-1] <= 4:
         array = np.moveaxis(array, -1, 0)
     if array.ndim != 3 or array.shape[0] > 4:
-        raise DataError(f"its shape {_size(tiff.pixels.shape)} is not that of an image; save height x width x 1 to 4 channels")
+        raise DataError(
+            f"its shape {_size(tiff.pixels.shape)} is not that of an image; save height x width x 1 to 4 channels"
+        )
     array = array[: 3 if len(array) > 2 else 1]
     if array.dtype == np.uint16:
         depth = next(bits for bits in (8, 12, 16) if array.max() < 2**bits)
@@ -488,7 +644,9 @@ def _size(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _to_label_map(array: np.ndarray, image_shape: tuple[int, ...] | None, instance_reading: str) -> np.ndarray:
+def _to_label_map(
+    array: np.ndarray, image_shape: tuple[int, ...] | None, instance_reading: str
+) -> np.ndarray:
     """int32 [H, W] of a class file; its shape is not compared where the image is unreadable (None).
 
     Raises:
@@ -497,19 +655,27 @@ def _to_label_map(array: np.ndarray, image_shape: tuple[int, ...] | None, instan
     if array.ndim > 2:
         array = array.squeeze()
     if array.ndim != 2:
-        raise DataError(f"its shape is {_size(array.shape)}; a class file has one channel: save height x width")
+        raise DataError(
+            f"its shape is {_size(array.shape)}; a class file has one channel: save height x width"
+        )
     if image_shape and array.shape != image_shape:
         sizes = f"it is {_size(array.shape)} px but its image is {_size(image_shape)} px (height x width)"
         raise DataError(f"{sizes}; export both at one size")
     wrong = _wrong_values(array)
     if wrong:
-        raise DataError(f"it has {' and '.join(wrong)}; save whole numbers: 0 = background, other values = instance ids")
+        raise DataError(
+            f"it has {' and '.join(wrong)}; save whole numbers: 0 = background, other values = instance ids"
+        )
     if instance_reading == "connected_components":
         array = connected_components(array)
         if array.max() > LARGEST_ID:
-            raise DataError(f"it has {array.max():,} connected components, above {LARGEST_ID:,}; is it a mask of cells?")
+            raise DataError(
+                f"it has {array.max():,} connected components, above {LARGEST_ID:,}; is it a mask of cells?"
+            )
     elif array.max() > LARGEST_ID:
-        raise DataError(f"its largest instance id is {array.max():,.10g}, above {LARGEST_ID:,}; number the instances from 1 on")
+        raise DataError(
+            f"its largest instance id is {array.max():,.10g}, above {LARGEST_ID:,}; number the instances from 1 on"
+        )
     return array.astype(np.int32)
 
 
@@ -537,7 +703,9 @@ def _wrong_values(array: np.ndarray) -> list[str]:
 # The decoded cache: one folder a data folder, reading and state of the files
 
 
-def _open_cached(folder: Path, name: str, settings: tuple[str, int], cache_dir: Path) -> CellDataset:
+def _open_cached(
+    folder: Path, name: str, settings: tuple[str, int], cache_dir: Path
+) -> CellDataset:
     for _ in range(3):
         cache = cache_dir / _cache_key(folder, settings)
         if not cache.exists():
@@ -553,15 +721,24 @@ def _open_cached(folder: Path, name: str, settings: tuple[str, int], cache_dir: 
 
 
 def _cache_key(folder: Path, settings: tuple[str, int]) -> str:
-    """``<what>-<state>``: a hash of folder, settings and format, and one of name, size, times and inode of every file."""
+    """``<what>-<state>``: a hash of folder, settings and format, and one of name, size, times and
+    inode of every file.
+    """
     if is_coco(folder):
         files = [folder, *(image.path for image in read_coco(folder)[0].values())]
     else:
         places = _inside(folder / "train")
-        files = [folder / "patients.csv", *places, *(file for place in places for file in _inside(place))]
+        files = [
+            folder / "patients.csv",
+            *places,
+            *(file for place in places for file in _inside(place)),
+        ]
     state = [(os.path.relpath(file, folder), *_state(file)) for file in files]
     what = (str(folder.resolve()), settings, CACHE_FORMAT, CLASS_NAMES)
-    return "-".join(hashlib.sha256(repr(part).encode()).hexdigest()[:16] for part in (what, (state, sorted(_test_ids(folder)))))
+    return "-".join(
+        hashlib.sha256(repr(part).encode()).hexdigest()[:16]
+        for part in (what, (state, sorted(_test_ids(folder))))
+    )
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -605,12 +782,18 @@ def _write_cache(decoded: Iterator[Decoded], faults: list[Fault], into: Path) ->
     faulty = {fault.image_id for fault in faults}
     index: dict[str, Any] = {"image_ids": [], "patients": [], "sizes": [], "counts": []}
     digest = hashlib.sha256()
-    with open(into / "images.bin", "wb") as images, open(into / "label_maps.bin", "wb") as label_maps:
+    with (
+        open(into / "images.bin", "wb") as images,
+        open(into / "label_maps.bin", "wb") as label_maps,
+    ):
         for cell_image, image_faults in decoded:
             faults += image_faults
             if cell_image is None or cell_image.image_id in faulty:
                 continue
-            pixels, labels = cell_image.image.tobytes(), cell_image.label_maps.astype("<u2").tobytes()
+            pixels, labels = (
+                cell_image.image.tobytes(),
+                cell_image.label_maps.astype("<u2").tobytes(),
+            )
             images.write(pixels)
             label_maps.write(labels)
             size = cell_image.image.shape[1:]
@@ -621,7 +804,9 @@ def _write_cache(decoded: Iterator[Decoded], faults: list[Fault], into: Path) ->
             index["patients"].append(cell_image.patient)
             index["sizes"].append(size)
             labels_found = find_instances(cell_image.label_maps).labels
-            index["counts"].append(np.bincount(labels_found, minlength=len(CLASS_NAMES) + 1)[1:].tolist())
+            index["counts"].append(
+                np.bincount(labels_found, minlength=len(CLASS_NAMES) + 1)[1:].tolist()
+            )
         for file in (images, label_maps):
             file.flush()
             os.fsync(file.fileno())
@@ -633,11 +818,15 @@ def _write_cache(decoded: Iterator[Decoded], faults: list[Fault], into: Path) ->
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A read-only array of the whole file, under a shared lock that lasts as long as the array (mmap keeps the open file)."""
+    """A read-only array of the whole file, under a shared lock that lasts as long as the array
+    (mmap keeps the open file).
+    """
     with open(path, "rb") as file:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_SH)
-        return np.asarray(np.memmap(file, dtype, "r")) if path.stat().st_size else np.zeros(0, dtype)
+        return (
+            np.asarray(np.memmap(file, dtype, "r")) if path.stat().st_size else np.zeros(0, dtype)
+        )
 
 
 def _remove_old(cache: Path) -> None:
@@ -646,7 +835,9 @@ def _remove_old(cache: Path) -> None:
     for old in cache.parent.glob(f"{what}-*"):
         if old != cache:
             with suppress(OSError), open(old / "label_maps.bin", "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where a process has it mapped
+                fcntl.flock(
+                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # fails where a process has it mapped
                 _discard(old)
     for left in cache.parent.glob(".building-*"):
         with suppress(OSError):

@@ -1,8 +1,10 @@
-"""The named augmentation recipes, the reports' among them: what moves cells moves image and label maps together.
+"""The named augmentation recipes, the reports' among them: what moves cells moves image and label
+maps together.
 
-Images are sampled bilinearly, label maps by nearest neighbour, so that no id is ever mixed or rounded (exact below 2^24). A cell
-stays one cell: no transform folds or tears. Pieces may come off where a cell is a pixel or two thin, or where the frame cuts it;
-what leaves the frame is gone. All randomness comes from torch's default generator.
+Images are sampled bilinearly, label maps by nearest neighbour, so that no id is ever mixed or
+rounded (exact below 2^24). A cell stays one cell: no transform folds or tears. Pieces may come off
+where a cell is a pixel or two thin, or where the frame cuts it; what leaves the frame is gone. All
+randomness comes from torch's default generator.
 """
 
 import math
@@ -18,16 +20,22 @@ STRIP_ROWS = 128
 
 
 class StripedImage(tv_tensors.Image):
-    """An image whose hue and blur torchvision changes strip by strip: the same pixels as of the whole image at once.
+    """An image whose hue and blur torchvision changes strip by strip: the same pixels as of the
+    whole image at once.
 
-    With reach r (0 px for hue, half a kernel for blur), rows a to b of f(image) are those of f(rows a - r to b + r). Strips stay in
-    a processor's cache: at 1024 px a blur takes half the time and a third of the memory. torchvision calls for a class of tensors
-    what is registered for it; what it does with the whole image is the oracle (``tests/test_recipes.py``).
+    With reach r (0 px for hue, half a kernel for blur), rows a to b of f(image) are those of f(rows
+    a - r to b + r). Strips stay in a processor's cache: at 1024 px a blur takes half the time and a
+    third of the memory. torchvision calls for a class of tensors what is registered for it; what it
+    does with the whole image is the oracle (``tests/test_recipes.py``).
     """
 
 
-def _strip_by_strip(functional: Callable[..., Tensor], image: Tensor, reach_px: int, **parameters) -> Tensor:
-    """``functional`` of an image uint8 [3, H, W], of which a pixel depends on no row further away than ``reach_px``."""
+def _strip_by_strip(
+    functional: Callable[..., Tensor], image: Tensor, reach_px: int, **parameters
+) -> Tensor:
+    """``functional`` of an image uint8 [3, H, W], of which a pixel depends on no row further away
+    than ``reach_px``.
+    """
     strips = []
     for top in range(0, image.shape[1], STRIP_ROWS):
         first = max(top - reach_px, 0)
@@ -43,24 +51,35 @@ def _adjust_hue(image: Tensor, hue_factor: float) -> Tensor:
 
 @v2.functional.register_kernel(v2.functional.gaussian_blur, StripedImage)
 def _gaussian_blur(image: Tensor, kernel_size: Sequence[int], sigma: Sequence[float]) -> Tensor:
-    return _strip_by_strip(v2.functional.gaussian_blur, image, kernel_size[1] // 2, kernel_size=kernel_size, sigma=sigma)
+    return _strip_by_strip(
+        v2.functional.gaussian_blur,
+        image,
+        kernel_size[1] // 2,
+        kernel_size=kernel_size,
+        sigma=sigma,
+    )
 
 
 class QuarterTurn(v2.Transform):
-    """A turn by 0, 90, 180 or 270 degrees, each as likely: on tissue every direction is as good as another."""
+    """A turn by 0, 90, 180 or 270 degrees, each as likely: on tissue every direction is as good as
+    another.
+    """
 
     def make_params(self, flat_inputs):
         return {"turns": int(torch.randint(4, ()))}
 
     def transform(self, inpt, params):
-        return tv_tensors.wrap(torch.rot90(inpt, params["turns"], (-2, -1)).contiguous(), like=inpt)  # the next steps are faster
+        return tv_tensors.wrap(
+            torch.rot90(inpt, params["turns"], (-2, -1)).contiguous(), like=inpt
+        )  # the next steps are faster
 
 
 class OnWhite(v2.Transform):
     """A transform that shows what is beyond the image, there in white and without labels.
 
-    White is the bare glass of a slide; mirrored tissue would show cells that no label names. The image is transformed as its
-    negative, in which white is the 0 that is sampled beyond it: torchvision's own ``fill`` leaves a grey line along the edge.
+    White is the bare glass of a slide; mirrored tissue would show cells that no label names. The
+    image is transformed as its negative, in which white is the 0 that is sampled beyond it:
+    torchvision's own ``fill`` leaves a grey line along the edge.
     """
 
     def __init__(self, inner: v2.Transform):
@@ -75,12 +94,14 @@ class OnWhite(v2.Transform):
 class ResizedCrop(v2.Transform):
     """A crop at a random place, stretched back to the size of the image.
 
-    torchvision's own knows only one output size, takes the crop's shape without the image's and samples masks half a pixel off.
+    torchvision's own knows only one output size, takes the crop's shape without the image's and
+    samples masks half a pixel off.
 
     Args:
         area: range of the crop's share of the image's area, drawn uniformly; up to 1.
-        ratio: range of the crop's width over height, relative to the image's, drawn uniformly on a log scale. A side longer
-            than the image's is cut to it, which keeps both within their ranges where ``ratio`` holds 1.
+        ratio: range of the crop's width over height, relative to the image's, drawn uniformly on a
+            log scale. A side longer than the image's is cut to it, which keeps both within their
+            ranges where ``ratio`` holds 1.
     """
 
     def __init__(self, area: tuple[float, float], ratio: tuple[float, float]):
@@ -91,18 +112,29 @@ class ResizedCrop(v2.Transform):
         size = v2.query_size(flat_inputs)
         area, ratio = _uniform(*self.area), math.exp(_uniform(*map(math.log, self.ratio)))
         sides = [math.sqrt(area / ratio), math.sqrt(area * ratio)]
-        sides = [max(round(min(side, 1) * length), 1) for side, length in zip(sides, size, strict=True)]
-        top, left = (int(torch.randint(length - side + 1, ())) for side, length in zip(sides, size, strict=True))
+        sides = [
+            max(round(min(side, 1) * length), 1) for side, length in zip(sides, size, strict=True)
+        ]
+        top, left = (
+            int(torch.randint(length - side + 1, ()))
+            for side, length in zip(sides, size, strict=True)
+        )
         return {"top": top, "left": left, "height": sides[0], "width": sides[1], "size": list(size)}
 
     def transform(self, inpt, params):
-        interpolation = BILINEAR if isinstance(inpt, tv_tensors.Image) else v2.InterpolationMode.NEAREST_EXACT
-        resized = v2.functional.resized_crop(inpt.as_subclass(Tensor), **params, interpolation=interpolation)
+        interpolation = (
+            BILINEAR if isinstance(inpt, tv_tensors.Image) else v2.InterpolationMode.NEAREST_EXACT
+        )
+        resized = v2.functional.resized_crop(
+            inpt.as_subclass(Tensor), **params, interpolation=interpolation
+        )
         return tv_tensors.wrap(resized, like=inpt)
 
 
 class Displacement(v2.Transform):
-    """Moves pixels by its parameter ``displacement``: from how far each comes, float [1, H, W, 2] of x, y, a side being 2."""
+    """Moves pixels by its parameter ``displacement``: from how far each comes, float [1, H, W, 2]
+    of x, y, a side being 2.
+    """
 
     def transform(self, inpt, params):
         return v2.functional.elastic(inpt, params["displacement"])
@@ -111,12 +143,13 @@ class Displacement(v2.Transform):
 class ElasticDistortion(Displacement):
     """A smooth random displacement: cubic B-splines over a grid of control points.
 
-    It is one to one, so that no cell is folded or torn, as long as no control point moves by 0.48 of the grid's spacing or more
-    (Choi and Lee, Injectivity conditions of 2D and 3D uniform cubic B-spline functions, Graphical Models 62, 2000).
+    It is one to one, so that no cell is folded or torn, as long as no control point moves by 0.48
+    of the grid's spacing or more (Choi and Lee, Injectivity conditions of 2D and 3D uniform cubic
+    B-spline functions, Graphical Models 62, 2000).
 
     Args:
-        displacement_px: the most that a control point moves in x and in y, drawn uniformly; the field has a
-            quarter of it as RMS in each.
+        displacement_px: the most that a control point moves in x and in y, drawn uniformly; the
+            field has a quarter of it as RMS in each.
         spacing_px: of the control points.
 
     Raises:
@@ -138,18 +171,22 @@ class ElasticDistortion(Displacement):
         return {"displacement": (rows @ moves @ columns.T).permute(1, 2, 0)[None] / sides}
 
     def _weights(self, length: int) -> Tensor:
-        """The share of each control point in each pixel's displacement, along one axis: float [pixels, control points]."""
+        """The share of each control point in each pixel's displacement, along one axis: float
+        [pixels, control points].
+        """
         points = torch.arange((length - 1) // self.spacing_px + 4)
         distance = (torch.arange(length)[:, None] / self.spacing_px + 1 - points).abs()
         return ((2 - distance).clamp(0) ** 3 - 4 * (1 - distance).clamp(0) ** 3) / 6
 
 
 class GridDistortion(Displacement):
-    """Columns and rows of a grid stretched or squeezed, the image's edges left in place, as albumentations' own (normalised).
+    """Columns and rows of a grid stretched or squeezed, the image's edges left in place, as
+    albumentations' own (normalised).
 
     Args:
         steps: columns, and rows.
-        limit: each is made wider by a factor in 1 +- ``limit``, drawn uniformly, then all are fitted to the image. Below 1.
+        limit: each is made wider by a factor in 1 +- ``limit``, drawn uniformly, then all are
+            fitted to the image. Below 1.
     """
 
     def __init__(self, steps: int, limit: float):
@@ -164,7 +201,9 @@ class GridDistortion(Displacement):
     def _shifts(self, length: int) -> Tensor:
         widths = 1 + (2 * torch.rand(self.steps) - 1) * self.limit
         moves = torch.zeros(self.steps + 1)
-        moves[1:-1] = (widths.cumsum(0) / widths.sum() - torch.arange(1, self.steps + 1) / self.steps)[:-1]
+        moves[1:-1] = (
+            widths.cumsum(0) / widths.sum() - torch.arange(1, self.steps + 1) / self.steps
+        )[:-1]
         place = torch.linspace(0, self.steps, length)
         step = place.long().clamp(max=self.steps - 1)
         return torch.lerp(moves[step], moves[step + 1], place - step) * (2 * (length - 1) / length)
@@ -173,7 +212,8 @@ class GridDistortion(Displacement):
 class GaussianNoise(v2.Transform):
     """Normal noise on each channel of each pixel, ``std`` on a scale of 0 to 1.
 
-    torchvision's own rounds noise on uint8 towards 0, which leaves 0.0185 of a standard deviation of 0.02.
+    torchvision's own rounds noise on uint8 towards 0, which leaves 0.0185 of a standard deviation
+    of 0.02.
     """
 
     def __init__(self, std: float):
@@ -198,7 +238,11 @@ class Gamma(v2.Transform):
         return {"gamma": _uniform(self.low, self.high)}
 
     def transform(self, inpt, params):
-        return v2.functional.adjust_gamma(inpt, **params) if isinstance(inpt, tv_tensors.Image) else inpt
+        return (
+            v2.functional.adjust_gamma(inpt, **params)
+            if isinstance(inpt, tv_tensors.Image)
+            else inpt
+        )
 
 
 def _uniform(low: float, high: float) -> float:
@@ -207,7 +251,9 @@ def _uniform(low: float, high: float) -> float:
 
 def _with(p: float, *transforms: v2.Transform) -> v2.RandomApply:
     """With probability ``p`` one of these, each as likely."""
-    return v2.RandomApply([transforms[0] if len(transforms) == 1 else v2.RandomChoice(transforms)], p)
+    return v2.RandomApply(
+        [transforms[0] if len(transforms) == 1 else v2.RandomChoice(transforms)], p
+    )
 
 
 BASIC = [
@@ -224,44 +270,61 @@ RECIPES = {
         QuarterTurn(),
         _with(0.8, v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.04)),
     ],
-    # Report C. It names 15 degrees alone: p 0.5 and always are torchvision's, the colours' strengths moderate ones of our own.
+    # Report C. It names 15 degrees alone: p 0.5 and always are torchvision's, the colours'
+    # strengths moderate ones of our own.
     "flip_colour_rotation": [
         v2.RandomHorizontalFlip(p=0.5),
         v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05),
         OnWhite(v2.RandomRotation((-15, 15), BILINEAR, fill=None)),
     ],
-    # Report D, table 1. Of the colour jitter 0.3, 0.3, 0.3, 0.15 can be read: taken, in the order of the names, for brightness,
-    # contrast, saturation and hue. Its probability cannot; 0.3 is the table's most frequent one.
+    # Report D, table 1. Of the colour jitter 0.3, 0.3, 0.3, 0.15 can be read: taken, in the order
+    # of the names, for brightness, contrast, saturation and hue. Its probability cannot; 0.3 is the
+    # table's most frequent one.
     "joint_full": [
         v2.RandomHorizontalFlip(p=0.5),
         v2.RandomVerticalFlip(p=0.3),
         _with(0.4, OnWhite(v2.RandomRotation((-15, 15), BILINEAR, fill=None))),
-        _with(0.3, OnWhite(v2.RandomAffine(0, scale=(0.85, 1.15), interpolation=BILINEAR, fill=None))),
+        _with(
+            0.3, OnWhite(v2.RandomAffine(0, scale=(0.85, 1.15), interpolation=BILINEAR, fill=None))
+        ),
         _with(0.3, ResizedCrop(area=(0.8, 1.0), ratio=(0.9, 1.1))),
         _with(0.3, v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.15)),
         _with(0.2, GaussianNoise(std=0.02)),
         _with(0.2, v2.GaussianBlur(3, sigma=(0.1, 1.0))),
         _with(0.3, Gamma(0.8, 1.2)),
     ],
-    # Report E gives no numbers. Probabilities, and ranges where they carry over, are the defaults of albumentations: p 0.5 each,
-    # or together where the released code takes one of several; quarter turns by 0 among them; brightness, contrast, saturation
-    # +-0.2; hue +-20 of 180; 5 grid steps +-0.3; the blur of kernels of 3 to 7 px. Its elastic default (alpha 1, sigma 50) moves
-    # nothing visible, so that ours is set to the size of cells. Only what the report names is here: the released code also
-    # shifts, scales, adds noise, motion blur and optical distortion.
+    # Report E gives no numbers. Probabilities, and ranges where they carry over, are the defaults
+    # of albumentations: p 0.5 each, or together where the released code takes one of several;
+    # quarter turns by 0 among them; brightness, contrast, saturation +-0.2; hue +-20 of 180; 5 grid
+    # steps +-0.3; the blur of kernels of 3 to 7 px. Its elastic default (alpha 1, sigma 50) moves
+    # nothing visible, so that ours is set to the size of cells. Only what the report names is here:
+    # the released code also shifts, scales, adds noise, motion blur and optical distortion.
     "basic": BASIC,
     "full": [
         *BASIC,
-        _with(0.5, v2.ColorJitter(brightness=0.2, contrast=0.2), v2.ColorJitter(0.2, 0.2, saturation=0.2, hue=0.11)),
-        _with(0.5, OnWhite(ElasticDistortion(displacement_px=8, spacing_px=24)), GridDistortion(steps=5, limit=0.3)),
+        _with(
+            0.5,
+            v2.ColorJitter(brightness=0.2, contrast=0.2),
+            v2.ColorJitter(0.2, 0.2, saturation=0.2, hue=0.11),
+        ),
+        _with(
+            0.5,
+            OnWhite(ElasticDistortion(displacement_px=8, spacing_px=24)),
+            GridDistortion(steps=5, limit=0.3),
+        ),
         _with(0.5, v2.GaussianBlur(7, sigma=(0.8, 1.4))),
     ],
 }
 
 
-def augment(image: Tensor, label_maps: Tensor, recipe: Sequence[v2.Transform], seed: int) -> tuple[Tensor, Tensor]:
-    """Image and label maps after a recipe's steps, drawn by ``seed`` alone; torch's generator is left as it was.
+def augment(
+    image: Tensor, label_maps: Tensor, recipe: Sequence[v2.Transform], seed: int
+) -> tuple[Tensor, Tensor]:
+    """Image and label maps after a recipe's steps, drawn by ``seed`` alone; torch's generator is
+    left as it was.
 
-    Its oracle is torchvision on a mask of each instance: the same pixels (``tests/test_oracles.py``).
+    Its oracle is torchvision on a mask of each instance: the same pixels
+    (``tests/test_oracles.py``).
 
     Args:
         image: uint8 [3, H, W]; 4 px a side or more where the recipe blurs.

@@ -14,27 +14,36 @@ CORNERS, SIDES = "corners", "x, y, width, height"
 LARGEST_GROUPS = 6  # of 5 bits in one number: enough for 500 million px
 
 
-def check_masks(texts: Sequence[str], sizes: Sequence[Sequence[int]]) -> tuple[np.ndarray, list[str]]:
-    """The tight boxes of masks, and what is wrong with the masks; none of them is decoded to pixels.
+def check_masks(
+    texts: Sequence[str], sizes: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, list[str]]:
+    """The tight boxes of masks, and what is wrong with the masks; none of them is decoded to
+    pixels.
 
     Args:
         texts: compressed counts of N masks.
         sizes: height and width of each, px.
 
     Returns:
-        int64 [N, 4], x, y, width, height in px, 0 where there is no box; and N sentences, "" for a mask that is whole.
+        int64 [N, 4], x, y, width, height in px, 0 where there is no box; and N sentences, "" for a
+        mask that is whole.
     """
     boxes, problems = [np.zeros((0, 4), np.int64)], []
     for first in range(0, len(texts), MASKS_PER_BATCH):
         part = slice(first, first + MASKS_PER_BATCH)
-        found = _check_batch([text.encode("utf-8", "surrogatepass") for text in texts[part]], np.array(sizes[part], np.int64))
+        found = _check_batch(
+            [text.encode("utf-8", "surrogatepass") for text in texts[part]],
+            np.array(sizes[part], np.int64),
+        )
         boxes.append(found[0])
         problems += found[1]
     return np.concatenate(boxes), problems
 
 
 def box_reading(box: Sequence[float], mask_box: Sequence[float]) -> str:
-    """What four numbers are, by the overlap with their mask's box (x, y, width, height): ``SIDES``, ``CORNERS`` or "unclear"."""
+    """What four numbers are, by the overlap with their mask's box (x, y, width, height): ``SIDES``,
+    ``CORNERS`` or "unclear".
+    """
     x, y, c, d = box
     as_sides, as_corners = _iou(box, mask_box), _iou((x, y, c - x, d - y), mask_box)
     return "unclear" if as_sides == as_corners else SIDES if as_sides > as_corners else CORNERS
@@ -54,15 +63,24 @@ def _check_batch(texts: list[bytes], sizes: np.ndarray) -> tuple[np.ndarray, lis
     if len(readable):
         lengths, rows = run_lengths([texts[row] for row in readable])
         begins = np.cumsum(rows) - rows
-        covered, expected = np.add.reduceat(lengths.sum(axis=1), begins), sizes[readable].prod(axis=1)
+        covered, expected = (
+            np.add.reduceat(lengths.sum(axis=1), begins),
+            sizes[readable].prod(axis=1),
+        )
         negative = np.minimum.reduceat(lengths.min(axis=1), begins) < 0
         for place in np.flatnonzero(negative | (covered != expected)).tolist():
             wrong = "one is negative" if negative[place] else f"they cover {covered[place]:,} px"
-            problems[readable[place]] = f"its counts are damaged: run lengths must cover the mask's {expected[place]:,} px, but {wrong}"
+            problems[readable[place]] = (
+                f"its counts are damaged: run lengths must cover the mask's {expected[place]:,} px, but {wrong}"
+            )
         empty = np.maximum.reduceat(lengths[:, 1], begins) == 0
-        problems[readable[empty & (problems[readable] == "")]] = "its mask has no pixel; leave such results out"
+        problems[readable[empty & (problems[readable] == "")]] = (
+            "its mask has no pixel; leave such results out"
+        )
     whole = np.flatnonzero(problems == "")
-    boxes[whole] = mask_boxes([{"size": sizes[row].tolist(), "counts": texts[row]} for row in whole])
+    boxes[whole] = mask_boxes(
+        [{"size": sizes[row].tolist(), "counts": texts[row]} for row in whole]
+    )
     return boxes, problems.tolist()
 
 

@@ -1,4 +1,6 @@
-"""Training and validation splits: by image or by patient, seeded, with every class on both sides where the data allow it."""
+"""Training and validation splits: by image or by patient, seeded, with every class on both sides
+where the data allow it.
+"""
 
 import re
 from typing import NamedTuple
@@ -34,15 +36,17 @@ def make_split(
 ) -> Split:
     """Split images so that the validation side holds about the same share of every class.
 
-    Of 500 seeded random draws of groups (patients, or single images for ``random``), the one whose shares of images and of
-    instances per class lie nearest to ``validation_fraction`` is taken; before all, as many classes as can stand on both sides.
+    Of 500 seeded random draws of groups (patients, or single images for ``random``), the one whose
+    shares of images and of instances per class lie nearest to ``validation_fraction`` is taken;
+    before all, as many classes as can stand on both sides.
 
     Args:
         image_ids: N names.
         counts: int [N, K], instances per image and class.
         patients: N patient names, None where unknown.
-        kind: ``patient`` (no patient on both sides), ``random`` (by image), ``auto``: by patient where every image's is known, or
-            ``all``: the validation side of ``auto``, and every image on the training side.
+        kind: ``patient`` (no patient on both sides), ``random`` (by image), ``auto``: by patient
+            where every image's is known, or ``all``: the validation side of ``auto``, and every
+            image on the training side.
         validation_fraction: share of the groups, in (0, 1); at least one group stands on each side.
         seed: of the draw.
 
@@ -52,8 +56,15 @@ def make_split(
     if kind not in ("auto", "patient", "random", "all"):
         raise ValueError(f"unknown split {kind!r}; one of auto, patient, random, all")
     if kind == "all":
-        validation = make_split(image_ids, counts, patients, "auto", validation_fraction, seed).validation
-        return Split(kind, list(image_ids), validation, "the validation images are trained on, too: scores are of training images")
+        validation = make_split(
+            image_ids, counts, patients, "auto", validation_fraction, seed
+        ).validation
+        return Split(
+            kind,
+            list(image_ids),
+            validation,
+            "the validation images are trained on, too: scores are of training images",
+        )
     if kind == "auto":
         kind = "random" if None in patients or len(set(patients)) < 2 else "patient"
     unknown = [i for i, patient in zip(image_ids, patients, strict=True) if patient is None]
@@ -65,7 +76,9 @@ def make_split(
     groups = np.array(patients if kind == "patient" else image_ids, dtype=str)
     names, group_of = np.unique(groups, return_inverse=True)
     if len(names) < 2:
-        raise ValueError(f"split {kind!r} needs at least two {'patients' if kind == 'patient' else 'images'}, found {len(names)}")
+        raise ValueError(
+            f"split {kind!r} needs at least two {'patients' if kind == 'patient' else 'images'}, found {len(names)}"
+        )
 
     size = min(max(round(validation_fraction * len(names)), 1), len(names) - 1)
     weights = np.column_stack([np.ones(len(image_ids)), counts])
@@ -80,12 +93,20 @@ def make_split(
     best = np.lexsort((np.abs(held - validation_fraction).sum(1), one_sided))[0]
     held_out = np.isin(group_of, draws[best])
 
-    sides = [[i for i, out in zip(image_ids, held_out, strict=True) if out == side] for side in (False, True)]
-    return Split(kind, *sides, warning="" if kind == "patient" else _random_split_warning(patients, held_out))
+    sides = [
+        [i for i, out in zip(image_ids, held_out, strict=True) if out == side]
+        for side in (False, True)
+    ]
+    return Split(
+        kind, *sides, warning="" if kind == "patient" else _random_split_warning(patients, held_out)
+    )
 
 
 def _random_split_warning(patients: list[str | None], held_out: np.ndarray) -> str:
-    known = [{p for p, out in zip(patients, held_out, strict=True) if p is not None and out == side} for side in (False, True)]
+    known = [
+        {p for p, out in zip(patients, held_out, strict=True) if p is not None and out == side}
+        for side in (False, True)
+    ]
     shared = sorted(known[0] & known[1])
     if shared:
         return f"{len(shared)} patients have images on both sides of this random split ({', '.join(shared[:3])} ...): scores will be too high"

@@ -1,4 +1,6 @@
-"""Training samples: crops and joint augmentation of image and label maps, and the targets at the end."""
+"""Training samples: crops and joint augmentation of image and label maps, and the targets at the
+end.
+"""
 
 from typing import NamedTuple
 
@@ -21,9 +23,19 @@ class SampleKey(NamedTuple):
 
 
 class EpochSampler(Sampler):
-    """The keys of one epoch, shuffled by (seed, epoch); ``set_epoch`` before each, as torch's DistributedSampler."""
+    """The keys of one epoch, shuffled by (seed, epoch); ``set_epoch`` before each, as torch's
+    DistributedSampler.
+    """
 
-    def __init__(self, indices: list[int], samples: int, seed: int, rank: int = 0, world_size: int = 1, batch_size: int = 1):
+    def __init__(
+        self,
+        indices: list[int],
+        samples: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int = 1,
+    ):
         self.indices, self.samples, self.seed, self.epoch = indices, samples, seed, 0
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
 
@@ -36,27 +48,32 @@ class EpochSampler(Sampler):
     def __iter__(self):
         rng = np.random.default_rng((self.seed, self.epoch))
         rounds = -(-self.samples // len(self.indices))
-        order = np.concatenate([rng.permutation(self.indices) for _ in range(rounds)])[: self.samples]
+        order = np.concatenate([rng.permutation(self.indices) for _ in range(rounds)])[
+            : self.samples
+        ]
         for position, image_index in enumerate(order.tolist()):
             if position // self.batch_size % self.world_size == self.rank:
                 yield SampleKey(self.epoch, position, image_index)
 
 
 class TrainingSet(Dataset):
-    """Cropped and augmented samples with their targets; ``[SampleKey]`` gives (image uint8 [3, h, w], target).
+    """Cropped and augmented samples with their targets; ``[SampleKey]`` gives (image uint8 [3, h,
+    w], target).
 
-    A share ``class_balance`` of the samples is drawn by class: a class, each as likely, then one of its instances in the
-    training images, each as likely, whose middle the crop then holds. The rest are crops at a random place of the key's own image.
+    A share ``class_balance`` of the samples is drawn by class: a class, each as likely, then one of
+    its instances in the training images, each as likely, whose middle the crop then holds. The rest
+    are crops at a random place of the key's own image.
 
     Args:
         dataset: all images.
         indices: those to train on.
-        crop_size_px: side of the square crop at native resolution; a smaller image is used whole; 0: whole images.
+        crop_size_px: side of the square crop at native resolution; a smaller image is used whole;
+            0: whole images.
         class_balance: in [0, 1].
         augmentation: a name in ``recipes.RECIPES``.
         seed: of every random choice, together with the key.
-        drop_cut_cells: leave cells that reach the crop's border out of the targets, as annotators leave out those that reach the
-            image's; else what is left of them is annotated.
+        drop_cut_cells: leave cells that reach the crop's border out of the targets, as annotators
+            leave out those that reach the image's; else what is left of them is annotated.
         boxes_miss_last_pixel: as in ``make_target``.
     """
 
@@ -73,17 +90,26 @@ class TrainingSet(Dataset):
     ):
         self.boxes_miss_last_pixel = boxes_miss_last_pixel
         self.dataset, self.indices, self.seed = dataset, indices, seed
-        self.crop_size_px, self.class_balance, self.drop_cut_cells = crop_size_px, class_balance, drop_cut_cells
+        self.crop_size_px, self.class_balance, self.drop_cut_cells = (
+            crop_size_px,
+            class_balance,
+            drop_cut_cells,
+        )
         self.recipe = RECIPES[augmentation]
         self.counts = np.asarray(dataset.counts)[indices]
 
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, dict[str, Tensor]]:
         image, label_maps, image_id, (model_seed, recipe_seed) = self.draw_crop(key)
         image, label_maps = augment(image, label_maps, self.recipe, recipe_seed)
-        return image, make_target(label_maps, self.boxes_miss_last_pixel) | {"image_id": image_id, "seed": model_seed}
+        return image, make_target(label_maps, self.boxes_miss_last_pixel) | {
+            "image_id": image_id,
+            "seed": model_seed,
+        }
 
     def draw_crop(self, key: SampleKey) -> tuple[Tensor, Tensor, str, list[int]]:
-        """A sample before its augmentation: image, label maps, the image's name, and the seeds of the model and of the recipe."""
+        """A sample before its augmentation: image, label maps, the image's name, and the seeds of
+        the model and of the recipe.
+        """
         rng = np.random.default_rng((self.seed, key.epoch, key.position))
         cell_image, center = self.dataset[key.image_index], None
         if rng.random() < self.class_balance and self.counts.any():
@@ -92,10 +118,14 @@ class TrainingSet(Dataset):
         return image, label_maps, cell_image.image_id, rng.integers(2**63, size=2).tolist()
 
     def _draw_instance(self, rng: np.random.Generator) -> tuple[CellImage, tuple[int, int]]:
-        """An image and the (row, column) of the middle of one of its instances' boxes, balanced over the classes."""
+        """An image and the (row, column) of the middle of one of its instances' boxes, balanced
+        over the classes.
+        """
         class_index = rng.choice(np.flatnonzero(self.counts.sum(0)))
         per_image = self.counts[:, class_index]
-        cell_image = self.dataset[self.indices[rng.choice(len(per_image), p=per_image / per_image.sum())]]
+        cell_image = self.dataset[
+            self.indices[rng.choice(len(per_image), p=per_image / per_image.sum())]
+        ]
         label_map = cell_image.label_maps[class_index]
         boxes, _, _ = find_boxes(label_map[None])
         x1, y1, x2, y2 = boxes[rng.integers(len(boxes))]
@@ -116,7 +146,8 @@ def crop(
         size_px: side; 0, or a shorter image side, keeps that side whole.
         center: (row, column) that the crop must hold, somewhere in its middle half; None: anywhere.
         rng: draws the place.
-        drop_cut_cells: whether instances become background that reach a side of the crop inside the image.
+        drop_cut_cells: whether instances become background that reach a side of the crop inside the
+            image.
     """
     height, width = cell_image.image.shape[1:]
     starts, sides = [], []
@@ -131,7 +162,11 @@ def crop(
     window = np.s_[:, starts[0] : starts[0] + sides[0], starts[1] : starts[1] + sides[1]]
     label_maps = cell_image.label_maps[window].astype(np.int32)
     cuts = [(axis, 0) for axis in (0, 1) if starts[axis] > 0]
-    cuts += [(axis, -1) for axis, length in enumerate((height, width)) if starts[axis] + sides[axis] < length]
+    cuts += [
+        (axis, -1)
+        for axis, length in enumerate((height, width))
+        if starts[axis] + sides[axis] < length
+    ]
     for label_map in label_maps if drop_cut_cells and cuts else ():
         kept = np.arange(label_map.max() + 1, dtype=label_map.dtype)
         for axis, line in cuts:
@@ -141,10 +176,12 @@ def crop(
 
 
 def make_target(label_maps: Tensor, boxes_miss_last_pixel: bool = False) -> dict[str, Tensor]:
-    """The training target of label maps int32 [K, H, W]: boxes float32 [N, 4], labels int64 [N], ids int32 [N], label_maps.
+    """The training target of label maps int32 [K, H, W]: boxes float32 [N, 4], labels int64 [N],
+    ids int32 [N], label_maps.
 
-    With ``boxes_miss_last_pixel`` a box ends at its cell's last pixel row and column instead of behind them, and cells of one row or
-    column are left out, as in the released code of reports B, C and E.
+    With ``boxes_miss_last_pixel`` a box ends at its cell's last pixel row and column instead of
+    behind them, and cells of one row or column are left out, as in the released code of reports B,
+    C and E.
     """
     boxes, labels, ids = find_boxes(label_maps.numpy())
     if boxes_miss_last_pixel:
@@ -159,7 +196,9 @@ def make_target(label_maps: Tensor, boxes_miss_last_pixel: bool = False) -> dict
     }
 
 
-def collate(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def collate(
+    samples: list[tuple[Tensor, dict[str, Tensor]]],
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Samples of several sizes as lists."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)

@@ -1,4 +1,6 @@
-"""Residual networks with and without a feature pyramid, attention in them, and the loading of whole or partial weights."""
+"""Residual networks with and without a feature pyramid, attention in them, and the loading of whole
+or partial weights.
+"""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -11,7 +13,11 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
-NO_WEIGHTS = ("num_batches_tracked", "transform.image_mean", "transform.image_std")  # ends of names of tensors that no file gives
+NO_WEIGHTS = (
+    "num_batches_tracked",
+    "transform.image_mean",
+    "transform.image_std",
+)  # ends of names of tensors that no file gives
 
 
 class LoadReport(NamedTuple):
@@ -32,16 +38,21 @@ class LoadReport(NamedTuple):
 
 
 def resnet_fpn(name: str, fpn_norm: type[nn.Module] | None = None) -> BackboneWithFPN:
-    """A ResNet or ResNeXt of torchvision with a 256-channel feature pyramid of 5 levels (strides 4 to 64), at random weights."""
-    return _resnet_fpn_extractor(torchvision.models.get_model(name, weights=None), trainable_layers=5, norm_layer=fpn_norm)
+    """A ResNet or ResNeXt of torchvision with a 256-channel feature pyramid of 5 levels (strides 4
+    to 64), at random weights.
+    """
+    return _resnet_fpn_extractor(
+        torchvision.models.get_model(name, weights=None), trainable_layers=5, norm_layer=fpn_norm
+    )
 
 
 class SingleMapBackbone(nn.Module):
     """A ResNet without a feature pyramid: one map of 256 channels at stride 16.
 
-    The map is C4, the output of ``layer3``, as in the Mask R-CNN without a pyramid of He et al. ("Mask R-CNN", 2017), here followed
-    by a 1x1 convolution to the pyramid's 256 channels, so that RPN and heads are the same with and without a pyramid. (Theirs uses
-    ``layer4`` as the box head; C5, at stride 32, is coarser than most cells.)
+    The map is C4, the output of ``layer3``, as in the Mask R-CNN without a pyramid of He et al.
+    ("Mask R-CNN", 2017), here followed by a 1x1 convolution to the pyramid's 256 channels, so that
+    RPN and heads are the same with and without a pyramid. (Theirs uses ``layer4`` as the box head;
+    C5, at stride 32, is coarser than most cells.)
     """
 
     out_channels = 256
@@ -59,11 +70,13 @@ class SingleMapBackbone(nn.Module):
 
 
 class CBAM(nn.Module):
-    """Convolutional block attention, channel then spatial (Woo et al., "CBAM", 2018, equations 1 to 3).
+    """Convolutional block attention, channel then spatial (Woo et al., "CBAM", 2018, equations 1 to
+    3).
 
-    ``F' = Mc(F) * F`` with ``Mc(F) = sigmoid(W1 relu(W0 mean(F)) + W1 relu(W0 max(F)))`` over all pixels, and
-    ``F'' = Ms(F') * F'`` with ``Ms(F') = sigmoid(conv7x7([mean(F'), max(F')]))`` over all channels. W0 narrows the channels 16-fold; no
-    layer has a bias. Takes and gives float [N, C, H, W].
+    ``F' = Mc(F) * F`` with ``Mc(F) = sigmoid(W1 relu(W0 mean(F)) + W1 relu(W0 max(F)))`` over all
+    pixels, and ``F'' = Ms(F') * F'`` with ``Ms(F') = sigmoid(conv7x7([mean(F'), max(F')]))`` over
+    all channels. W0 narrows the channels 16-fold; no layer has a bias. Takes and gives float [N, C,
+    H, W].
     """
 
     def __init__(self, channels: int, reduction: int = 16, kernel_size: int = 7):
@@ -76,36 +89,59 @@ class CBAM(nn.Module):
         self.spatial = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x * (self.channel(x.mean((2, 3), keepdim=True)) + self.channel(x.amax((2, 3), keepdim=True))).sigmoid()
-        return x * self.spatial(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)).sigmoid()
+        x = (
+            x
+            * (
+                self.channel(x.mean((2, 3), keepdim=True))
+                + self.channel(x.amax((2, 3), keepdim=True))
+            ).sigmoid()
+        )
+        return (
+            x
+            * self.spatial(
+                torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+            ).sigmoid()
+        )
 
 
 def add_cbam(backbone: nn.Module) -> None:
-    """Put a ``CBAM`` at the end of each stage (``layer1`` ..) of a backbone's ``body``, in place; names of weights stay as they are."""
+    """Put a ``CBAM`` at the end of each stage (``layer1`` ..) of a backbone's ``body``, in place;
+    names of weights stay as they are.
+    """
     for name, stage in backbone.body.named_children():
         if name.startswith("layer"):
             block = stage[-1]
-            stage.add_module("cbam", CBAM((block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels))
+            stage.add_module(
+                "cbam", CBAM((block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels)
+            )
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], prefixes: tuple[str, ...], source: str) -> LoadReport:
+def load_weights(
+    model: nn.Module, state: dict[str, Tensor], prefixes: tuple[str, ...], source: str
+) -> LoadReport:
     """Copy every tensor of ``state`` that has a place of the same shape in ``model``.
 
     Args:
         model: changed in place.
         state: tensors by name.
-        prefixes: where the file's names may stand in the model's, such as ``("", "backbone.body.")``; the one that places most
-            tensors is taken.
+        prefixes: where the file's names may stand in the model's, such as ``("",
+            "backbone.body.")``; the one that places most tensors is taken.
         source: name for the report.
 
     Raises:
         ValueError: no tensor fits.
     """
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(NO_WEIGHTS)}
+    own = {
+        name: tensor for name, tensor in model.state_dict().items() if not name.endswith(NO_WEIGHTS)
+    }
     state = {name: tensor for name, tensor in state.items() if not name.endswith(NO_WEIGHTS)}
 
     def fitting(prefix: str) -> dict[str, str]:
-        return {prefix + n: n for n, t in state.items() if prefix + n in own and own[prefix + n].shape == t.shape}
+        return {
+            prefix + n: n
+            for n, t in state.items()
+            if prefix + n in own and own[prefix + n].shape == t.shape
+        }
 
     placed = max((fitting(prefix) for prefix in prefixes), key=len)
     if not placed:
@@ -115,13 +151,22 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], prefixes: tuple[str
         )
     model.load_state_dict({mine: state[theirs] for mine, theirs in placed.items()}, strict=False)
     used = set(placed.values())
-    return LoadReport(source, list(placed), [n for n in own if n not in placed], [n for n in state if n not in used])
+    return LoadReport(
+        source,
+        list(placed),
+        [n for n in own if n not in placed],
+        [n for n in state if n not in used],
+    )
 
 
-def freeze_loaded(backbone: nn.Module, loaded: set[str], trainable_layers: int, norms: bool) -> None:
-    """Freeze what was loaded: the weights of all but the body's last ``trainable_layers`` layers and, with ``norms``, its norms.
+def freeze_loaded(
+    backbone: nn.Module, loaded: set[str], trainable_layers: int, norms: bool
+) -> None:
+    """Freeze what was loaded: the weights of all but the body's last ``trainable_layers`` layers
+    and, with ``norms``, its norms.
 
-    A frozen norm at random weights diverges, and a frozen random convolution is noise, so what was not loaded stays trainable.
+    A frozen norm at random weights diverges, and a frozen random convolution is noise, so what was
+    not loaded stays trainable.
 
     Args:
         backbone: changed in place.
@@ -145,13 +190,16 @@ def freeze_loaded(backbone: nn.Module, loaded: set[str], trainable_layers: int, 
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` or ``.pth`` / ``.pt`` file, the latter read with ``weights_only=True``.
+    """The tensors of a ``.safetensors`` or ``.pth`` / ``.pt`` file, the latter read with
+    ``weights_only=True``.
 
     Raises:
         ValueError: no such file, not readable, or not a flat table of tensors.
     """
     if not path.is_file():
-        raise ValueError(f"weights file {path} does not exist; give an existing file, or one of none, imagenet, coco")
+        raise ValueError(
+            f"weights file {path} does not exist; give an existing file, or one of none, imagenet, coco"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -159,12 +207,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"weights file {path} cannot be read ({_first_line(error)}); it must be .safetensors or a .pth of tensors") from None
+        raise ValueError(
+            f"weights file {path} cannot be read ({_first_line(error)}); it must be .safetensors or a .pth of tensors"
+        ) from None
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"weights file {path} holds no table of tensors by name; save model.state_dict() to it")
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(value, Tensor) for value in state.values())
+    ):
+        raise ValueError(
+            f"weights file {path} holds no table of tensors by name; save model.state_dict() to it"
+        )
     return state
 
 
@@ -191,4 +247,6 @@ def _first_line(error: Exception) -> str:
 def _modules(names: list[str]) -> str:
     """The modules that hold the named tensors, first to fourth level, shortened."""
     modules = list(dict.fromkeys(".".join(name.split(".")[:-1][:5]) for name in names))
-    return ", ".join(modules[:8]) + (f" and {len(modules) - 8} more modules" if len(modules) > 8 else "")
+    return ", ".join(modules[:8]) + (
+        f" and {len(modules) - 8} more modules" if len(modules) > 8 else ""
+    )
