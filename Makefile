@@ -33,7 +33,7 @@ lab: install nbdime
 
 ## MoNuSAC 2020 from its public copy, in the HW3 layout, into outputs/monusac (needs a network).
 data: install
-	$(BIN)/python -m cellseg_helpers.data.monusac download outputs/monusac
+	$(BIN)/python -m tools.monusac download outputs/monusac
 
 ## Compile the one list of pinned versions anew.
 lock: install

@@ -23,7 +23,8 @@ import shlex
 import signal
 import sys
 
-from cellseg_helpers import jobs, study
+from cellseg_helpers import jobs
+from study import runs as study
 from cellseg_helpers.config import resolve_path
 
 DATA = os.path.normpath(str(config.get("data", "drawn")))

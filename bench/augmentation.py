@@ -14,8 +14,8 @@ from torchvision.transforms import v2
 
 from bench.measure import Pair, Row, side_by_side, time_and_memory, verdict
 from bench.scenes import dense_image, dense_label_maps
+from cellseg_helpers.data.augment import RECIPES, augment
 from cellseg_helpers.data.labels import find_instances
-from cellseg_helpers.data.recipes import RECIPES, augment
 
 Sample = tuple[Tensor, Tensor]  # image, and label maps or masks
 RECIPE = "full"

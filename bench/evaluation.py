@@ -13,9 +13,9 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from bench.large_run import draw_run
 from bench.measure import Pair, Row, side_by_side, time_and_memory, times_less, verdict
-from cellseg_helpers.analysis.metrics import COCO_MAX_DETS, at_max_dets, score_coco, summarize
+from cellseg_helpers.metrics import COCO_MAX_DETS, at_max_dets, score_coco, summarize
+from tools.large_run import draw_run
 
 IMAGES, DETECTIONS_PER_IMAGE = 100, 500
 TOLERANCE = 1e-9

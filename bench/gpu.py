@@ -40,9 +40,9 @@ from bench.training import (
     torchvision_model,
 )
 from cellseg_helpers.config import RunConfig
-from cellseg_helpers.data.readers import CellImage
-from cellseg_helpers.data.recipes import RECIPES, augment
-from cellseg_helpers.data.transforms import EpochSampler, SampleKey, TrainingSet
+from cellseg_helpers.data.augment import RECIPES, augment
+from cellseg_helpers.data.hw3 import CellImage
+from cellseg_helpers.data.samples import EpochSampler, SampleKey, TrainingSet
 from cellseg_helpers.engine import (
     make_fabric,
     make_loader,

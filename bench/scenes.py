@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.large_run import mask_of
-from cellseg_helpers.data.transforms import make_target
-from cellseg_helpers.model.roi_heads import mask_targets
+from cellseg_helpers.data.samples import make_target
+from cellseg_helpers.model.heads import mask_targets
+from tools.large_run import mask_of
 
 CELLS_PER_PX = 2_000 / 2_500**2
 MASK_SIDE = 28

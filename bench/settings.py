@@ -33,8 +33,8 @@ from bench.training import (
     stepper,
 )
 from cellseg_helpers.config import RunConfig
-from cellseg_helpers.data.readers import open_dataset
-from cellseg_helpers.data.transforms import EpochSampler, TrainingSet
+from cellseg_helpers.data.hw3 import open_dataset
+from cellseg_helpers.data.samples import EpochSampler, TrainingSet
 from cellseg_helpers.engine import make_loader, make_optimizer, to_device
 from cellseg_helpers.model.build import build_model
 

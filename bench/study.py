@@ -30,8 +30,8 @@ import pandas as pd
 from bench.machine import save_table
 from bench.measure import ROOT, Row, seconds
 from cellseg_helpers.config import resolve_path
-from cellseg_helpers.data.readers import open_dataset
-from cellseg_helpers.study import RUNS, parameter_files, run_keys, settings
+from cellseg_helpers.data.hw3 import open_dataset
+from study.runs import RUNS, parameter_files, run_keys, settings
 
 NETWORK = ("forward", "backward")
 SCALE, DATA, SEED = "quick", "drawn", 0
@@ -77,8 +77,7 @@ def install() -> None:
     from torch import optim
     from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-    from cellseg_helpers import engine
-    from cellseg_helpers.analysis import plots
+    from cellseg_helpers import engine, plots
     from cellseg_helpers.model import build
 
     for owner, names, part in (

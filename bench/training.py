@@ -33,9 +33,9 @@ from bench.scenes import MASK_SIDE, dense_image, dense_label_maps, dense_target,
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.labels import CLASS_NAMES
 from cellseg_helpers.model.build import build_model
+from cellseg_helpers.model.heads import SeededSampler, mask_targets
 from cellseg_helpers.model.roi_align import GatherRoIAlign
-from cellseg_helpers.model.roi_heads import SeededSampler, mask_targets
-from cellseg_helpers.study import settings as study_settings
+from study.runs import settings as study_settings
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIDE_PX, CELLS, FEW_CELLS, POSITIVES = 1024, 772, 5, 512

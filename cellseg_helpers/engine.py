@@ -23,13 +23,13 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cellseg_helpers.analysis.metrics import evaluate, save_metrics
 from cellseg_helpers.config import RunConfig, resolve_path
 from cellseg_helpers.data.coco import to_coco
-from cellseg_helpers.data.readers import CellDataset, open_dataset
+from cellseg_helpers.data.hw3 import CellDataset, open_dataset
+from cellseg_helpers.data.samples import EpochSampler, SampleKey, TrainingSet, collate
 from cellseg_helpers.data.splits import make_split
-from cellseg_helpers.data.transforms import EpochSampler, SampleKey, TrainingSet, collate
 from cellseg_helpers.inference import predict
+from cellseg_helpers.metrics import evaluate, save_metrics
 from cellseg_helpers.model.backbones import read_weights
 from cellseg_helpers.model.build import build_model, count_parameters, rebuild_model
 from cellseg_helpers.runs import (

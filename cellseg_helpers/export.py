@@ -15,10 +15,10 @@ import pandas as pd
 import tifffile
 from matplotlib.colors import to_rgb
 
-from cellseg_helpers.analysis.plots import CLASS_COLORS
 from cellseg_helpers.config import resolve_path
 from cellseg_helpers.data.labels import CLASS_NAMES, decode_in_boxes
 from cellseg_helpers.data.outlines import pixel_outlines
+from cellseg_helpers.plots import CLASS_COLORS
 from cellseg_helpers.runs import replacing, write_json, write_text
 
 Rows = list[dict[str, Any]]

@@ -34,8 +34,8 @@ from typing import Any, TextIO
 
 import yaml
 
-from cellseg_helpers import study
 from cellseg_helpers.config import ROOT, RunConfig, resolve_path
+from study import runs as study
 
 LOCK = "outputs/.study.lock"
 COLUMNS = ("job", "ended", "seconds", "start_seconds", "cpu_seconds", "peak_memory_bytes", "error")

@@ -31,9 +31,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from cellseg_helpers.analysis.metrics import load_metrics
 from cellseg_helpers.config import ROOT, RunConfig, resolve_path
-from cellseg_helpers.study import RUNS
+from cellseg_helpers.metrics import load_metrics
+from study.runs import RUNS
 
 PACKAGES = (
     "torch",

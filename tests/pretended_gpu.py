@@ -134,11 +134,8 @@ class Names(TorchFunctionMode):
 
 
 def _renamed(leaf: Any) -> Any:
-    named = (
-        (isinstance(leaf, torch.device)
-        and leaf.type == "cuda")
-        or (isinstance(leaf, str)
-        and leaf == "cuda")
+    named = (isinstance(leaf, torch.device) and leaf.type == "cuda") or (
+        isinstance(leaf, str) and leaf == "cuda"
     )
     return META if named else leaf
 

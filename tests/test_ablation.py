@@ -2,16 +2,16 @@ import numpy as np
 import pytest
 from scenes import disc, result, truth_of
 
-from cellseg_helpers.analysis import ablation
-from cellseg_helpers.analysis.ablation import (
+from cellseg_helpers.postprocess import mask_nms
+from cellseg_helpers.resampling import halve
+from study import ablation
+from study.ablation import (
     Step,
     ablate,
     apply_recipe,
     panoptic_quality,
     steps_of_report_e,
 )
-from cellseg_helpers.analysis.postprocess import mask_nms
-from cellseg_helpers.analysis.resampling import halve
 
 PLACES = [(15, 15), (45, 15), (75, 15), (15, 60), (45, 60), (80, 60)]
 

@@ -23,7 +23,7 @@ from bench.scenes import dense_image, dense_label_maps, dense_target, with_dense
 from bench.training import torchvision_model
 from cellseg_helpers.config import ROOT
 from cellseg_helpers.data.labels import find_boxes
-from cellseg_helpers.data.transforms import SampleKey, TrainingSet, collate
+from cellseg_helpers.data.samples import SampleKey, TrainingSet, collate
 
 BYTES = 50_000_000
 

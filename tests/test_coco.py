@@ -21,11 +21,12 @@ from torchvision.datasets import CocoDetection
 
 from cellseg_helpers import engine, runs
 from cellseg_helpers.config import ROOT
-from cellseg_helpers.data import coco, coco_reading, readers
+from cellseg_helpers.data import coco, coco_reading
+from cellseg_helpers.data import hw3 as readers
 from cellseg_helpers.data.coco import export_coco
+from cellseg_helpers.data.drawn import draw_dataset
+from cellseg_helpers.data.hw3 import DataError, check_folder, open_dataset
 from cellseg_helpers.data.labels import find_instances
-from cellseg_helpers.data.readers import DataError, check_folder, open_dataset
-from cellseg_helpers.data.synthetic import draw_dataset
 from cellseg_helpers.data.test_images import open_test_images
 from cellseg_helpers.engine import fit
 from cellseg_helpers.runs import load_checkpoint

@@ -10,9 +10,9 @@ from tiny_training import build_tiny
 
 from bench import gpu as bench_gpu
 from cellseg_helpers.config import RunConfig
-from cellseg_helpers.data.recipes import RECIPES, GaussianNoise, augment
-from cellseg_helpers.data.synthetic import draw_tissue
-from cellseg_helpers.data.transforms import make_target
+from cellseg_helpers.data.augment import RECIPES, GaussianNoise, augment
+from cellseg_helpers.data.drawn import draw_tissue
+from cellseg_helpers.data.samples import make_target
 from cellseg_helpers.engine import to_device
 from cellseg_helpers.inference import predict
 

@@ -29,11 +29,10 @@ from tiny_training import build_tiny, history_without_clock, tiny_settings
 from torch import nn
 
 from cellseg_helpers import engine, runs
-from cellseg_helpers.analysis.metrics import load_metrics
 from cellseg_helpers.config import ROOT, RunConfig
-from cellseg_helpers.data import readers
-from cellseg_helpers.data.synthetic import draw_dataset, draw_tissue
-from cellseg_helpers.data.transforms import make_target
+from cellseg_helpers.data import hw3 as readers
+from cellseg_helpers.data.drawn import draw_dataset, draw_tissue
+from cellseg_helpers.data.samples import make_target
 from cellseg_helpers.engine import (
     LOSSES,
     TrainingError,
@@ -45,6 +44,7 @@ from cellseg_helpers.engine import (
     predict_run,
     stopped_early,
 )
+from cellseg_helpers.metrics import load_metrics
 from cellseg_helpers.model.build import build_model, count_parameters
 from cellseg_helpers.runs import RunError, load_checkpoint, load_run, read_json, write_json
 

@@ -1,7 +1,7 @@
 from ipywidgets import IntSlider
 from matplotlib.figure import Figure
 
-from cellseg_helpers.analysis.explore import explore
+from cellseg_helpers.explore import explore
 
 
 def test_the_picture_follows_the_controls():

@@ -20,10 +20,10 @@ from shapely.geometry import shape
 from skimage import measure
 
 from cellseg_helpers import export, runs
-from cellseg_helpers.analysis.plots import CLASS_COLORS
 from cellseg_helpers.data.labels import CLASS_NAMES, encode_box_mask, encode_box_masks
 from cellseg_helpers.data.outlines import pixel_outlines
 from cellseg_helpers.export import geojson, label_image, save_cells
+from cellseg_helpers.plots import CLASS_COLORS
 
 masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9))
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from scenes import disc, result, truth_of
 
-from cellseg_helpers import study as study_runs
-from cellseg_helpers.analysis import findings, plots, released_code, reports, resampling, verdicts
+from cellseg_helpers import plots, resampling
 from cellseg_helpers.config import ROOT
-from cellseg_helpers.data.readers import CellImage, open_dataset
+from cellseg_helpers.data.hw3 import CellImage, open_dataset
 from cellseg_helpers.model.build import build_model
 from cellseg_helpers.runs import RunError
+from study import findings, released_code, reports, verdicts
+from study import runs as study_runs
 
 STUDY = "quick-drawn"
 

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scenes import CLASS_NAMES, HEIGHT, WIDTH, disc, result, truth_of
 
-from cellseg_helpers.analysis.metrics import (
+from cellseg_helpers.metrics import (
     COCO_AREAS_PX,
     average_precision,
     average_precision_per_class,
@@ -538,5 +538,5 @@ def test_other_faults_are_explained():
 
 
 def test_no_torch_at_import():
-    code = "import sys, cellseg_helpers.analysis.metrics; sys.exit('torch' in sys.modules)"
+    code = "import sys, cellseg_helpers.metrics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -17,14 +17,14 @@ from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 from cellseg_helpers.config import RunConfig
+from cellseg_helpers.data.drawn import draw_tissue
 from cellseg_helpers.data.labels import CLASS_NAMES, find_instances
-from cellseg_helpers.data.synthetic import draw_tissue
-from cellseg_helpers.data.transforms import make_target
-from cellseg_helpers.model import roi_heads
+from cellseg_helpers.data.samples import make_target
+from cellseg_helpers.model import heads as roi_heads
 from cellseg_helpers.model.backbones import resnet_fpn
 from cellseg_helpers.model.build import IMAGENET_MEAN, IMAGENET_STD, build_model, count_parameters
+from cellseg_helpers.model.heads import SeededSampler, first_of_permutation, mask_targets
 from cellseg_helpers.model.roi_align import GatherRoIAlign
-from cellseg_helpers.model.roi_heads import SeededSampler, first_of_permutation, mask_targets
 
 
 def dense_masks(label_maps: np.ndarray, instances) -> torch.Tensor:

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from skimage.draw import polygon2mask
 
 from cellseg_helpers.config import ROOT
-from cellseg_helpers.data.monusac import (
+from cellseg_helpers.data.hw3 import DataError, open_dataset
+from tools.monusac import (
     convert_originals,
     convert_parquet,
     draw_instances,
     fill_outline,
     main,
 )
-from cellseg_helpers.data.readers import DataError, open_dataset
 
 NAME = "TCGA-AA-0001-01Z-00-DX1_1"
 HUB_CLASSES = ["Ambiguous", "Epithelial", "Lymphocyte", "Macrophage", "Neutrophil"]
@@ -590,7 +590,7 @@ def test_download_without_a_network_says_what_to_do(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "cellseg_helpers.data.monusac",
+        "tools.monusac",
         "download",
         str(tmp_path / "out"),
     ]
@@ -601,7 +601,7 @@ def test_download_without_a_network_says_what_to_do(tmp_path):
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
-    convert = f"python -m cellseg_helpers.data.monusac FOLDER {tmp_path / 'out'}"
+    convert = f"python -m tools.monusac FOLDER {tmp_path / 'out'}"
     for part in ("MoNuSAC 2020", "grand-challenge", "CC BY-NC-SA 4.0", convert):
         assert part in result.stderr
     assert not (tmp_path / "out").exists()

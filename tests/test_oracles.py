@@ -37,20 +37,20 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_iou, masks_to_boxes
 from torchvision.transforms import v2
 
-from cellseg_helpers.analysis.metrics import match_detections, score_coco
-from cellseg_helpers.analysis.resampling import bootstrap_ap50, bootstrap_summary, draw_images
-from cellseg_helpers.analysis.thresholds import count_by_threshold, keep_scores
-from cellseg_helpers.data import readers
+from cellseg_helpers.data import hw3 as readers
+from cellseg_helpers.data.augment import RECIPES, augment
 from cellseg_helpers.data.coco_reading import CocoAnnotation, CocoImage, draw_label_maps
+from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.data.labels import encode_box_masks, encode_instances, find_instances
-from cellseg_helpers.data.readers import open_dataset
-from cellseg_helpers.data.recipes import RECIPES, augment
-from cellseg_helpers.data.transforms import make_target
+from cellseg_helpers.data.samples import make_target
 from cellseg_helpers.inference import paste_in_boxes, predict
+from cellseg_helpers.metrics import match_detections, score_coco
 from cellseg_helpers.model import rpn as rpn_module
+from cellseg_helpers.model.heads import LabelMapTransform, mask_targets
 from cellseg_helpers.model.roi_align import GatherRoIAlign
-from cellseg_helpers.model.roi_heads import LabelMapTransform, mask_targets
 from cellseg_helpers.model.rpn import LabelMapRPN
+from cellseg_helpers.resampling import bootstrap_ap50, bootstrap_summary, draw_images
+from cellseg_helpers.thresholds import count_by_threshold, keep_scores
 
 IDS = (1, 2, 3, 255, 256, 65_535, 65_536, 70_000)
 seeds = st.integers(0, 2**32 - 1)

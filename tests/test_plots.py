@@ -6,21 +6,21 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
-from cellseg_helpers.analysis import plots, thresholds
-from cellseg_helpers.analysis.ablation import Step, ablate
-from cellseg_helpers.analysis.borders import border_contact
-from cellseg_helpers.analysis.metrics import (
+from cellseg_helpers import plots, thresholds
+from cellseg_helpers.borders import border_contact
+from cellseg_helpers.data.coco import to_coco
+from cellseg_helpers.data.hw3 import CellImage
+from cellseg_helpers.data.labels import CLASS_NAMES, encode_box_mask
+from cellseg_helpers.metrics import (
     count_matches,
     match_detections,
     precision_recall_curves,
     score_coco,
 )
-from cellseg_helpers.analysis.postprocess import close_masks, mask_nms
-from cellseg_helpers.analysis.resampling import Half
-from cellseg_helpers.analysis.tables import class_summary, confident_mistakes
-from cellseg_helpers.data.coco import to_coco
-from cellseg_helpers.data.labels import CLASS_NAMES, encode_box_mask
-from cellseg_helpers.data.readers import CellImage
+from cellseg_helpers.postprocess import close_masks, mask_nms
+from cellseg_helpers.resampling import Half
+from study.ablation import Step, ablate
+from study.tables import class_summary, confident_mistakes
 
 
 @pytest.fixture

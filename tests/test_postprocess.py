@@ -8,8 +8,8 @@ from pycocotools import mask as coco_mask
 from scipy import ndimage
 from skimage import measure, morphology
 
-from cellseg_helpers.analysis import postprocess
-from cellseg_helpers.analysis.postprocess import (
+from cellseg_helpers import postprocess
+from cellseg_helpers.postprocess import (
     adjust_scores_by_size,
     apply_class_thresholds,
     close_masks,

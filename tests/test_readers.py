@@ -15,9 +15,10 @@ import pytest
 import tifffile
 
 from cellseg_helpers.config import ROOT
-from cellseg_helpers.data import readers, synthetic
+from cellseg_helpers.data import drawn as synthetic
+from cellseg_helpers.data import hw3 as readers
+from cellseg_helpers.data.hw3 import DataError, Fault, check_folder, open_dataset
 from cellseg_helpers.data.labels import connected_components, find_instances
-from cellseg_helpers.data.readers import DataError, Fault, check_folder, open_dataset
 
 HEIGHT, WIDTH = 40, 33
 IDS = "save whole numbers: 0 = background, other values = instance ids"
@@ -521,7 +522,7 @@ def test_a_long_list_of_faults_is_cut(folder):
     lines = str(error.value).split("\n")
     assert len(lines) == 23
     assert lines[0] == f"the data in {folder} has 30 faults:"
-    assert lines[21] == "  and 10 more: cellseg_helpers.data.readers.check_folder lists all"
+    assert lines[21] == "  and 10 more: cellseg_helpers.data.hw3.check_folder lists all"
     assert (
         len(check_folder(folder))
         == len(open_dataset(folder, skip_faulty_images=True).skipped)
@@ -814,7 +815,7 @@ def test_cache_folder_that_cannot_be_written(folder, cache_dir):
 OPEN = """
 import sys, time
 from pathlib import Path
-from cellseg_helpers.data import readers
+from cellseg_helpers.data import hw3 as readers
 readers.CACHE = Path(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()

@@ -15,11 +15,8 @@ from skimage.measure import label
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from cellseg_helpers.analysis.plots import recipe_gallery
 from cellseg_helpers.config import CHOICES
-from cellseg_helpers.data.labels import find_instances
-from cellseg_helpers.data.readers import CellImage, open_dataset
-from cellseg_helpers.data.recipes import (
+from cellseg_helpers.data.augment import (
     RECIPES,
     STRIP_ROWS,
     ElasticDistortion,
@@ -32,7 +29,10 @@ from cellseg_helpers.data.recipes import (
     StripedImage,
     augment,
 )
-from cellseg_helpers.data.transforms import SampleKey, TrainingSet
+from cellseg_helpers.data.hw3 import CellImage, open_dataset
+from cellseg_helpers.data.labels import find_instances
+from cellseg_helpers.data.samples import SampleKey, TrainingSet
+from cellseg_helpers.plots import recipe_gallery
 
 LARGEST_ID = 65_535
 PHOTOMETRIC = (v2.ColorJitter, v2.GaussianBlur, GaussianNoise, Gamma)

@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 from scenes import disc, result, truth_of
 
-from cellseg_helpers import study as runs_of_study
-from cellseg_helpers.analysis import metrics, reports, resampling, verdicts
+from cellseg_helpers import metrics, resampling
 from cellseg_helpers.config import ROOT, RunConfig
 from cellseg_helpers.runs import write_json
+from study import reports, verdicts
+from study import runs as runs_of_study
 
 STUDY = "quick-drawn"
 PLACES = [
@@ -214,7 +215,7 @@ class TestRegistry:
         )
 
     def test_report_ds_augmentation_is_what_the_recipe_does(self):
-        from cellseg_helpers.data.recipes import RECIPES
+        from cellseg_helpers.data.augment import RECIPES
 
         in_the_code = {
             "horizontal flip": "HorizontalFlip",

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scenes import CLASS_NAMES, disc, result, truth_of
 
-from cellseg_helpers.analysis import resampling
-from cellseg_helpers.analysis.metrics import (
+from cellseg_helpers import resampling
+from cellseg_helpers.metrics import (
     count_matches,
     dense_max_dets,
     match_detections,

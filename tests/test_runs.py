@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from cellseg_helpers import runs
-from cellseg_helpers.analysis.metrics import evaluate, save_metrics
 from cellseg_helpers.config import ROOT, RunConfig
 from cellseg_helpers.data.coco import to_coco
-from cellseg_helpers.data.readers import CellImage
+from cellseg_helpers.data.hw3 import CellImage
+from cellseg_helpers.metrics import evaluate, save_metrics
 from cellseg_helpers.runs import (
     RunError,
     load_checkpoint,

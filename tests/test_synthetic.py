@@ -15,17 +15,17 @@ import pytest
 import tifffile
 from scipy import ndimage
 
-from bench import drawn_vs_real
 from cellseg_helpers.config import ROOT
-from cellseg_helpers.data import synthetic
-from cellseg_helpers.data.labels import find_instances
-from cellseg_helpers.data.synthetic import (
+from cellseg_helpers.data import drawn as synthetic
+from cellseg_helpers.data.drawn import (
     RECIPES,
     VERSION,
     discard_older_drawing,
     draw_dataset,
     draw_tissue,
 )
+from cellseg_helpers.data.labels import find_instances
+from tools import drawn_vs_real
 
 TRAIN, TEST = 14, 3
 
@@ -217,7 +217,7 @@ def test_a_broken_off_drawing_leaves_nothing(
 
 
 def test_two_processes_at_once_end_well(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cellseg_helpers.data.synthetic", str(tmp_path / "tissue")]
+    command = [sys.executable, "-m", "cellseg_helpers.data.drawn", str(tmp_path / "tissue")]
     command += ["--num-train", "6", "--num-test", "1"]
     runs = [
         subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -285,7 +285,7 @@ def test_touching_counts_diagonal_neighbours_of_any_class() -> None:
 
 
 def test_a_data_set_lies_at_distance_zero_from_itself(folder: Path) -> None:
-    from cellseg_helpers.data.readers import open_dataset
+    from cellseg_helpers.data.hw3 import open_dataset
 
     dataset = open_dataset(folder)
     table = drawn_vs_real.compare(dataset, dataset)

@@ -14,9 +14,9 @@ from torch import nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d
 
-from cellseg_helpers import engine, study
+from cellseg_helpers import engine
 from cellseg_helpers.config import ROOT, RunConfig
-from cellseg_helpers.data.readers import CellDataset, open_dataset
+from cellseg_helpers.data.hw3 import CellDataset, open_dataset
 from cellseg_helpers.model.backbones import CBAM, SingleMapBackbone
 from cellseg_helpers.model.build import (
     IMAGENET_MEAN,
@@ -26,6 +26,7 @@ from cellseg_helpers.model.build import (
     count_parameters,
     rebuild_model,
 )
+from study import runs as study
 
 # What a report says and its runs do not share (beside the run that differs from the report's own
 # system in these settings)

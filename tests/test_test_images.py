@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tifffile
 
-from cellseg_helpers.data import readers, synthetic
-from cellseg_helpers.data.readers import DataError
+from cellseg_helpers.data import drawn as synthetic
+from cellseg_helpers.data import hw3 as readers
+from cellseg_helpers.data.hw3 import DataError
 from cellseg_helpers.data.test_images import NoTestImages, open_test_images
 
 HEIGHT, WIDTH = 12, 17

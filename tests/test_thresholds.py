@@ -3,8 +3,8 @@ import pandas as pd
 import pytest
 from scenes import CLASS_NAMES, disc, result, truth_of
 
-from cellseg_helpers.analysis import thresholds
-from cellseg_helpers.analysis.metrics import average_precision, count_matches, match_detections
+from cellseg_helpers import thresholds
+from cellseg_helpers.metrics import average_precision, count_matches, match_detections
 
 FAR = [disc(x, y, 6) for y in (15, 45, 75) for x in (15, 45, 75, 95)]
 GRID = [0.1, 0.3, 0.5, 0.7, 0.9]

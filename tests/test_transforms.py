@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from cellseg_helpers.config import CHOICES
+from cellseg_helpers.data.augment import RECIPES, QuarterTurn
+from cellseg_helpers.data.hw3 import CellImage
 from cellseg_helpers.data.labels import find_instances
-from cellseg_helpers.data.readers import CellImage
-from cellseg_helpers.data.recipes import RECIPES, QuarterTurn
-from cellseg_helpers.data.transforms import (
+from cellseg_helpers.data.samples import (
     EpochSampler,
     SampleKey,
     TrainingSet,

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scenes import disc, result, truth_of
 
-from cellseg_helpers.analysis import resampling, verdicts
-from cellseg_helpers.analysis.verdicts import CANNOT_TELL, HOLDS, NO_DIFFERENCE, OPPOSITE, Side
+from cellseg_helpers import resampling
+from study import verdicts
+from study.verdicts import CANNOT_TELL, HOLDS, NO_DIFFERENCE, OPPOSITE, Side
 
 IMAGES = 12
 PLACES = [

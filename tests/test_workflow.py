@@ -16,8 +16,9 @@ import psutil
 import pytest
 import yaml
 
-from cellseg_helpers import jobs, study
+from cellseg_helpers import jobs
 from cellseg_helpers.config import ROOT
+from study import runs as study
 
 KEYS = (*study.FINALS, "e/full+proposals")
 LAST = ("08_report_tables", "09_findings", "page")

@@ -21,7 +21,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 
 from cellseg_helpers import engine, runs
 from cellseg_helpers.config import RunConfig
-from cellseg_helpers.data import readers
+from cellseg_helpers.data import hw3 as readers
 from cellseg_helpers.model.build import LabelMapMaskRCNN
 from cellseg_helpers.runs import read_json, write_json
 

@@ -21,8 +21,8 @@ import tifffile
 from tqdm import tqdm
 
 from cellseg_helpers.config import resolve_path
+from cellseg_helpers.data.hw3 import CellDataset, CellImage, DataError, open_dataset
 from cellseg_helpers.data.labels import CLASS_NAMES, encode_instances, find_instances
-from cellseg_helpers.data.readers import CellDataset, CellImage, DataError, open_dataset
 
 
 def to_coco(cell_images: Iterable[CellImage]) -> dict[str, Any]:

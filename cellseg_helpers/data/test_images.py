@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cellseg_helpers.data.readers import (
+from cellseg_helpers.data.hw3 import (
     DataError,
     Fault,
     is_coco,

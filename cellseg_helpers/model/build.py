@@ -31,13 +31,13 @@ from cellseg_helpers.model.backbones import (
     read_weights,
     resnet_fpn,
 )
-from cellseg_helpers.model.roi_align import GatherRoIAlign
-from cellseg_helpers.model.roi_heads import (
+from cellseg_helpers.model.heads import (
     LabelMapRoIHeads,
     LabelMapTransform,
     SeededSampler,
     full_precision,
 )
+from cellseg_helpers.model.roi_align import GatherRoIAlign
 from cellseg_helpers.model.rpn import LabelMapRPN
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -13,7 +13,7 @@ from torchvision.models.detection.rpn import (
 )
 from torchvision.ops import box_iou
 
-from cellseg_helpers.model.roi_heads import mean_over_processes
+from cellseg_helpers.model.heads import mean_over_processes
 
 ANCHORS_PER_STRIP = 2**12
 IOUS_PER_STRIP = 2**22

@@ -23,16 +23,16 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import batched_nms
 
-from cellseg_helpers import study as study_runs
-from cellseg_helpers.analysis import borders
-from cellseg_helpers.analysis.reported import E_SIZE_FACTORS, Detections
+from cellseg_helpers import borders
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.coco import to_coco
+from cellseg_helpers.data.hw3 import CellDataset, CellImage, DataError
 from cellseg_helpers.data.labels import CLASS_NAMES, connected_components, find_instances
-from cellseg_helpers.data.readers import CellDataset, CellImage, DataError
 from cellseg_helpers.data.test_images import open_test_images
 from cellseg_helpers.engine import image_statistics, make_fabric, validation_loss
 from cellseg_helpers.model.build import channel_statistics, has_v2_heads, rebuild_model
+from study import runs as study_runs
+from study.reported import E_SIZE_FACTORS, Detections
 
 # ---------------------------------------------------------------------------------------------------------------
 # cells and images

@@ -1,7 +1,7 @@
 """MoNuSAC 2020 in the HW3 layout: from the published originals, or from the public Parquet copy.
 
-    python -m cellseg_helpers.data.monusac SOURCE DESTINATION      originals (.svs or .tif beside
-    .xml), or Parquet python -m cellseg_helpers.data.monusac download DESTINATION    the Parquet
+    python -m tools.monusac SOURCE DESTINATION      originals (.svs or .tif beside
+    .xml), or Parquet python -m tools.monusac download DESTINATION    the Parquet
     copy RationAI/MoNuSAC, one pinned revision
 
 What is written, whatever the source:
@@ -51,8 +51,8 @@ import numpy as np
 import tifffile
 from tqdm import tqdm
 
+from cellseg_helpers.data.hw3 import DataError
 from cellseg_helpers.data.labels import CLASS_NAMES
-from cellseg_helpers.data.readers import DataError
 from cellseg_helpers.data.splits import patient_of
 
 HUB_NAME = "RationAI/MoNuSAC"
@@ -204,7 +204,7 @@ def download(destination: str | Path, revision: str = HUB_REVISION) -> dict[str,
             "with a network, try again, or name another revision (--revision main is the newest); without one, get the "
             "originals of the MoNuSAC 2020 challenge (grand-challenge.org, 'MoNuSAC 2020', page 'Data'; licence "
             "CC BY-NC-SA 4.0) on another machine, unpack them here, and convert each of their two folders: "
-            f"python -m cellseg_helpers.data.monusac FOLDER {destination}"
+            f"python -m tools.monusac FOLDER {destination}"
         ) from error
     if not any(folder.rglob("*.parquet")):
         raise DataError(
@@ -216,7 +216,7 @@ def download(destination: str | Path, revision: str = HUB_REVISION) -> dict[str,
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m cellseg_helpers.data.monusac",
+        prog="python -m tools.monusac",
         description="Write MoNuSAC 2020 in the HW3 layout: train/<image id>/image.tif and class<k>.tif, patients.csv.",
         epilog=(
             "The originals are published as two folders, training and test: convert each into a destination of its own. "

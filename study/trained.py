@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellseg_helpers.analysis import resampling, tables
-from cellseg_helpers.analysis.reported import VARIANTS
+from cellseg_helpers import resampling
 from cellseg_helpers.config import resolve_path
-from cellseg_helpers.data.readers import CellImage
+from cellseg_helpers.data.hw3 import CellImage
 from cellseg_helpers.runs import Run, RunError, load_run, read_json
-from cellseg_helpers.study import SCALES, differs_from_base, run_name
+from study import tables
+from study.reported import VARIANTS
+from study.runs import SCALES, differs_from_base, run_name
 
 
 class Trained(NamedTuple):

@@ -230,7 +230,7 @@ def locate_data(data: str | Path) -> tuple[Path, str]:
         folder = resolve_path(data)
         name = folder.resolve().name
         return folder, f"{folder.resolve().parent.name}/{name}" if is_coco(folder) else name
-    from cellseg_helpers.data.synthetic import discard_older_drawing, draw_dataset
+    from cellseg_helpers.data.drawn import discard_older_drawing, draw_dataset
 
     folder = ROOT / "outputs" / "drawn"
     try:
@@ -250,7 +250,7 @@ def refusal(
     folder: Path,
     faults: list[Fault],
     can_skip: bool = False,
-    lists_all: str = "cellseg_helpers.data.readers.check_folder",
+    lists_all: str = "cellseg_helpers.data.hw3.check_folder",
 ) -> str:
     """Why a folder is refused: its faults, the first ``FAULTS_SHOWN`` in full, and what to do.
 

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 from pycocotools import mask as coco_mask
 
-from cellseg_helpers.analysis.metrics import Matches
 from cellseg_helpers.config import ROOT, resolve_path
 from cellseg_helpers.data.coco import to_coco
+from cellseg_helpers.data.hw3 import CellDataset, CellImage, DataError, open_dataset
 from cellseg_helpers.data.labels import CLASS_NAMES, find_instances
-from cellseg_helpers.data.readers import CellDataset, CellImage, DataError, open_dataset
+from cellseg_helpers.metrics import Matches
 from cellseg_helpers.runs import Run, load_run, write_text
 
 TABLES = "outputs/tables"

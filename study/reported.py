@@ -5,7 +5,7 @@ scores came about. No torch.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from cellseg_helpers.analysis import borders, postprocess
+from cellseg_helpers import borders, postprocess
 from cellseg_helpers.data.labels import CLASS_NAMES
 
 Detections = list[dict[str, Any]]

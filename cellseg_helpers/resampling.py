@@ -11,7 +11,8 @@ import pandas as pd
 from scipy.stats import norm
 from scipy.stats import t as student_t
 
-from cellseg_helpers.analysis.metrics import (
+from cellseg_helpers.data.splits import make_split
+from cellseg_helpers.metrics import (
     COCO_AREAS_PX,
     Matches,
     average_precision,
@@ -19,7 +20,6 @@ from cellseg_helpers.analysis.metrics import (
     dense_max_dets,
     match_detections,
 )
-from cellseg_helpers.data.splits import make_split
 from cellseg_helpers.runs import RunError, read_json, write_json
 
 FEWEST_IMAGES = 5  # fewer cannot tell how much images differ

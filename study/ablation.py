@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from cellseg_helpers.analysis import postprocess
-from cellseg_helpers.analysis.metrics import match_detections
-from cellseg_helpers.analysis.resampling import (
+from cellseg_helpers import postprocess
+from cellseg_helpers.metrics import match_detections
+from cellseg_helpers.resampling import (
     Half,
     compare,
     count_scores,
     draw_images,
     resampled_scores,
 )
-from cellseg_helpers.analysis.thresholds import choose_thresholds
+from cellseg_helpers.thresholds import choose_thresholds
 
 LEAST_GAIN = 0.001  # of panoptic quality on the choosing half, for a step to be carried on
 

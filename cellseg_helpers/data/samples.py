@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from cellseg_helpers.data.augment import RECIPES, augment
+from cellseg_helpers.data.hw3 import CellDataset, CellImage
 from cellseg_helpers.data.labels import find_boxes
-from cellseg_helpers.data.readers import CellDataset, CellImage
-from cellseg_helpers.data.recipes import RECIPES, augment
 
 
 class SampleKey(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from cellseg_helpers.analysis.metrics import Matches, average_precision, count_matches
+from cellseg_helpers.metrics import Matches, average_precision, count_matches
 
 CRITERIA = ("F1", "count")
 

@@ -13,16 +13,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cellseg_helpers.analysis import (
-    borders,
-    metrics,
-    plots,
-    resampling,
-    tables,
-    thresholds,
-    verdicts,
-)
-from cellseg_helpers.analysis.reported import (
+from cellseg_helpers import borders, metrics, plots, resampling, thresholds
+from cellseg_helpers.config import RunConfig
+from cellseg_helpers.data.hw3 import DataError, open_dataset
+from cellseg_helpers.data.labels import CLASS_NAMES
+from cellseg_helpers.runs import Run
+from study import tables, verdicts
+from study.reported import (
     B_SUMMARY,
     D_AUGMENTATION,
     D_SETTINGS,
@@ -43,12 +40,8 @@ from cellseg_helpers.analysis.reported import (
     Table,
     above,
 )
-from cellseg_helpers.analysis.trained import Study, Trained, differences
-from cellseg_helpers.config import RunConfig
-from cellseg_helpers.data.labels import CLASS_NAMES
-from cellseg_helpers.data.readers import DataError, open_dataset
-from cellseg_helpers.runs import Run
-from cellseg_helpers.study import FINALS, parameter_files
+from study.runs import FINALS, parameter_files
+from study.trained import Study, Trained, differences
 
 OWN_SYSTEM = {
     key[0].upper(): key for key in FINALS

@@ -119,7 +119,7 @@ def set_aside_other_run(config: RunConfig) -> Path | None:
 
 
 def _fingerprint(config: RunConfig) -> str:
-    from cellseg_helpers.data.readers import DataError, open_dataset
+    from cellseg_helpers.data.hw3 import DataError, open_dataset
 
     try:
         reading = (config.instance_reading, config.min_instance_area_px, config.skip_faulty_images)

@@ -1,6 +1,6 @@
 """How near the drawn tissue comes to real images, in numbers.
 
-    python bench/drawn_vs_real.py outputs/sample [--drawn drawn] [--out
+    python tools/drawn_vs_real.py outputs/sample [--drawn drawn] [--out
     outputs/reference/drawn_vs_real.csv]
 
 Each row holds a quantity, its value on drawn and on real images, and their distance:
@@ -24,9 +24,9 @@ import pandas as pd
 from scipy import ndimage
 
 from cellseg_helpers.config import resolve_path
+from cellseg_helpers.data.drawn import STAINS
+from cellseg_helpers.data.hw3 import CellDataset, open_dataset
 from cellseg_helpers.data.labels import CLASS_NAMES, Instances, find_instances
-from cellseg_helpers.data.readers import CellDataset, open_dataset
-from cellseg_helpers.data.synthetic import STAINS
 
 
 def unmixing() -> np.ndarray:

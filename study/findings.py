@@ -14,17 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from cellseg_helpers import study as study_runs
-from cellseg_helpers.analysis import released_code, resampling, thresholds, verdicts
-from cellseg_helpers.analysis.metrics import match_detections
-from cellseg_helpers.analysis.reported import E_GRID, E_THRESHOLDS, Detections
-from cellseg_helpers.analysis.reports import HALVING_SEED
-from cellseg_helpers.analysis.trained import Study, Trained, differences
+from cellseg_helpers import resampling, thresholds
 from cellseg_helpers.config import NOT_PART_OF_A_RUN
 from cellseg_helpers.data.coco import to_coco
-from cellseg_helpers.data.readers import CellDataset, DataError, open_dataset
+from cellseg_helpers.data.hw3 import CellDataset, DataError, open_dataset
 from cellseg_helpers.engine import predict_run
+from cellseg_helpers.metrics import match_detections
 from cellseg_helpers.runs import RunError, read_json, write_json
+from study import released_code, verdicts
+from study import runs as study_runs
+from study.reported import E_GRID, E_THRESHOLDS, Detections
+from study.reports import HALVING_SEED
+from study.trained import Study, Trained, differences
 
 Change = Callable[[Detections, list[dict[str, Any]]], Detections]  # as reported.VARIANTS
 

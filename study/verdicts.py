@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student_t
 
-from cellseg_helpers.analysis.resampling import ALIKE, FEWEST_IMAGES, interval
+from cellseg_helpers.resampling import ALIKE, FEWEST_IMAGES, interval
 
 HOLDS = "holds here"
 OPPOSITE = "the opposite holds here"

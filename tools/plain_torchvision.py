@@ -5,7 +5,7 @@ on a ResNet-18 FPN, dense masks, torchvision's default sampling, and no part of 
 It trains for a budget of CPU minutes of this process (loading and evaluation do not count), then
 measures COCO mask AP on the validation images.
 
-    python bench/plain_torchvision.py DATA SPLIT_JSON WEIGHTS OUT_DIR --cpu-minutes 60 --seed 0
+    python tools/plain_torchvision.py DATA SPLIT_JSON WEIGHTS OUT_DIR --cpu-minutes 60 --seed 0
 
 DATA        folder with train/<uuid>/image.tif (RGBA uint8) and class<k>.tif (label maps, k = 1..4,
 absent classes have no file) SPLIT_JSON  {"train": [uuid, ...], "validation": [uuid, ...]} WEIGHTS

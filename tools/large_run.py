@@ -1,6 +1,6 @@
 """A run folder of the size of the full study, without a model: to time the analysis notebooks.
 
-    python bench/large_run.py outputs/large_run [--images 200] [--detections 100000]
+    python tools/large_run.py outputs/large_run [--images 200] [--detections 100000]
 
 Images of about 1000 x 1000 px hold about 300 cells each, wavy blobs 15 to 50 px across; those that
 the border cuts are not annotated. The detections are noisy copies of all of these, some of the
@@ -17,10 +17,10 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from cellseg_helpers.analysis.borders import drop_border_detections
-from cellseg_helpers.analysis.metrics import evaluate, save_metrics
+from cellseg_helpers.borders import drop_border_detections
 from cellseg_helpers.config import ROOT, RunConfig, resolve_path
 from cellseg_helpers.data.labels import CLASS_NAMES, encode_box_masks
+from cellseg_helpers.metrics import evaluate, save_metrics
 from cellseg_helpers.runs import provenance, write_json, write_text
 
 CELLS_PER_MEGAPIXEL = 350  # before the border cuts or hides a seventh of them
@@ -155,7 +155,7 @@ def main() -> None:
     }
     parts = {"settings": config.to_dict(), "split": split | {"warning": "nothing was trained"}}
     parts |= {
-        "provenance": provenance() | {"data_fingerprint": "none: drawn by bench/large_run.py"}
+        "provenance": provenance() | {"data_fingerprint": "none: drawn by tools/large_run.py"}
     }
     for name, part in (parts | {"truth": truth, "detections": detections}).items():
         write_json(folder / f"{name}.json", part)

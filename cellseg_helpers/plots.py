@@ -21,9 +21,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 from skimage.measure import find_contours
 
-from cellseg_helpers.analysis.metrics import Counts, Matches, count_matches
+from cellseg_helpers.data.hw3 import CellImage
 from cellseg_helpers.data.labels import CLASS_NAMES, decode_in_box, encode_instances, find_instances
-from cellseg_helpers.data.readers import CellImage
+from cellseg_helpers.metrics import Counts, Matches, count_matches
 
 # Okabe and Ito's colour-blind safe palette, those of its colours that show on stained tissue and on
 # white.
@@ -698,7 +698,7 @@ def recipe_gallery(
     """
     import torch
 
-    from cellseg_helpers.data.recipes import augment
+    from cellseg_helpers.data.augment import augment
 
     draws = 4
     starts = [max(length - GALLERY_PX, 0) // 2 for length in cell_image.image.shape[1:]]
