@@ -21,8 +21,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 from skimage.measure import find_contours
 
+from cellseg_helpers.cells import CLASS_NAMES, BoxMask, Cells
 from cellseg_helpers.data.hw3 import CellImage
-from cellseg_helpers.data.labels import CLASS_NAMES, decode_in_box, encode_instances, find_instances
+from cellseg_helpers.data.labels import find_instances
 from cellseg_helpers.metrics import Counts, Matches, count_matches
 
 # Okabe and Ito's colour-blind safe palette, those of its colours that show on stained tissue and on
@@ -50,8 +51,7 @@ LOSS_LABELS = {
 
 
 def image_beside_instances(cell_image: CellImage, class_name: str = "all") -> Figure:
-    """An image beside its instance map, one colour an instance; of one class (report A) or of all
-    (report C).
+    """An image beside its instance map, one colour an instance; of one class or of all.
 
     Raises:
         ValueError: an unknown ``class_name``.
@@ -215,8 +215,8 @@ def losses_beside_reported(history: pd.DataFrame | None, reported: Sequence[floa
 
 def truth_beside_predictions(
     cell_images: Sequence[CellImage],
-    truths: Sequence[list[dict[str, Any]]],
-    predictions: Sequence[list[dict[str, Any]]],
+    truths: Sequence[Cells],
+    predictions: Sequence[Cells],
     score_threshold: float,
 ) -> Figure:
     """One row an image: the image, its annotated cells, its detections of at least
@@ -224,13 +224,13 @@ def truth_beside_predictions(
 
     Args:
         cell_images: the images.
-        truths: COCO annotations of each.
-        predictions: COCO results of each.
+        truths: annotated cells of each.
+        predictions: detections of each.
         score_threshold: of the detections shown.
     """
     fig, axes = _figure(len(cell_images), 3, 6.6, 2.35 * len(cell_images) + 0.3, squeeze=False)
     for row, cell_image, truth, found in zip(axes, cell_images, truths, predictions, strict=True):
-        found = [detection for detection in found if detection["score"] >= score_threshold]
+        found = found[found.scores >= score_threshold]
         _show(row[0], cell_image.image, cell_image.image_id[:8])
         _show(row[1], cell_image.image, f"{len(truth)} annotated")
         _show(row[2], cell_image.image, f"{len(found)} predicted, score ≥ {score_threshold:g}")
@@ -423,18 +423,18 @@ def predicted_against_true_counts(counts: dict[str, pd.DataFrame]) -> Figure:
 def crops(
     table: pd.DataFrame,
     cell_images: Sequence[CellImage],
-    truth: dict[str, Any],
-    detections: list[dict[str, Any]],
+    truth: Cells,
+    detections: Cells,
 ) -> Figure:
     """A crop around each of some detections (solid), with the annotated cells (dashed), outlined by
     class.
 
     Args:
         table: indexed by the detection's row: class, score, kind (shown above the crop), as
-            ``tables.confident_mistakes`` gives.
-        cell_images: the images of ``truth``, in its order.
-        truth: COCO data set.
-        detections: COCO results, of which ``table`` is a part.
+            ``explore.confident_mistakes`` gives.
+        cell_images: image ``n`` is ``cell_images[n - 1]``.
+        truth: annotated cells of these images.
+        detections: of these images; ``table`` lists some of them.
     """
     columns = 4
     rows = -(-len(table) // columns)
@@ -442,25 +442,18 @@ def crops(
     for ax in axes.flat[len(table) :]:
         ax.set_axis_off()
     for ax, (row, told) in zip(axes.flat, table.iterrows(), strict=False):
-        detection = detections[row]
-        number = detection["image_id"]
+        number = detections.image_ids[row]
         _show(
             ax,
             cell_images[number - 1].image,
             f"{told['class']} {told['score']:.2f}\n{told['kind']}",
         )
-        _outline_by_class(
-            ax,
-            [cell for cell in truth["annotations"] if cell["image_id"] == number],
-            linestyle=(0, (2, 1.5)),
-        )
-        _outline_by_class(ax, [detection], linewidth=2)
-        x, y, width, height = detection["bbox"]
-        half = max(WINDOW_PX, 1.5 * width, 1.5 * height) / 2
-        ax.set(
-            xlim=(x + width / 2 - half, x + width / 2 + half),
-            ylim=(y + height / 2 + half, y + height / 2 - half),
-        )
+        _outline_by_class(ax, truth[truth.image_ids == number], linestyle=(0, (2, 1.5)))
+        _outline_by_class(ax, detections[[row]], linewidth=2)
+        x1, y1, x2, y2 = detections.boxes[row]
+        half = max(WINDOW_PX, 1.5 * (x2 - x1), 1.5 * (y2 - y1)) / 2
+        x, y = (x1 + x2) / 2, (y1 + y2) / 2
+        ax.set(xlim=(x - half, x + half), ylim=(y + half, y - half))
         ax.set_facecolor("0.85")
     _class_legend(fig)
     return fig
@@ -500,18 +493,16 @@ def border_contact(contacts: dict[str, pd.DataFrame]) -> Figure:
     return fig
 
 
-def border_strip(
-    cell_image: CellImage, truth: list[dict[str, Any]], at_border: list[dict[str, Any]], title: str
-) -> Figure:
-    """Annotated cells over an image (report B, figure 2), beside the detections that come near its
+def border_strip(cell_image: CellImage, truth: Cells, at_border: Cells, title: str) -> Figure:
+    """Annotated cells over an image, beside the detections that come near its
     border.
 
     Of a large image a window of ``VIEW_PX`` around the highest-scored of these detections is shown.
 
     Args:
         cell_image: the image.
-        truth: its COCO annotations.
-        at_border: its COCO results near the border.
+        truth: its annotated cells.
+        at_border: its detections near the border.
         title: of the detections.
     """
     fig, (left, right) = _figure(1, 2, 6.6, 3.7)
@@ -520,12 +511,9 @@ def border_strip(
     _show(right, cell_image.image, f"{len(at_border)} {title}")
     _outline_by_class(right, at_border)
     height, width = cell_image.image.shape[1:]
-    surest = max(
-        at_border, key=lambda detection: detection["score"], default={"bbox": (0, 0, 0, 0)}
-    )
-    x, y, w, h = surest["bbox"]
+    box = at_border.boxes[at_border.scores.argmax()] if len(at_border) else np.zeros(4)
     for ax in (left, right):
-        _view(ax, x + w / 2, y + h / 2, width, height)
+        _view(ax, box[::2].mean(), box[1::2].mean(), width, height)
     _class_legend(fig)
     return fig
 
@@ -576,7 +564,7 @@ def step_effects(effects: pd.DataFrame, steps: pd.DataFrame, metrics: Sequence[s
 
 def before_and_after(
     cell_image: CellImage,
-    before: list[dict[str, Any]],
+    before: Cells,
     labels: np.ndarray,
     class_names: Sequence[str],
 ) -> Figure:
@@ -587,7 +575,7 @@ def before_and_after(
 
     Args:
         cell_image: the image.
-        before: COCO results, outlined by class.
+        before: its detections, outlined by class.
         labels: uint [H, W], ids 1..N; 0 = background.
         class_names: of the N cells.
     """
@@ -614,8 +602,8 @@ def before_and_after(
 def found_and_missed(
     cell_image: CellImage,
     number: int,
-    truth: dict[str, Any],
-    detections: list[dict[str, Any]],
+    truth: Cells,
+    detections: Cells,
     matches: Matches,
     score_threshold: float,
 ) -> Figure:
@@ -627,26 +615,25 @@ def found_and_missed(
     Args:
         cell_image: the image.
         number: its id in ``truth``.
-        truth: COCO data set.
-        detections: COCO results.
-        matches: of ``metrics.match_detections(truth, detections, ...)``.
+        truth: all annotated cells, in the order of ``matches.truths``.
+        detections: all detections, in the order of ``matches.detections``.
+        matches: of ``metrics.match_detections``.
         score_threshold: of the detections that count.
     """
-    cells = [cell for cell in truth["annotations"] if cell["image_id"] == number]
-    found = matches.truths["score"] >= score_threshold
-    table = matches.detections[
-        (matches.detections["image_id"] == number)
-        & (matches.detections["score"] >= score_threshold)
-    ]
+    missed = ~(matches.truths["score"] >= score_threshold).to_numpy()
+    wrong = ~matches.detections["matched"].to_numpy()
+    dashed = (0, (2, 1.5))
+    in_image = truth.image_ids == number
+    counted = (detections.image_ids == number) & (detections.scores >= score_threshold)
     fig, (left, right) = _figure(1, 2, 6.6, 3.9)
-    missed = [cell for cell in cells if not found[cell["id"]]]
-    _show(left, cell_image.image, f"{len(cells)} annotated, {len(missed)} missed (dashed)")
-    _outline_by_class(left, [cell for cell in cells if found[cell["id"]]])
-    _outline_by_class(left, missed, linestyle=(0, (2, 1.5)))
-    wrong = table.index[~table["matched"]]
-    _show(right, cell_image.image, f"{len(table)} detections, {len(wrong)} wrong (dashed)")
-    _outline_by_class(right, [detections[row] for row in table.index[table["matched"]]])
-    _outline_by_class(right, [detections[row] for row in wrong], linestyle=(0, (2, 1.5)))
+    title = f"{in_image.sum()} annotated, {(in_image & missed).sum()} missed (dashed)"
+    _show(left, cell_image.image, title)
+    _outline_by_class(left, truth[in_image & ~missed])
+    _outline_by_class(left, truth[in_image & missed], linestyle=dashed)
+    title = f"{counted.sum()} detections, {(counted & wrong).sum()} wrong (dashed)"
+    _show(right, cell_image.image, title)
+    _outline_by_class(right, detections[counted & ~wrong])
+    _outline_by_class(right, detections[counted & wrong], linestyle=dashed)
     _class_legend(fig)
     count = count_matches(matches, score_threshold)["all"]
     ratios = {"precision": count.precision, "recall": count.recall, "F1": count.f1}
@@ -663,7 +650,7 @@ def found_and_missed(
 def contact_sheet(
     images: Sequence[np.ndarray],
     names: Sequence[str],
-    detections: Sequence[list[dict[str, Any]]],
+    detections: Sequence[Cells],
     columns: int = 4,
 ) -> Figure:
     """Small images with their detections, outlined by class.
@@ -671,7 +658,7 @@ def contact_sheet(
     Args:
         images: uint8 [3, H, W] each, of any sizes.
         names: of the images.
-        detections: COCO results of each, those to be shown.
+        detections: of each, those to be shown.
         columns: images side by side.
     """
     rows = -(-len(images) // columns)
@@ -715,13 +702,7 @@ def recipe_gallery(
             )
             ax.imshow(changed.transpose(1, 2, 0), interpolation="bilinear")
             _bare(ax, "")
-            instances = find_instances(moved)
-            rles = encode_instances(moved, instances)
-            cells = [
-                {"category_id": k, "segmentation": rle}
-                for k, rle in zip(instances.labels.tolist(), rles, strict=True)
-            ]
-            _outline_by_class(ax, cells, linewidth=1)
+            _outline_by_class(ax, _cells_of(moved), linewidth=1)
         row[0].set_ylabel(name, fontsize="small")
     for draw, ax in enumerate(axes[0], 1):
         ax.set_title(f"draw {draw}", fontsize="small")
@@ -729,26 +710,35 @@ def recipe_gallery(
     return fig
 
 
-def outlines(rle: dict[str, Any]) -> list[np.ndarray]:
-    """The closed outlines of an RLE mask, each float64 [n, 2] of x, y px; the mask is decoded in
-    its box only.
+def outlines(mask: BoxMask) -> list[np.ndarray]:
+    """The closed outlines of a mask, each float64 [n, 2] of x, y px."""
+    lines = find_contours(np.pad(mask.mask, 1).astype(float), 0.5)
+    return [line[:, ::-1] - 1 + (mask.x0, mask.y0) for line in lines]
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Display a figure in a notebook with an alternative text: what a reader who cannot see it
+    should know.
     """
-    mask, x0, y0 = decode_in_box(rle)
-    return [
-        line[:, ::-1] - 1 + (x0, y0) for line in find_contours(np.pad(mask, 1).astype(float), 0.5)
+    from IPython.display import display
+
+    display(figure, metadata={"image/png": {"alt": alt}})
+
+
+def _cells_of(label_maps: np.ndarray) -> Cells:
+    found = find_instances(label_maps)
+    rows = zip(found.boxes.astype(int).tolist(), found.labels, found.ids, strict=True)
+    masks = [
+        BoxMask.around(label_maps[k - 1, y1:y2, x1:x2] == instance_id, x1, y1)
+        for (x1, y1, x2, y2), k, instance_id in rows
     ]
+    return Cells.of_image(*label_maps.shape[1:], found.labels, masks)
 
 
-def _outline_by_class(
-    ax: Axes, annotations: list[dict[str, Any]], linewidth: float = 1.3, linestyle: Any = "-"
-) -> None:
+def _outline_by_class(ax: Axes, cells: Cells, linewidth: float = 1.3, linestyle: Any = "-") -> None:
     for class_id, name in enumerate(CLASS_NAMES, 1):
-        lines = [
-            line
-            for row in annotations
-            if row["category_id"] == class_id
-            for line in outlines(row["segmentation"])
-        ]
+        masks = cells[cells.labels == class_id].masks
+        lines = [line for mask in masks for line in outlines(mask)]
         drawn = LineCollection(
             lines, colors=CLASS_COLORS[name], linewidths=linewidth, linestyles=[linestyle]
         )

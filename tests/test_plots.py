@@ -8,9 +8,10 @@ from matplotlib.colors import to_rgb
 
 from cellseg_helpers import plots, thresholds
 from cellseg_helpers.borders import border_contact
+from cellseg_helpers.cells import CLASS_NAMES, BoxMask, Cells
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.hw3 import CellImage
-from cellseg_helpers.data.labels import CLASS_NAMES, encode_box_mask
+from cellseg_helpers.explore import confident_mistakes
 from cellseg_helpers.metrics import (
     count_matches,
     match_detections,
@@ -20,7 +21,6 @@ from cellseg_helpers.metrics import (
 from cellseg_helpers.postprocess import close_masks, mask_nms
 from cellseg_helpers.resampling import Half
 from study.ablation import Step, ablate
-from study.tables import class_summary, confident_mistakes
 
 
 @pytest.fixture
@@ -33,30 +33,32 @@ def cell_image() -> CellImage:
     return CellImage("tissue-0001", None, np.full((3, 30, 40), 200, np.uint8), label_maps)
 
 
-def square(x, y, side, class_id, score):
-    mask = encode_box_mask(np.ones((side, side), bool), x, y, 30, 40)
-    return {
-        "image_id": 1,
-        "bbox": [x, y, side, side],
-        "score": score,
-        "category_id": class_id,
-        "segmentation": mask,
-    }
+@pytest.fixture
+def truth(cell_image) -> dict:
+    return to_coco([cell_image])
 
 
 @pytest.fixture
-def detections():
-    return [
-        square(5, 5, 10, 1, 0.9),  # right
-        square(5, 6, 10, 1, 0.8),  # the same cell again
-        square(15, 5, 10, 3, 0.7),  # a cell of another class
-        square(33, 20, 6, 2, 0.6),  # half beside its cell: IoU 1/3; 1 px from the border
-        square(0, 24, 6, 4, 0.5),  # nothing there, at the border
+def annotated(truth) -> Cells:
+    return Cells.from_coco(truth["annotations"])
+
+
+@pytest.fixture
+def detections() -> Cells:
+    squares = [  # x, y, side, class, score
+        (5, 5, 10, 1, 0.9),  # right
+        (5, 6, 10, 1, 0.8),  # the same cell again
+        (15, 5, 10, 3, 0.7),  # a cell of another class
+        (33, 20, 6, 2, 0.6),  # half beside its cell: IoU 1/3; 1 px from the border
+        (0, 24, 6, 4, 0.5),  # no cell, at the border
     ]
+    masks = [BoxMask(np.ones((side, side), bool), x, y) for x, y, side, _, _ in squares]
+    labels, scores = np.array(squares).T[3:]
+    return Cells.of_image(30, 40, labels, masks, scores)
 
 
 def test_an_outline_runs_around_its_pixels():
-    lines = plots.outlines(encode_box_mask(np.ones((4, 3), bool), 0, 2, 10, 10))
+    lines = plots.outlines(BoxMask(np.ones((4, 3), bool), 0, 2))
     assert len(lines) == 1
     assert lines[0].min(0).tolist() == [-0.5, 1.5] and lines[0].max(0).tolist() == [2.5, 5.5]
 
@@ -84,8 +86,7 @@ def test_class_colours_are_four_and_far_apart():
     assert distances[~np.eye(4, dtype=bool)].min() > 0.25
 
 
-def test_mistakes_are_told_apart(cell_image, detections):
-    truth = to_coco([cell_image])
+def test_mistakes_are_told_apart(truth, detections):
     matches = match_detections(truth, detections)
     table = confident_mistakes(truth, detections, matches, 8)
     assert table["kind"].to_dict() == {
@@ -97,25 +98,14 @@ def test_mistakes_are_told_apart(cell_image, detections):
     assert table["at_border"].tolist() == [False, False, True, True]
     assert table["iou"][3] == pytest.approx(1 / 3) and table["iou_other_class"][2] == 1
     assert confident_mistakes(truth, detections, matches, 2).index.tolist() == [1, 2]
-    assert confident_mistakes(truth, [], match_detections(truth, []), 2).empty
-
-
-def test_the_nearest_anchor_is_nearest_by_ratio():
-    cells = pd.DataFrame(
-        {"class": "epithelial", "size_px": [23.0], "image_id": "a", "touches_border": False}
-    )
-    table = class_summary(cells, [16, 32])
-    assert table.loc["epithelial", "nearest_anchor_px"] == 32  # 32/23 < 23/16
-    assert (
-        np.isnan(table.loc["neutrophil", "nearest_anchor_px"])
-        and table.loc["neutrophil", "cells"] == 0
-    )
+    assert confident_mistakes(truth, Cells.empty(), match_detections(truth, Cells.empty()), 2).empty
 
 
 def analysis_figures(cell_image, truth, detections):
+    annotated = Cells.from_coco(truth["annotations"])
     matches = match_detections(truth, detections)
     reliability = thresholds.reliability(matches)
-    contact = border_contact(truth["annotations"], truth["images"], inset_px=8)
+    contact = border_contact(annotated, truth["images"], inset_px=8)
     halves = [Half(truth, detections)] * 2
     steps = [Step("closing", close_masks, [1]), Step("mask NMS", mask_nms, [0.5])]
     found = ablate(*halves, steps, 5, 0)
@@ -130,9 +120,12 @@ def analysis_figures(cell_image, truth, detections):
             }
         ),
         plots.border_contact(
-            {"annotated": contact, "none": border_contact([], truth["images"], inset_px=8)}
+            {
+                "annotated": contact,
+                "none": border_contact(Cells.empty(), truth["images"], inset_px=8),
+            }
         ),
-        plots.border_strip(cell_image, truth["annotations"], detections[3:], "predicted"),
+        plots.border_strip(cell_image, annotated, detections[3:], "predicted"),
         plots.step_effects(found.effects, found.steps, ["AP50", "F1"]),
         plots.before_and_after(
             cell_image,
@@ -169,7 +162,7 @@ def test_a_label_image_has_its_classes_colours_and_dark_borders():
         "a", None, np.zeros((3, 12, 12), np.uint8), labels[None].astype(np.int32)
     )
     picture = np.asarray(
-        plots.before_and_after(cell_image, [], labels, ["neutrophil", "macrophage"])
+        plots.before_and_after(cell_image, Cells.empty(), labels, ["neutrophil", "macrophage"])
         .axes[2]
         .images[0]
         .get_array()
@@ -183,8 +176,9 @@ def test_of_a_large_image_a_window_inside_it_is_shown(detections):
     large = CellImage(
         "a", None, np.zeros((3, 700, 900), np.uint8), np.zeros((4, 700, 900), np.int32)
     )
-    corner = {**detections[0], "bbox": [880, 690, 20, 10], "score": 1.0}
-    ax = plots.border_strip(large, [], [corner, detections[1]], "predicted").axes[1]
+    mask = BoxMask(np.ones((10, 20), bool), 880, 690)
+    corner = Cells.of_image(700, 900, [1], [mask], np.array([1.0]))
+    ax = plots.border_strip(large, Cells.empty(), corner + detections[[1]], "predicted").axes[1]
     assert ax.get_xlim() == (900 - 320 - 0.5, 899.5) and ax.get_ylim() == (699.5, 700 - 320 - 0.5)
 
 
@@ -200,8 +194,7 @@ def test_steps_that_are_not_carried_on_are_hollow():
     assert [dot.get_markerfacecolor() == "white" for dot in dots] == [False, True]
 
 
-def test_every_figure_draws_and_stays_closed(cell_image, detections):
-    truth = to_coco([cell_image])
+def test_every_figure_draws_and_stays_closed(cell_image, truth, annotated, detections):
     matches, coco = match_detections(truth, detections), score_coco(truth, detections)
     history = pd.DataFrame(
         {
@@ -220,15 +213,17 @@ def test_every_figure_draws_and_stays_closed(cell_image, detections):
         plots.sizes_against_anchors(empty, [8, 16]),
         plots.training_curves(history),
         plots.loss_parts(history),
-        plots.truth_beside_predictions([cell_image], [truth["annotations"]], [detections], 0.5),
+        plots.truth_beside_predictions([cell_image], [annotated], [detections], 0.5),
         plots.precision_recall(curves, average, {0: count_matches(matches), 0.5: counts}),
         plots.crops(
-            confident_mistakes(truth, detections, matches, 5), [cell_image], truth, detections
+            confident_mistakes(truth, detections, matches, 5), [cell_image], annotated, detections
         ),
-        plots.found_and_missed(cell_image, 1, truth, detections, matches, 0.5),
-        plots.found_and_missed(cell_image, 1, truth, [], match_detections(truth, []), 0.5),
+        plots.found_and_missed(cell_image, 1, annotated, detections, matches, 0.5),
+        plots.found_and_missed(
+            cell_image, 1, annotated, Cells.empty(), match_detections(truth, Cells.empty()), 0.5
+        ),
         *analysis_figures(cell_image, truth, detections),
-        *analysis_figures(cell_image, truth, []),
+        *analysis_figures(cell_image, truth, Cells.empty()),
     ]
     for fig in figures:
         fig.canvas.draw()
@@ -236,19 +231,19 @@ def test_every_figure_draws_and_stays_closed(cell_image, detections):
     assert not plt.get_fignums()
 
 
-def test_missed_cells_and_wrong_detections_are_counted_in_the_titles(cell_image, detections):
-    truth = to_coco([cell_image])
+def test_missed_cells_and_wrong_detections_are_counted_in_the_titles(
+    cell_image, truth, annotated, detections
+):
     left, right = plots.found_and_missed(
-        cell_image, 1, truth, detections, match_detections(truth, detections), 0.65
+        cell_image, 1, annotated, detections, match_detections(truth, detections), 0.65
     ).axes
     assert left.get_title() == "3 annotated, 2 missed (dashed)"
     assert right.get_title() == "3 detections, 2 wrong (dashed)"
 
 
-def test_a_ratio_of_nothing_is_a_dash_in_the_title(cell_image, detections):
-    truth = to_coco([cell_image])
+def test_a_ratio_of_nothing_is_a_dash_in_the_title(cell_image, truth, annotated, detections):
     title = plots.found_and_missed(
-        cell_image, 1, truth, detections, match_detections(truth, detections), 1.0
+        cell_image, 1, annotated, detections, match_detections(truth, detections), 1.0
     ).get_suptitle()
     assert (
         title
