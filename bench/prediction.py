@@ -142,10 +142,7 @@ def field(side_px: int, model: nn.Module | None = None) -> Pair:
     found = detections_of(dense_target(label_map[None]))
     del label_map
     return Pair(
-        lambda: [
-            cell["segmentation"]
-            for cell in predict(model or ReadsColours(), image, TILE_PX, OVERLAP_PX, THRESHOLD)
-        ],
+        lambda: predict(model or ReadsColours(), image, TILE_PX, OVERLAP_PX, THRESHOLD).to_rles(),
         lambda: paste_and_encode(found, side_px, side_px),
         same_cells,
     )

@@ -31,7 +31,8 @@ from bench.machine import save_table
 from bench.measure import ROOT, Row, seconds
 from cellseg_helpers.config import resolve_path
 from cellseg_helpers.data.hw3 import open_dataset
-from study.runs import RUNS, parameter_files, run_keys, settings
+from cellseg_helpers.runs import RUNS
+from study.runs import parameter_files, run_keys, settings
 
 NETWORK = ("forward", "backward")
 SCALE, DATA, SEED = "quick", "drawn", 0
@@ -97,7 +98,6 @@ def install() -> None:
                 "start_run",
                 "save_checkpoint",
                 "save_weights",
-                "save_metrics",
                 "write_json",
                 "write_text",
             ],

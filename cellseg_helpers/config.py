@@ -6,8 +6,12 @@ import difflib
 import hashlib
 import json
 import math
+import os
+import shutil
+import tempfile
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -355,6 +359,39 @@ def resolve_path(path: str | Path) -> Path:
     folder.
     """
     return ROOT / Path(path).expanduser()
+
+
+@contextmanager
+def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
+    """A temporary file (or empty folder) beside ``path``. It becomes ``path``, with its bytes on
+    disk, when the block ends; after an error ``path`` is as it was before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if folder:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    else:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o755 if folder else 0o644)
+        if folder:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def one_line(error: object, limit: int = 120) -> str:
+    """An error's text in one line of at most ``limit`` characters; its type's name if it has none."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def _parameters(namespace: dict[str, Any], known: list[str]) -> dict[str, Any]:

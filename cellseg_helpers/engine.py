@@ -5,11 +5,9 @@ Several devices: ``torchrun --nproc_per_node 2 -m cellseg_helpers.engine params/
 """
 
 import math
-import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,30 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision, Precision
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cellseg_helpers.config import RunConfig, resolve_path
+from cellseg_helpers.cells import Cells
+from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.hw3 import CellDataset, open_dataset
 from cellseg_helpers.data.samples import EpochSampler, SampleKey, TrainingSet, collate
 from cellseg_helpers.data.splits import make_split
+from cellseg_helpers.devices import (
+    CHECKPOINT_EVERY_S,
+    KEPT,
+    TrainingError,
+    explaining_errors,
+    make_fabric,
+    peak_memory_bytes,
+    resolve_precision,
+)
 from cellseg_helpers.inference import predict
-from cellseg_helpers.metrics import evaluate, save_metrics
-from cellseg_helpers.model.backbones import read_weights
-from cellseg_helpers.model.build import build_model, count_parameters, rebuild_model
+from cellseg_helpers.metrics import evaluate
+from cellseg_helpers.model.build import build_model, count_parameters
 from cellseg_helpers.runs import (
-    RunError,
     opening_checkpoint,
-    read_json,
     save_checkpoint,
     save_weights,
     start_run,
@@ -43,18 +47,7 @@ from cellseg_helpers.runs import (
     write_text,
 )
 
-NO_MEMORY = (
-    "allocate memory", "Unable to allocate", "out of memory", "ALLOC_FAILED", "killed by signal: Killed", "killed by signal: Bus error",
-)  # fmt: skip
-CHECKPOINT_EVERY_S = (
-    60  # at least; after a validated epoch always, as then the best weights may have changed
-)
-KEPT = f"the last epoch's checkpoint is kept, or one from less than {CHECKPOINT_EVERY_S} s before"
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
-
-
-class TrainingError(RuntimeError):
-    """A training that had to stop, in a sentence for the user; the last good checkpoint is kept."""
 
 
 def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = None) -> Path:
@@ -126,7 +119,7 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
             break
         sampler.set_epoch(epoch)
         before = history[-1] if history else {"train_minutes": 0.0, "cpu_minutes": 0.0}
-        with _explaining():
+        with explaining_errors():
             started, cpu_started = time.perf_counter(), time.process_time()
             losses = train_epoch(
                 fabric, model, optimizer, per_step_schedule, loader, config, progress
@@ -165,8 +158,8 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
                 save_weights(run_dir / f"epoch_{epoch + 1}.safetensors", model.state_dict())
             if validated and best_epoch(history, config) == len(history) - 1:
                 save_weights(run_dir / "best.safetensors", model.state_dict())
-                write_json(run_dir / "detections.json", detections)
-                save_metrics(scores, run_dir / "metrics.json")
+                write_json(run_dir / "detections.json", detections.to_coco())
+                write_json(run_dir / "metrics.json", scores)
             write_text(run_dir / "history.csv", pd.DataFrame(history).to_csv(index=False))
             due = validated or time.perf_counter() - saved_at > CHECKPOINT_EVERY_S
             ends = len(history) == config.epochs or stopped_early(history, config)
@@ -198,65 +191,6 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
         if not config.keep_checkpoint:
             (run_dir / "last.pt").unlink(missing_ok=True)
     return run_dir
-
-
-def resolve_precision(config: RunConfig) -> str:
-    """The precision of a run on this machine: ``auto`` is bf16-mixed on a GPU or a CPU (AMX) with
-    bfloat16 matrix units, else 32.
-
-    A CPU that only has AVX-512's bfloat16 instructions trains faster in 32 bit: measured on one of
-    Intel's, ``bench/README.md``.
-    """
-    if config.precision != "auto":
-        return config.precision
-    if _accelerator(config) == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if native else "32"
-
-
-def _accelerator(config: RunConfig) -> str:
-    return (
-        config.accelerator
-        if config.accelerator != "auto"
-        else "cuda"
-        if torch.cuda.device_count()
-        else "cpu"
-    )
-
-
-def make_fabric(config: RunConfig) -> Fabric:
-    """The devices, processes and precision of a run; several devices start one process each (not
-    from a notebook).
-
-    Raises:
-        ValueError: a device or precision that this machine does not have.
-    """
-    accelerator, gpus = _accelerator(config), torch.cuda.device_count()
-    if accelerator == "cuda" and gpus < config.devices:
-        raise ValueError(
-            f"devices is {config.devices}, but this machine has {gpus} GPUs that torch can use; lower it, or accelerator 'cpu'"
-        )
-    if accelerator == "cpu" and config.precision == "16-mixed":
-        raise ValueError("precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' on a CPU")
-    precision = resolve_precision(config)
-    plugin = Precision() if precision == "32" else AutocastPrecision(precision, accelerator)
-    strategy = "ddp" if config.devices > 1 else "auto"
-    fabric = Fabric(
-        accelerator=accelerator, devices=config.devices, strategy=strategy, plugins=plugin
-    )
-    fabric.launch()
-    return fabric
-
-
-class AutocastPrecision(MixedPrecision):
-    """Mixed precision that leaves the model's inputs in float32: rounded to bfloat16, a box from
-    256 px on is 1 px off.
-    """
-
-    def convert_input(self, data: Any) -> Any:
-        return data
 
 
 def open_data(config: RunConfig) -> tuple[CellDataset, CellDataset]:
@@ -437,95 +371,22 @@ def validation_loss(
 
 def predict_images(
     fabric: Fabric, model, dataset: CellDataset, indices: list[int], config: RunConfig
-) -> list[dict[str, Any]]:
-    """Detections in whole images as COCO results; ``image_id`` counts from 1 in the order of
-    ``indices``, as ``to_coco`` does.
+) -> Cells:
+    """The cells found in whole images; image ids count from 1 in the order of ``indices``, as
+    ``to_coco`` does.
     """
-    detections = []
+    tiling = (config.tile_size_px, config.tile_overlap_px, config.mask_threshold)
     with fabric.autocast():
-        for number in range(fabric.global_rank, len(indices), fabric.world_size):
-            detections += _predict(model.module, dataset[indices[number]].image, number + 1, config)
-    if fabric.world_size > 1:
-        gathered = [None] * fabric.world_size
-        distributed.all_gather_object(gathered, detections)
-        detections = sorted(sum(gathered, []), key=lambda detection: detection["image_id"])
-    return detections
-
-
-def predict_run(
-    run_dir: str | Path, images: Sequence[np.ndarray], image_ids: Sequence[int] | None = None
-) -> list[dict[str, Any]]:
-    """Detections of a finished run in images, as its validation made them: same weights (of the
-    best epoch), tiles and precision.
-
-    It takes a GPU where there is one, whatever the run had.
-
-    Args:
-        run_dir: the run folder.
-        images: uint8 [3, H, W], RGB.
-        image_ids: one for each image; by default they count from 1.
-
-    Returns:
-        COCO results.
-
-    Raises:
-        RunError: no such folder, no weights in it, or files of it that cannot be used.
-        TrainingError: no memory left.
-    """
-    config = replace(_config_of(run_dir), accelerator="auto", devices=1)
-    if config.precision == "16-mixed" and _accelerator(config) == "cpu":
-        config = replace(config, precision="32")
-    path = resolve_path(run_dir) / "best.safetensors"
-    if not path.exists():
-        advice = "give a run folder that has them, or train one with notebooks/02_train.ipynb"
-        raise RunError(f"run_dir {run_dir} has no weights (best.safetensors); {advice}")
-    fabric = make_fabric(config)
-    try:
-        model = rebuild_model(config, read_weights(path)).to(fabric.device)
-    except ValueError as error:
-        raise RunError(f"run_dir {run_dir} cannot predict: {error}") from None
-    detections = []
-    numbered = zip(image_ids or range(1, len(images) + 1), images, strict=True)
-    with _explaining(), fabric.autocast():
-        for image_id, image in tqdm(numbered, "predicting", total=len(images), unit="image"):
-            detections += _predict(model, image, image_id, config)
-    return detections
-
-
-def count_run_parameters(run_dir: str | Path) -> int:
-    """Trainable parameters of a run, by its settings; its weights are not needed.
-
-    Raises:
-        RunError: no such folder, or a missing or damaged ``settings.json``.
-    """
-    with torch.device("meta"):
-        return count_parameters(rebuild_model(_config_of(run_dir)))
-
-
-def _config_of(run_dir: str | Path) -> RunConfig:
-    try:
-        return RunConfig.from_dict(read_json(resolve_path(run_dir) / "settings.json"))
-    except FileNotFoundError:
-        raise RunError(
-            f"run_dir {run_dir} has no settings.json; give the folder of a run"
-        ) from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"run_dir {run_dir} has settings that cannot be used ({error}); give the folder of another run"
-        ) from None
-
-
-def _predict(
-    model: nn.Module, image: np.ndarray, image_id: int, config: RunConfig
-) -> list[dict[str, Any]]:
-    found = predict(
-        model,
-        image,
-        tile_size_px=config.tile_size_px,
-        tile_overlap_px=config.tile_overlap_px,
-        mask_threshold=config.mask_threshold,
-    )
-    return [{"image_id": image_id} | detection for detection in found]
+        found = [
+            predict(model.module, dataset[indices[number]].image, *tiling, number + 1)
+            for number in range(fabric.global_rank, len(indices), fabric.world_size)
+        ]
+    if fabric.world_size == 1:
+        return Cells.concatenate(found)
+    gathered = [None] * fabric.world_size
+    distributed.all_gather_object(gathered, Cells.concatenate(found))
+    cells = Cells.concatenate(gathered)
+    return cells[np.argsort(cells.image_ids, kind="stable")]
 
 
 def share_buffers(fabric: Fabric, model: nn.Module) -> None:
@@ -574,36 +435,6 @@ def stopped_early(history: list[dict[str, Any]], config: RunConfig) -> bool:
 def _validated(row: dict[str, Any]) -> bool:
     value = row.get("validation_loss", 0.0)
     return value is not None and not math.isnan(value)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: of the GPU by torch, else of the process by the operating
-    system.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextmanager
-def _explaining() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-            words in str(error) for words in NO_MEMORY
-        ):
-            raise TrainingError(
-                "out of memory; lower batch_size, crop_size_px (or max_size), box_batch_size_per_image, rpn_post_nms_top_n_train, "
-                "num_workers or, in prediction, tile_size_px, or use precision 'bf16-mixed'; "
-                + KEPT
-            ) from None
-        if "Expected more than 1 value per channel when training" in str(error):
-            raise TrainingError(
-                "a batch of one crop is too small for the batch norms (its deepest feature map has one pixel); raise batch_size or "
-                "crop_size_px"
-            ) from None
-        raise
 
 
 def _finite_losses(losses: dict[str, Tensor], targets: list[dict]) -> tuple[Tensor, list[float]]:

@@ -2,7 +2,9 @@
 tiles.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,57 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 from torchvision.ops import clip_boxes_to_image
+from tqdm import tqdm
 
-from cellseg_helpers.data.labels import encode_box_masks
+from cellseg_helpers.cells import BoxMask, Cells
+from cellseg_helpers.config import RunConfig, resolve_path
+from cellseg_helpers.devices import accelerator_of, explaining_errors, make_fabric
+from cellseg_helpers.model.backbones import read_weights
+from cellseg_helpers.model.build import count_parameters, rebuild_model
+from cellseg_helpers.runs import RunError, read_json
 
 SAME_CELL_IOU = 0.5  # of two masks, in the region that both tiles see
 TILES_PER_BATCH = 4
-
-
-class BoxMask(NamedTuple):
-    """A binary mask that stands somewhere in an image.
-
-    Attributes:
-        mask: bool [h, w]; h or w is 0 where the box lies outside the image.
-        x0: column of the mask's left edge, px.
-        y0: row of the mask's top edge, px.
-    """
-
-    mask: np.ndarray
-    x0: int
-    y0: int
-
-
-class Detections(NamedTuple):
-    """N detections of one image, or of one tile in the image's coordinates.
-
-    Attributes:
-        boxes: float32 [N, 4], x1, y1, x2, y2 px.
-        labels: int64 [N], class ids 1..K.
-        scores: float32 [N].
-        masks: N box masks, none of them empty.
-    """
-
-    boxes: np.ndarray
-    labels: np.ndarray
-    scores: np.ndarray
-    masks: list[BoxMask]
-
-    def select(self, rows: np.ndarray) -> "Detections":
-        """The detections of ``rows``, int [M]."""
-        return Detections(
-            self.boxes[rows],
-            self.labels[rows],
-            self.scores[rows],
-            [self.masks[row] for row in rows],
-        )
-
-    @classmethod
-    def concatenate(cls, parts: list["Detections"]) -> "Detections":
-        boxes, labels, scores = (
-            np.concatenate(arrays) for arrays in list(zip(*parts, strict=True))[:3]
-        )
-        return cls(boxes, labels, scores, [mask for part in parts for mask in part.masks])
 
 
 def predict(
@@ -69,11 +31,12 @@ def predict(
     tile_size_px: int = 0,
     tile_overlap_px: int = 128,
     mask_threshold: float = 0.5,
-) -> list[dict[str, Any]]:
+    image_id: int = 1,
+) -> Cells:
     """The cells that ``model`` finds in an image.
 
     Memory grows with the detections' boxes: no mask of the image's size is made. With tiles it is
-    bounded by a few tiles and the detections. Detections whose mask has no pixel at
+    bounded by a few tiles and the detections. Cells whose mask has no pixel at
     ``mask_threshold`` are left out. How tiles become one image: ``merge_tiles``.
 
     Args:
@@ -87,10 +50,10 @@ def predict(
         mask_threshold: pixels of at least this probability belong to the cell (``>=``, as in
             detectron2 and in the documentation of torchvision's Mask R-CNN).
 
+        image_id: of the cells.
+
     Returns:
-        COCO results without ``image_id``, by descending score: ``bbox`` [x, y, width, height] px
-        (the model's box), ``score``, ``category_id``, ``segmentation`` (an RLE of the image's size,
-        ``counts`` as str).
+        Cells by descending score; their boxes are the model's.
 
     Raises:
         ValueError: the image or a parameter is not as above.
@@ -114,19 +77,69 @@ def predict(
     found = merge_tiles(
         _detect(model, image, tiles, mask_threshold), tiles, height, width, tile_overlap_px
     )
-    boxes, labels, scores, masks = found.select(np.argsort(-found.scores, kind="stable"))
-    encoded = encode_box_masks(masks, [(height, width)] * len(masks))
-    return [
-        {
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "score": score,
-            "category_id": label,
-            "segmentation": mask,
-        }
-        for (x1, y1, x2, y2), label, score, mask in zip(
-            boxes.tolist(), labels.tolist(), scores.tolist(), encoded, strict=True
+    return replace(
+        found[np.argsort(-found.scores, kind="stable")], image_ids=np.full(len(found), image_id)
+    )
+
+
+def predict_run(
+    run_dir: str | Path, images: Sequence[np.ndarray], image_ids: Sequence[int] | None = None
+) -> Cells:
+    """The cells that a finished run finds in images, as its validation did: weights of the best
+    epoch, same tiles and precision. A GPU is used if the machine has one.
+
+    Args:
+        run_dir: the run folder.
+        images: uint8 [3, H, W], RGB.
+        image_ids: one for each image; by default they count from 1.
+
+    Raises:
+        RunError: no such folder, no weights in it, or files of it that cannot be used.
+        TrainingError: no memory left.
+    """
+    config = replace(_config_of(run_dir), accelerator="auto", devices=1)
+    if config.precision == "16-mixed" and accelerator_of(config) == "cpu":
+        config = replace(config, precision="32")
+    path = resolve_path(run_dir) / "best.safetensors"
+    if not path.exists():
+        advice = "give a run folder that has them, or train one with notebooks/02_train.ipynb"
+        raise RunError(f"run_dir {run_dir} has no weights (best.safetensors); {advice}")
+    fabric = make_fabric(config)
+    try:
+        model = rebuild_model(config, read_weights(path)).to(fabric.device)
+    except ValueError as error:
+        raise RunError(f"run_dir {run_dir} cannot predict: {error}") from None
+    tiling = (config.tile_size_px, config.tile_overlap_px, config.mask_threshold)
+    numbered = zip(image_ids or range(1, len(images) + 1), images, strict=True)
+    with explaining_errors(), fabric.autocast():
+        return Cells.concatenate(
+            predict(model, image, *tiling, image_id)
+            for image_id, image in tqdm(numbered, "predicting", total=len(images), unit="image")
         )
-    ]
+
+
+def count_run_parameters(run_dir: str | Path) -> int:
+    """Trainable parameters of a run, by its settings; its weights are not needed.
+
+    Raises:
+        RunError: no such folder, or a missing or damaged ``settings.json``.
+    """
+    with torch.device("meta"):
+        return count_parameters(rebuild_model(_config_of(run_dir)))
+
+
+def _config_of(run_dir: str | Path) -> RunConfig:
+    try:
+        return RunConfig.from_dict(read_json(resolve_path(run_dir) / "settings.json"))
+    except FileNotFoundError:
+        raise RunError(
+            f"run_dir {run_dir} has no settings.json; give the folder of a run"
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"run_dir {run_dir} has settings that cannot be used ({error}); give the folder of "
+            "another run"
+        ) from None
 
 
 def paste_in_boxes(
@@ -192,7 +205,7 @@ def _starts(length: int, tile_size_px: int, tile_overlap_px: int) -> list[int]:
 @torch.inference_mode()
 def _detect(
     model: nn.Module, image: Tensor, tiles: np.ndarray, mask_threshold: float
-) -> list[Detections]:
+) -> list[Cells]:
     """What the model finds in each tile, in the image's coordinates."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modes = {module: module.training for module in model.modules()}
@@ -205,7 +218,7 @@ def _detect(
                 [image[:, y1:y2, x1:x2].to(device).float() / 255 for x1, y1, x2, y2 in batch]
             )
             found += [
-                _in_image(output, tile, mask_threshold)
+                _in_image(output, tile, image.shape[1:], mask_threshold)
                 for output, tile in zip(outputs, batch, strict=True)
             ]
     finally:
@@ -214,7 +227,9 @@ def _detect(
     return found
 
 
-def _in_image(output: dict[str, Tensor], tile: np.ndarray, mask_threshold: float) -> Detections:
+def _in_image(
+    output: dict[str, Tensor], tile: np.ndarray, size: tuple[int, int], mask_threshold: float
+) -> Cells:
     x1, y1, x2, y2 = tile.tolist()
     height, width = y2 - y1, x2 - x1
     boxes, labels, scores, masks = (
@@ -226,13 +241,14 @@ def _in_image(output: dict[str, Tensor], tile: np.ndarray, mask_threshold: float
         for mask, x, y in paste_in_boxes(masks.float(), boxes, height, width, mask_threshold)
     ]
     clipped = clip_boxes_to_image(boxes, (height, width)) + torch.tensor([x1, y1, x1, y1])
-    found = Detections(clipped.numpy(), labels.numpy(), scores.float().numpy(), placed)
-    return found.select(np.flatnonzero([mask.mask.any() for mask in placed]))
+    scores = scores.float().numpy()
+    found = Cells.of_image(*size, labels.numpy(), placed, scores, clipped.numpy())
+    return found[np.array([mask.mask.any() for mask in placed], bool)]
 
 
 def merge_tiles(
-    found: list[Detections], tiles: np.ndarray, height: int, width: int, tile_overlap_px: int
-) -> Detections:
+    found: list[Cells], tiles: np.ndarray, height: int, width: int, tile_overlap_px: int
+) -> Cells:
     """One list of detections from those of overlapping tiles, each cell once.
 
     A detection's margin is the distance from its box to the nearest edge of its tile that is not an
@@ -251,7 +267,7 @@ def merge_tiles(
     4. cut detections of one cell, which no tile sees whole, become one: class and score of the
        highest-scored, the union of the masks, the box around the boxes.
 
-    Detections of one tile never remove each other: that is the model's own non-maximum suppression.
+    Cells of one tile never remove each other: that is the model's own non-maximum suppression.
     The oracle is the whole image at once, where each cell is whole in some tile
     (``tests/test_oracles.py``).
 
@@ -264,7 +280,7 @@ def merge_tiles(
     """
     if len(tiles) == 1:
         return found[0]
-    cells = Detections.concatenate(found)
+    cells = Cells.concatenate(found)
     tile_of = np.repeat(np.arange(len(tiles)), [len(part.masks) for part in found])
     rows_of = np.split(np.arange(len(tile_of)), np.searchsorted(tile_of, np.arange(1, len(tiles))))
     overlaps = np.argwhere(np.triu(_intersecting(tiles, tiles), k=1))
@@ -297,7 +313,7 @@ def merge_tiles(
         row for row in np.flatnonzero(cut & ~better_seen).tolist() if not stays & same_cell[row]
     }
     stitched = [_stitch(cells, group, tile_of) for group in _connected(pieces, same_cell)]
-    return Detections.concatenate([cells.select(np.array(sorted(stays), int)), *stitched])
+    return Cells.concatenate([cells[sorted(stays)], *stitched])
 
 
 def _margin(boxes: np.ndarray, tile: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -374,7 +390,7 @@ def _connected(rows: set[int], neighbours: list[set[int]]) -> list[list[int]]:
     return components
 
 
-def _stitch(cells: Detections, rows: list[int], tile_of: np.ndarray) -> Detections:
+def _stitch(cells: Cells, rows: list[int], tile_of: np.ndarray) -> Cells:
     """One detection from the pieces of a cell: from each tile its best piece of the class that has
     the highest score.
     """
@@ -390,6 +406,5 @@ def _stitch(cells: Detections, rows: list[int], tile_of: np.ndarray) -> Detectio
     for row, (left, top, right, bottom) in zip(pieces, extents - [x1, y1, x1, y1], strict=True):
         united[top:bottom, left:right] |= cells.masks[row].mask
     box = np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
-    return Detections(
-        box[None], cells.labels[[head]], cells.scores[[head]], [BoxMask(united, int(x1), int(y1))]
-    )
+    mask = BoxMask(united, int(x1), int(y1))
+    return replace(cells[[head]], boxes=box[None], masks=[mask])

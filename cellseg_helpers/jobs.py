@@ -166,7 +166,7 @@ def run(
         log: CSV file that gets one row (``COLUMNS``): seconds on the wall, of them until the first
             cell had imported, and of CPU.
         gpu: wait for a GPU of its own; otherwise the notebook sees none.
-        train: set a run folder of other settings aside first (``study.set_aside_other_run``); at
+        train: set a run folder of other settings aside first (``runs.set_aside_other_run``); at
             the end write ``trained.json`` there, the row of ``log``.
 
     Returns:
@@ -205,7 +205,9 @@ def run(
     if log:
         _append(log, row)
     if train and not error:
-        run_dir = resolve_path(study.RUNS) / parameters["run_name"]
+        from cellseg_helpers.runs import RUNS
+
+        run_dir = resolve_path(RUNS) / parameters["run_name"]
         (run_dir / "trained.json").write_text(json.dumps(row, indent=1) + "\n")
     for file in (taken, lock):
         if file:
@@ -218,7 +220,9 @@ def _set_aside(parameters: dict[str, Any]) -> Path | None:
         config = RunConfig.from_dict(parameters)
     except ValueError:
         return None  # the notebook says it
-    return study.set_aside_other_run(config)
+    from cellseg_helpers.runs import set_aside_other_run
+
+    return set_aside_other_run(config)
 
 
 def _execute(notebook: Path, running: Path, parameters: dict[str, Any]) -> tuple[Any, str]:
@@ -362,7 +366,7 @@ def run_study(
         redirect_stdout(file if plan else sys.stdout),
     ):
         succeeded = _snakemake([*map(str, options), *(["--dry-run"] if plan else [])], reporter)
-        if reporter.failed and any((ROOT / study.RUNS).glob(f"{name}-*/scores.json")):
+        if reporter.failed and any((ROOT / "outputs/runs").glob(f"{name}-*/scores.json")):
             print(
                 "\nThe tables of the runs that are there; an empty cell has its reason.", flush=True
             )

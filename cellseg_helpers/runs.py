@@ -19,22 +19,27 @@ test_detections.json  the best epoch's detections in the test images, once they 
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
-from cellseg_helpers.config import ROOT, RunConfig, resolve_path
-from cellseg_helpers.metrics import load_metrics
-from study.runs import RUNS
+from cellseg_helpers.cells import Cells
+from cellseg_helpers.config import ROOT, RunConfig, one_line, replacing, resolve_path
+from cellseg_helpers.data.coco import to_coco
+from cellseg_helpers.data.hw3 import CellDataset, CellImage, DataError, open_dataset
 
+RUNS = "outputs/runs"
+TABLES = "outputs/tables"
 PACKAGES = (
     "torch",
     "torchvision",
@@ -52,8 +57,18 @@ class RunError(ValueError):
     """A run that cannot start, go on or be read, in a sentence for the user."""
 
 
-class Run(NamedTuple):
-    """What a run folder holds, for the analyses; needs no GPU and no weights."""
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run folder holds, for the analyses; needs no GPU and no weights.
+
+    Attributes:
+        run_dir: the folder.
+        settings, provenance, split: of the JSON files of these names.
+        history: one row an epoch.
+        truth: the validation images' cells, a COCO data set.
+        metrics: of ``metrics.evaluate``; undefined is NaN.
+        detections: the best epoch's cells in the validation images; read when first asked for.
+    """
 
     run_dir: Path
     settings: dict[str, Any]
@@ -61,8 +76,11 @@ class Run(NamedTuple):
     split: dict[str, Any]
     history: pd.DataFrame
     truth: dict[str, Any]
-    detections: list[dict[str, Any]]
     metrics: dict[str, Any]
+
+    @cached_property
+    def detections(self) -> Cells:
+        return Cells.from_coco(read_json(self.run_dir / "detections.json"))
 
 
 def load_run(run_dir: str | Path) -> Run:
@@ -74,29 +92,125 @@ def load_run(run_dir: str | Path) -> Run:
     folder = resolve_path(run_dir)
     if not folder.is_dir():
         raise RunError(
-            f"run_dir {run_dir} does not exist; train one with notebooks/02_train.ipynb or give another"
+            f"run_dir {run_dir} does not exist; train one with notebooks/02_train.ipynb or give "
+            "another"
         )
     try:
-        parts = {
-            name: read_json(folder / f"{name}.json")
-            for name in Run._fields
-            if name not in ("run_dir", "history", "metrics")
-        }
+        (folder / "detections.json").stat()
+        names = ("settings", "provenance", "split", "truth")
+        parts = {name: read_json(folder / f"{name}.json") for name in names}
+        metrics = _replace(read_json(folder / "metrics.json"), _nan_for_null)
         history = pd.read_csv(folder / "history.csv")
-        return Run(
-            run_dir=folder, history=history, metrics=load_metrics(folder / "metrics.json"), **parts
-        )
     except FileNotFoundError as error:
         raise RunError(
-            f"run_dir {run_dir} has no {Path(error.filename).name}: the run has not finished; run 02_train again"
+            f"run_dir {run_dir} has no {Path(error.filename).name}: the run has not finished; run "
+            "02_train again"
         ) from None
     except RunError:
         raise
     except ValueError as error:
-        problem = " ".join(str(error).split())
         raise RunError(
-            f"run_dir {run_dir} has a damaged history.csv or metrics.json ({problem}); run 02_train again"
+            f"run_dir {run_dir} has a damaged history.csv ({one_line(error)}); run 02_train again"
         ) from None
+    return Run(run_dir=folder, history=history, metrics=metrics, **parts)
+
+
+def context_of(run: Run) -> dict[str, Any]:
+    """The columns that every row of a run's tables carries: scale, data, split, maxDets."""
+    data = Path(run.settings["data"])
+    return {
+        "scale": run.settings["scale"],
+        "data": f"{data.parent.name}/{data.name}" if data.suffix == ".json" else data.name,
+        "split": f"{run.split['kind']}, validation side",
+        "maxDets": run.metrics["coco_dense"]["max_dets"][-1],
+    }
+
+
+def images_of_run(run: Run) -> tuple[list[CellImage], str]:
+    """A run's validation images in the order of its truth, and a sentence on where they are from;
+    none if the data are gone or have changed.
+    """
+    try:
+        dataset = _dataset_of(run)
+    except DataError as error:
+        return [], f"No pictures: {str(error).splitlines()[0]}"
+    index = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
+    names = [image["file_name"] for image in run.truth["images"]]
+    images = [dataset[index[name]] for name in names if name in index]
+    if to_coco(images)["annotations"] != run.truth["annotations"]:
+        return [], (
+            f"No pictures: the data {dataset.name!r} are no longer those that this run was "
+            "scored on."
+        )
+    return images, (
+        f"Pictures are from the data {dataset.name!r}, whose cells are those that the run was "
+        "scored on."
+    )
+
+
+def annotations_of_run(run: Run) -> tuple[dict[str, Any], str]:
+    """All annotated images of a run's data as a COCO data set, and a sentence; the validation
+    images alone if the data are gone.
+    """
+    try:
+        dataset = _dataset_of(run)
+    except DataError as error:
+        number, problem = len(run.truth["images"]), str(error).splitlines()[0]
+        return run.truth, f"Only the {number} validation images: {problem}"
+    return to_coco(dataset), f"All {len(dataset)} annotated images of the data {dataset.name!r}."
+
+
+def _dataset_of(run: Run) -> CellDataset:
+    settings = run.settings
+    reading = settings.get("truth_reading", "pixel_values")
+    return open_dataset(settings["data"], reading, 0, settings["skip_faulty_images"])
+
+
+def save_table(table: pd.DataFrame, name: str, **context: Any) -> Path:
+    """Write ``outputs/tables/<name>.csv``, whole or not at all.
+
+    Args:
+        table: a named index is written, too.
+        name: of the file, without ending.
+        context: first columns, the same in every row (see ``context_of``).
+
+    Returns:
+        The path under the repository's root.
+    """
+    rows = table.reset_index() if any(table.index.names) else table
+    columns = [*context, *(column for column in rows.columns if column not in context)]
+    path = Path(TABLES) / f"{name}.csv"
+    write_text(resolve_path(path), rows.assign(**context)[columns].to_csv(index=False))
+    return path
+
+
+def set_aside_other_run(config: RunConfig) -> Path | None:
+    """Rename the folder of a run that has this one's name and other settings or images, so that
+    this one can start.
+
+    Returns:
+        The new path, ``<name>.old-<n>``; None if no folder was in the way.
+    """
+    folder = resolve_path(RUNS) / config.run_name
+    try:
+        differences = config.differences(json.loads((folder / "settings.json").read_text()))
+        if config.precision == "auto":
+            differences.pop("precision", None)  # saved as what it was on this machine
+        provenance = json.loads((folder / "provenance.json").read_text())
+        if not differences and provenance["data_fingerprint"] == _fingerprint(config):
+            return None
+    except (OSError, ValueError, KeyError):
+        return None  # no folder, or one that start_run refuses
+    number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
+    return folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
+
+
+def _fingerprint(config: RunConfig) -> str:
+    reading = (config.instance_reading, config.min_instance_area_px, config.skip_faulty_images)
+    try:
+        return open_dataset(config.data, *reading).fingerprint
+    except DataError:
+        return ""  # the training will report it
 
 
 def start_run(
@@ -182,7 +296,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        cause = " ".join(str(error).split())[:120] or type(error).__name__
+        cause = one_line(error)
         raise RunError(
             f"checkpoint {path} cannot be read ({cause}); delete it to train anew"
         ) from None
@@ -218,7 +332,7 @@ def opening_checkpoint(run_dir: Path, config: RunConfig) -> Iterator[dict[str, A
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
         if isinstance(error, RunError):
             raise
-        cause = " ".join(str(error).split())[:120]
+        cause = one_line(error)
         raise RunError(
             f"checkpoint {path} does not fit this run ({cause}); delete it to train anew"
         ) from None
@@ -235,14 +349,27 @@ def save_weights(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """JSON without NaN (null instead is the caller's choice), written whole or not at all; a list
-    stands in one line.
-    """
-    write_text(
-        path,
-        json.dumps(value, indent=None if isinstance(value, list) else indent, allow_nan=False)
-        + "\n",
-    )
+    """Write JSON, whole or not at all: NaN as null, a list on one line."""
+    value = _replace(value, _null_for_nan)
+    indent = None if isinstance(value, list) else indent
+    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def _null_for_nan(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _nan_for_null(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def _replace(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """The same nested dicts and lists with each leaf changed."""
+    if isinstance(tree, dict):
+        return {key: _replace(value, change) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_replace(value, change) for value in tree]
+    return change(tree)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -259,25 +386,6 @@ def read_json(path: Path) -> Any:
         raise RunError(
             f"{path} is not valid JSON ({error}); copy it again, or delete it and run again what made it"
         ) from None
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``; moved onto it, with its bytes on disk, when the block ends
-    without an error.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _code_version() -> str:

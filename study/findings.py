@@ -18,7 +18,7 @@ from cellseg_helpers import resampling, thresholds
 from cellseg_helpers.config import NOT_PART_OF_A_RUN
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.hw3 import CellDataset, DataError, open_dataset
-from cellseg_helpers.engine import predict_run
+from cellseg_helpers.inference import predict_run
 from cellseg_helpers.metrics import match_detections
 from cellseg_helpers.runs import RunError, read_json, write_json
 from study import released_code, verdicts
@@ -342,7 +342,7 @@ def training_detections(
         try:
             kept = {
                 "names": names,
-                "detections": predict_run(run.run_dir, [cell_image.image for cell_image in images]),
+                "detections": predict_run(run.run_dir, [image.image for image in images]).to_coco(),
             }
         except RunError as error:
             raise RunError(str(error).replace(f"run_dir {run.run_dir}", run.run_dir.name)) from None

@@ -29,7 +29,8 @@ from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.hw3 import CellDataset, CellImage, DataError
 from cellseg_helpers.data.labels import CLASS_NAMES, connected_components, find_instances
 from cellseg_helpers.data.test_images import open_test_images
-from cellseg_helpers.engine import image_statistics, make_fabric, validation_loss
+from cellseg_helpers.devices import make_fabric
+from cellseg_helpers.engine import image_statistics, validation_loss
 from cellseg_helpers.model.build import channel_statistics, has_v2_heads, rebuild_model
 from study import runs as study_runs
 from study.reported import E_SIZE_FACTORS, Detections

@@ -17,7 +17,7 @@ from cellseg_helpers import borders, metrics, plots, resampling, thresholds
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.hw3 import DataError, open_dataset
 from cellseg_helpers.data.labels import CLASS_NAMES
-from cellseg_helpers.runs import Run
+from cellseg_helpers.runs import Run, annotations_of_run
 from study import tables, verdicts
 from study.reported import (
     B_SUMMARY,
@@ -789,7 +789,7 @@ def _border_cells(study: Study, key: str) -> Shown:
     figure = plots.border_strip(
         images[number - 1], cells, here, f"predicted at the border, score ≥ {DISPLAYED_THRESHOLD:g}"
     )
-    annotated, which = tables.annotations_of_run(found)
+    annotated, which = annotations_of_run(found)
     contact = borders.border_contact(annotated["annotations"], annotated["images"]).loc["all"]
     told = (
         f"{which} {contact['at_border']} annotated cells touch the border, where chance would put {contact['expected']:.0f} "

@@ -6,13 +6,11 @@ A run's key names its parameter files: ``a/resnet101`` is ``params/reports/a/res
 ``params/findings/c/final+coco_weights.yaml``, which changes one thing.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from cellseg_helpers.config import ROOT, RunConfig, resolve_path
 
-RUNS = "outputs/runs"
 REPORTS = Path("params/reports")
 FINDINGS = Path("params/findings")
 SCALES = {
@@ -94,35 +92,3 @@ def settings(key: str, scale: str, data: str, seed: int) -> RunConfig:
     return replace(
         config, data=data, seed=seed, run_name=run_name(study_name(scale, data), key, seed)
     )
-
-
-def set_aside_other_run(config: RunConfig) -> Path | None:
-    """Rename the folder of a run that has this one's name and other settings or images, so that
-    this one can start.
-
-    Returns:
-        The old run's new place, ``<name>.old-<n>``, or None where nothing was in the way.
-    """
-    folder = resolve_path(RUNS) / config.run_name
-    try:
-        differences = config.differences(json.loads((folder / "settings.json").read_text()))
-        if config.precision == "auto":
-            differences.pop("precision", None)  # saved as what it was on this machine
-        if not differences and json.loads((folder / "provenance.json").read_text())[
-            "data_fingerprint"
-        ] == _fingerprint(config):
-            return None
-    except (OSError, ValueError, KeyError):
-        return None  # nothing there, or nothing that start_run would go on with
-    number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
-    return folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
-
-
-def _fingerprint(config: RunConfig) -> str:
-    from cellseg_helpers.data.hw3 import DataError, open_dataset
-
-    try:
-        reading = (config.instance_reading, config.min_instance_area_px, config.skip_faulty_images)
-        return open_dataset(config.data, *reading).fingerprint
-    except DataError:
-        return ""  # which the training will say in full

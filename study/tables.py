@@ -3,16 +3,13 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from cellseg_helpers.config import ROOT, resolve_path
-from cellseg_helpers.data.coco import to_coco
-from cellseg_helpers.data.hw3 import CellDataset, CellImage, DataError, open_dataset
-from cellseg_helpers.runs import Run, load_run, write_text
+from cellseg_helpers.data.hw3 import CellDataset
+from cellseg_helpers.runs import load_run
 
-TABLES = "outputs/tables"
 REPORT_C = {
     "image type": "RGB microscopy",
     "annotation": "instance level",
@@ -21,28 +18,6 @@ REPORT_C = {
     "unlabelled images": "101",
     "format": "TIFF images and masks, one mask a class",
 }
-
-
-def save_table(table: pd.DataFrame, name: str, **context: str | int) -> Path:
-    """Write ``outputs/tables/<name>.csv``, whole or not at all.
-
-    Args:
-        table: its named index is written too.
-        name: of the file, without ending.
-        context: columns that every row carries: ``scale``, ``data``, ``split`` and ``maxDets``, as
-            far as they apply.
-
-    Returns:
-        The path under the repository's root.
-    """
-    rows = table.reset_index() if any(table.index.names) else table
-    for place, (column, value) in enumerate(context.items()):
-        rows = rows.assign(**{column: value})[
-            [*rows.columns[:place], column, *rows.columns[place:]]
-        ]
-    path = Path(TABLES) / f"{name}.csv"
-    write_text(resolve_path(path), rows.to_csv(index=False))
-    return path
 
 
 def dataset_summary(dataset: CellDataset, data: str) -> pd.DataFrame:
@@ -65,52 +40,6 @@ def dataset_summary(dataset: CellDataset, data: str) -> pd.DataFrame:
         "format": "images beside a COCO file" if is_coco else REPORT_C["format"],
     }
     return pd.DataFrame({"reported": REPORT_C, "here": here}).rename_axis("item")
-
-
-def images_of_run(run: Run) -> tuple[list[CellImage], str]:
-    """The validation images of a run in the order of its truth, and a sentence; no images where the
-    data are gone or changed.
-    """
-    try:
-        dataset = _dataset_of(run)
-    except DataError as error:
-        return [], f"No pictures: {str(error).splitlines()[0]}"
-    index = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
-    names = [image["file_name"] for image in run.truth["images"]]
-    images = [dataset[index[name]] for name in names if name in index]
-    if to_coco(images)["annotations"] != run.truth["annotations"]:
-        return (
-            [],
-            f"No pictures: the data {dataset.name!r} are no longer those that this run was scored on.",
-        )
-    return (
-        images,
-        f"Pictures are from the data {dataset.name!r}, whose cells are those that the run was scored on.",
-    )
-
-
-def annotations_of_run(run: Run) -> tuple[dict[str, Any], str]:
-    """All annotated images of a run's data as a COCO data set, and a sentence; the validation
-    images where the data are gone.
-    """
-    try:
-        dataset = _dataset_of(run)
-    except DataError as error:
-        return (
-            run.truth,
-            f"Only the {len(run.truth['images'])} validation images: {str(error).splitlines()[0]}",
-        )
-    return to_coco(dataset), f"All {len(dataset)} annotated images of the data {dataset.name!r}."
-
-
-def _dataset_of(run: Run) -> CellDataset:
-    settings = run.settings
-    return open_dataset(
-        settings["data"],
-        settings.get("truth_reading", "pixel_values"),
-        0,
-        settings["skip_faulty_images"],
-    )
 
 
 def notebook_map(folder: str | Path = "notebooks") -> pd.DataFrame:

@@ -9,8 +9,7 @@ import numpy as np
 from cellseg_helpers import resampling
 from cellseg_helpers.config import resolve_path
 from cellseg_helpers.data.hw3 import CellImage
-from cellseg_helpers.runs import Run, RunError, load_run, read_json
-from study import tables
+from cellseg_helpers.runs import Run, RunError, images_of_run, load_run, read_json
 from study.reported import VARIANTS
 from study.runs import SCALES, differs_from_base, run_name
 
@@ -96,7 +95,7 @@ class Study:
         if key not in self._images:
             trained = self.first(key)
             self._images[key] = (
-                tables.images_of_run(trained.run)
+                images_of_run(trained.run)
                 if trained
                 else ([], f"No pictures: {self.missing(key)}.")
             )

@@ -80,9 +80,9 @@ def test_prediction():
     model = build_tiny(RunConfig())
     model.roi_heads.score_thresh, model.roi_heads.detections_per_img = 0.0, 20
     image, _ = scene(0)
-    expected = predict(model, image, 96, 32, 0.5)
+    expected = predict(model, image, 96, 32, 0.5).to_coco()
     with pretended_gpu():
-        found = predict(model.to("cuda"), image, 96, 32, 0.5)
+        found = predict(model.to("cuda"), image, 96, 32, 0.5).to_coco()
         assert {parameter.device for parameter in model.parameters()} == {GPU}
     assert len(found) == len(expected) > 20
     for name in ("category_id", "segmentation"):

@@ -33,18 +33,16 @@ from cellseg_helpers.config import ROOT, RunConfig
 from cellseg_helpers.data import hw3 as readers
 from cellseg_helpers.data.drawn import draw_dataset, draw_tissue
 from cellseg_helpers.data.samples import make_target
+from cellseg_helpers.devices import AutocastPrecision, make_fabric
 from cellseg_helpers.engine import (
     LOSSES,
     TrainingError,
     best_epoch,
-    count_run_parameters,
     fit,
-    make_fabric,
     make_schedulers,
-    predict_run,
     stopped_early,
 )
-from cellseg_helpers.metrics import load_metrics
+from cellseg_helpers.inference import count_run_parameters, predict_run
 from cellseg_helpers.model.build import build_model, count_parameters
 from cellseg_helpers.runs import RunError, load_checkpoint, load_run, read_json, write_json
 
@@ -118,7 +116,7 @@ def test_a_run_leaves_a_whole_run_folder(data):
     assert history["train_minutes"].is_monotonic_increasing and (history["cpu_minutes"] > 0).all()
     assert len(run.truth["images"]) == len(run.split["validation"]) == 2
     assert [image["file_name"] for image in run.truth["images"]] == run.split["validation"]
-    assert run.detections and {detection["image_id"] for detection in run.detections} <= {1, 2}
+    assert len(run.detections) and set(run.detections.image_ids.tolist()) <= {1, 2}
     best = history["validation_ap50"].to_numpy().argmax()
     assert run.metrics["coco_dense"]["summary"]["AP50"] == history["validation_ap50"][best]
 
@@ -235,10 +233,10 @@ def test_a_finished_run_predicts_what_its_validation_found(data, tmp_path, monke
     (tmp_path / "partial.safetensors").unlink(missing_ok=True)
     (run_dir / "last.pt").unlink()
     images = validation_images(run_dir)
-    expected = load_run(run_dir).detections
+    expected = read_json(run_dir / "detections.json")
     assert len(expected) > 3
-    assert predict_run(run_dir, images) == expected
-    numbered = predict_run(run_dir, images[::-1], [12, 11])
+    assert predict_run(run_dir, images).to_coco() == expected
+    numbered = predict_run(run_dir, images[::-1], [12, 11]).to_coco()
     assert sorted(numbered, key=lambda detection: detection["image_id"]) == [
         detection | {"image_id": detection["image_id"] + 10} for detection in expected
     ]
@@ -660,7 +658,7 @@ def test_half_precision_with_loss_scaling_clips_and_resumes(data, monkeypatch, o
     """As on a GPU, where 16-mixed belongs, but on the CPU."""
 
     def half_precision(config: RunConfig) -> Fabric:
-        return Fabric(accelerator="cpu", plugins=engine.AutocastPrecision("16-mixed", "cpu"))
+        return Fabric(accelerator="cpu", plugins=AutocastPrecision("16-mixed", "cpu"))
 
     monkeypatch.setattr(engine, "make_fabric", half_precision)
     changes = {
@@ -959,8 +957,8 @@ def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(data, t
         found.drop(columns="validation_ap50"), expected.drop(columns="validation_ap50"), rtol=1e-5
     )
     assert (
-        load_metrics(together / "metrics.json")["detections"]
-        == load_metrics(alone / "metrics.json")["detections"]
+        read_json(together / "metrics.json")["detections"]
+        == read_json(alone / "metrics.json")["detections"]
         > 0
     )
     mine, theirs = load_file(together / "best.safetensors"), load_file(alone / "best.safetensors")

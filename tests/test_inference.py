@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from cellseg_helpers.data.labels import encode_box_mask
+from cellseg_helpers.cells import Cells, encode_mask
 from cellseg_helpers.inference import lay_tiles, paste_in_boxes, predict
 
 
@@ -40,7 +40,7 @@ def assert_pastes_like_torchvision(
     dense = pasted_by_torchvision(masks, boxes, height, width, threshold)
     expected = coco_mask.encode(np.asfortranarray(dense.transpose(1, 2, 0)))
     pasted = paste_in_boxes(masks, boxes, height, width, threshold)
-    assert [encode_box_mask(*mask, height, width)["counts"].encode() for mask in pasted] == [
+    assert [encode_mask(mask, height, width)["counts"].encode() for mask in pasted] == [
         rle["counts"] for rle in expected
     ]
 
@@ -94,7 +94,7 @@ def test_boxes_outside_the_image_give_empty_masks(box):
     )
     assert not mask.mask.any()
     nothing = coco_mask.encode(np.zeros((40, 40), np.uint8, order="F"))
-    assert encode_box_mask(*mask, 40, 40)["counts"].encode() == nothing["counts"]
+    assert encode_mask(mask, 40, 40)["counts"].encode() == nothing["counts"]
 
 
 @pytest.mark.parametrize(
@@ -187,45 +187,31 @@ def paint(
     return image, masks
 
 
-def decode(results: list[dict], height: int, width: int) -> np.ndarray:
-    return np.array([coco_mask.decode(result["segmentation"]) for result in results], bool).reshape(
+def decode(found: Cells, height: int, width: int) -> np.ndarray:
+    return np.array([coco_mask.decode(rle) for rle in found.to_rles()], bool).reshape(
         -1, height, width
     )
 
 
-def assert_each_once(results: list[dict], masks: np.ndarray, min_iou: float) -> None:
+def assert_each_once(cells: Cells, masks: np.ndarray, min_iou: float) -> None:
     height, width = masks.shape[1:]
-    found = decode(results, height, width).reshape(len(results), -1).astype(np.float32)
+    found = decode(cells, height, width).reshape(len(cells), -1).astype(np.float32)
     true = masks.reshape(len(masks), -1).astype(np.float32)
     shared = found @ true.T
     iou = shared / (found.sum(1)[:, None] + true.sum(1)[None] - shared)
-    assert len(results) == len(masks), iou.round(2)
+    assert len(cells) == len(masks), iou.round(2)
     assert (iou.max(axis=0) >= min_iou).all() and (iou.max(axis=1) >= min_iou).all(), iou.round(2)
-    assert [result["category_id"] for result in results] == [
-        1 + (disc + 1) % 4 for disc in iou.argmax(axis=1)
-    ]
+    assert cells.labels.tolist() == [1 + (disc + 1) % 4 for disc in iou.argmax(axis=1)]
 
 
-def test_whole_image_gives_coco_results():
+def test_a_whole_image():
     image, masks = paint(120, 90, [(20, 20, 9), (60, 80, 15), (89, 119, 12)])
-    results = predict(DiscFinder(), image)
-    assert_each_once(results, masks, 0.85)
-    assert [result["score"] for result in results] == sorted(
-        (result["score"] for result in results), reverse=True
-    )
-    for result in results:
-        assert set(result) == {"bbox", "score", "category_id", "segmentation"}
-        assert result["segmentation"]["size"] == [120, 90] and isinstance(
-            result["segmentation"]["counts"], str
-        )
-        assert (
-            all(type(number) is float for number in result["bbox"])
-            and type(result["score"]) is float
-        )
-        x, y, w, h = result["bbox"]
-        assert 0 <= x < x + w <= 90 and 0 <= y < y + h <= 120
-    first_disc = next(result for result in results if result["category_id"] == 2)
-    assert first_disc["bbox"] == [11, 11, 19, 19]
+    found = predict(DiscFinder(), image, image_id=7)
+    assert_each_once(found, masks, 0.85)
+    assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
+    assert found.image_ids.tolist() == [7] * 3 and found.sizes.tolist() == [[120, 90]] * 3
+    assert found.boxes.min() >= 0 and (found.boxes.max(axis=0) <= [90, 120, 90, 120]).all()
+    assert found.boxes[found.labels == 2].tolist() == [[11, 11, 30, 30]]
 
 
 def test_bbox_is_the_models_box_clipped_to_the_image():
@@ -236,7 +222,7 @@ def test_bbox_is_the_models_box_clipped_to_the_image():
         **find(picture),
         "boxes": torch.tensor([[-6.5, 9.5, 13.25, 31.0]]),
     }
-    assert predict(model, image)[0]["bbox"] == [0, 9.5, 13.25, 21.5]
+    assert predict(model, image).boxes.tolist() == [[0, 9.5, 13.25, 31.0]]
 
 
 @pytest.mark.parametrize(
@@ -310,8 +296,8 @@ def test_tiles_equal_the_whole_image_away_from_seams():
     image, _ = paint(240, 240, discs)
     whole, tiled = (predict(DiscFinder(), image, tile_size_px, 32) for tile_size_px in (0, 136))
     by_place = [
-        sorted((r["bbox"], r["category_id"], r["segmentation"]["counts"]) for r in results)
-        for results in (whole, tiled)
+        sorted((r["bbox"], r["category_id"], r["segmentation"]["counts"]) for r in cells.to_coco())
+        for cells in (whole, tiled)
     ]
     assert by_place[0] == by_place[1]
 
@@ -359,10 +345,9 @@ def of_two_tiles(left, right):
     shifted = [
         ((x1 - 60, y1, x2 - 60, y2), label, score) for (x1, y1, x2, y2), label, score in right
     ]
-    results = predict(Scripted([left, shifted]), np.zeros((3, 100, 160), np.uint8), **TWO_TILES)
-    return [
-        (result["category_id"], round(result["score"], 3), result["bbox"]) for result in results
-    ]
+    found = predict(Scripted([left, shifted]), np.zeros((3, 100, 160), np.uint8), **TWO_TILES)
+    rows = zip(found.labels.tolist(), found.scores.round(3).tolist(), found.boxes, strict=True)
+    return [(label, score, [x1, y1, x2 - x1, y2 - y1]) for label, score, (x1, y1, x2, y2) in rows]
 
 
 def test_the_view_with_more_context_wins_over_the_higher_score():
@@ -396,33 +381,21 @@ def test_different_cells_at_one_seam_stay():
 
 
 def test_empty_masks_are_left_out():
-    assert (
-        predict(
-            Scripted([[((5, 5, 20, 20), 1, 0.9)]], mask_value=0.4), np.zeros((3, 40, 40), np.uint8)
-        )
-        == []
-    )
+    model = Scripted([[((5, 5, 20, 20), 1, 0.9)]], mask_value=0.4)
+    assert len(predict(model, np.zeros((3, 40, 40), np.uint8))) == 0
 
 
-def test_mask_threshold_is_inclusive():
+@pytest.mark.parametrize("mask_threshold, found", [(0.5, 1), (0.51, 0)])
+def test_mask_threshold_is_inclusive(mask_threshold, found):
+    model = Scripted([[((5, 5, 20, 20), 1, 0.9)]], mask_value=0.5)
     image = np.zeros((3, 40, 40), np.uint8)
-    found = [
-        len(
-            predict(Scripted([[((5, 5, 20, 20), 1, 0.9)]], mask_value=0.5), image, mask_threshold=t)
-        )
-        for t in (0.5, 0.51)
-    ]
-    assert found == [1, 0]
+    assert len(predict(model, image, mask_threshold=mask_threshold)) == found
 
 
 def test_nothing_found():
-    assert (
-        predict(
-            DiscFinder(), np.zeros((3, 300, 200), np.uint8), tile_size_px=64, tile_overlap_px=16
-        )
-        == []
-    )
-    assert predict(DiscFinder(), np.zeros((3, 30, 20), np.uint8)) == []
+    image = np.zeros((3, 300, 200), np.uint8)
+    assert len(predict(DiscFinder(), image, tile_size_px=64, tile_overlap_px=16)) == 0
+    assert len(predict(DiscFinder(), image)) == 0
 
 
 def test_a_tensor_is_taken_and_modes_are_restored():

@@ -394,7 +394,9 @@ def test_joined_tiles_equal_the_whole_image(height, width, tile_size_px, share, 
             y, x = np.multiply(corner, 12) + rng.integers(4, 8, 2)
             label_map[ellipse((height, width), y, x, *rng.integers(1, 5, 2))] = 65_510 + number
     image = np.stack([label_map >> 16, label_map >> 8 & 255, label_map & 255]).astype(np.uint8)
-    whole, joined = (predict(ReadsColours(), image, size, 16) for size in (0, tile_size_px))
+    whole, joined = (
+        predict(ReadsColours(), image, size, 16).to_coco() for size in (0, tile_size_px)
+    )
     assert len(whole) == len(np.unique(label_map[label_map > 0]))
     assert joined == whole
 

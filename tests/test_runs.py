@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,17 +12,23 @@ import pytest
 import torch
 
 from cellseg_helpers import runs
+from cellseg_helpers.cells import Cells
 from cellseg_helpers.config import ROOT, RunConfig
 from cellseg_helpers.data.coco import to_coco
-from cellseg_helpers.data.hw3 import CellImage
-from cellseg_helpers.metrics import evaluate, save_metrics
+from cellseg_helpers.data.hw3 import CellImage, open_dataset
+from cellseg_helpers.metrics import evaluate
 from cellseg_helpers.runs import (
     RunError,
+    annotations_of_run,
+    context_of,
+    images_of_run,
     load_checkpoint,
     load_run,
     read_json,
     save_checkpoint,
+    save_table,
     save_weights,
+    set_aside_other_run,
     start_run,
     write_json,
     write_text,
@@ -51,7 +58,8 @@ def finished_run(config=RunConfig(run_name="done")):
         | {"score": 0.9}
     ]
     write_json(run_dir / "detections.json", detections)
-    save_metrics(evaluate(truth(), detections), run_dir / "metrics.json")
+    metrics = evaluate(truth(), Cells.from_coco(detections))
+    write_json(run_dir / "metrics.json", metrics)
     write_text(
         run_dir / "history.csv",
         pd.DataFrame({"epoch": [1, 2], "loss": [2.0, 1.5]}).to_csv(index=False),
@@ -61,7 +69,7 @@ def finished_run(config=RunConfig(run_name="done")):
 
 WRITERS = {
     "text": lambda path, fail: write_text(path, Fails() if fail else "new"),
-    "json": lambda path, fail: write_json(path, {"a": float("nan") if fail else 1}),
+    "json": lambda path, fail: write_json(path, {"a": float("inf") if fail else 1}),
     "checkpoint": lambda path, fail: save_checkpoint(
         path, {"a": Fails() if fail else torch.ones(100_000)}
     ),
@@ -205,7 +213,7 @@ def test_a_finished_run_is_read_back():
     assert run.settings["run_name"] == "done" and run.split == SPLIT and run.truth == truth()
     assert run.metrics["coco"]["summary"]["AP50"] == pytest.approx(1.0)
     assert np.isnan(run.metrics["coco"]["summary"]["APl"])
-    assert run.history["loss"].tolist() == [2.0, 1.5] and run.detections[0]["score"] == 0.9
+    assert run.history["loss"].tolist() == [2.0, 1.5] and run.detections.scores.tolist() == [0.9]
     assert run.provenance["data_fingerprint"] == FINGERPRINT
 
 
@@ -249,11 +257,84 @@ def test_a_damaged_run_is_named_in_one_sentence(name, content):
         RunError,
         match=f"^[^\n]*{re.escape(name)}[^\n]*run again|{re.escape(name)}[^\n]*run 02_train again",
     ):
-        load_run(run_dir)
+        len(load_run(run_dir).detections)
 
 
-def test_json_holds_no_nan(tmp_path):
+def test_json_holds_null_for_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"a": [float("nan"), 1.5], "b": (np.float64("nan"), "nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, 1.5], "b": [None, "nan"]}
     with pytest.raises(ValueError):
-        write_json(tmp_path / "a.json", {"a": float("nan")})
+        write_json(tmp_path / "a.json", {"a": float("inf")})
     write_json(tmp_path / "a.json", [1, 2])
-    assert json.loads((tmp_path / "a.json").read_text()) == [1, 2]
+    assert (tmp_path / "a.json").read_text() == "[1, 2]\n"
+
+
+def test_a_saved_table_carries_its_context_in_every_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "TABLES", str(tmp_path))
+    table = pd.DataFrame({"AP": [0.5, np.nan]}, index=pd.Index(["a", "b"], name="class"))
+    path = save_table(table, "t", scale="quick", data="drawn", split="patient")
+    assert path.read_text().splitlines() == [
+        "scale,data,split,class,AP",
+        "quick,drawn,patient,a,0.5",
+        "quick,drawn,patient,b,",
+    ]
+
+
+def test_annotations_are_of_all_images_or_else_of_the_runs_own():
+    run = load_run("outputs/reference/quick_run")
+    annotated, sentence = annotations_of_run(run)
+    assert (
+        sentence == "All 48 annotated images of the data 'drawn'."
+        and len(annotated["images"]) == 48
+    )
+    gone = replace(run, settings=run.settings | {"data": "outputs/no_such_data"})
+    annotated, sentence = annotations_of_run(gone)
+    assert (
+        annotated is run.truth
+        and sentence.startswith("Only the 12 validation images: ")
+        and "no_such_data" in sentence
+    )
+
+
+def test_pictures_are_of_the_images_that_the_run_was_scored_on():
+    run = load_run("outputs/reference/quick_run")
+    images, sentence = images_of_run(run)
+    assert [image.image_id for image in images] == run.split["validation"]
+    assert sentence.startswith("Pictures are from the data 'drawn'")
+    cells = [{**cell, "area": cell["area"] + 1} for cell in run.truth["annotations"]]
+    changed = replace(run, truth=run.truth | {"annotations": cells})
+    none, sentence = images_of_run(changed)
+    assert none == [] and "no longer those that this run was scored on" in sentence
+
+
+def test_the_context_of_a_run():
+    run = load_run("outputs/reference/quick_run")
+    assert context_of(run) == {
+        "scale": "quick",
+        "data": "drawn",
+        "split": "patient, validation side",
+        "maxDets": run.metrics["coco_dense"]["max_dets"][-1],
+    }
+    listed = replace(run, settings=run.settings | {"data": "a/b/annotations.json"})
+    assert context_of(listed)["data"] == "b/annotations.json"
+
+
+def test_a_run_of_other_settings_or_images_is_set_aside(tmp_path):
+    config = RunConfig(run_name="a")
+    folder = tmp_path / "runs" / config.run_name
+    folder.mkdir(parents=True)
+    assert set_aside_other_run(config) is None
+
+    def write(settings: RunConfig, fingerprint: str) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(settings.to_dict()))
+        (folder / "provenance.json").write_text(json.dumps({"data_fingerprint": fingerprint}))
+
+    here = open_dataset("drawn").fingerprint
+    write(replace(config, precision="bf16-mixed"), here)  # as auto was on some machine
+    assert set_aside_other_run(config) is None
+    write(replace(config, epochs=7), here)
+    assert set_aside_other_run(config).name == f"{config.run_name}.old-1"
+    write(config, "other images")
+    assert set_aside_other_run(config).name == f"{config.run_name}.old-2"
+    assert not folder.exists()

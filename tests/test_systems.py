@@ -2,7 +2,6 @@
 file makes.
 """
 
-import json
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from cellseg_helpers import engine
 from cellseg_helpers.config import ROOT, RunConfig
-from cellseg_helpers.data.hw3 import CellDataset, open_dataset
+from cellseg_helpers.data.hw3 import CellDataset
 from cellseg_helpers.model.backbones import CBAM, SingleMapBackbone
 from cellseg_helpers.model.build import (
     IMAGENET_MEAN,
@@ -364,25 +363,3 @@ def test_unknown_runs_and_scales_are_named():
         study.parameter_files("a/resnet102", "quick")
     with pytest.raises(ValueError, match="unknown scale 'tiny'; one of full, sample, quick"):
         study.parameter_files("a/resnet101", "tiny")
-
-
-def test_a_run_of_other_settings_or_images_is_set_aside(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "RUNS", str(tmp_path / "runs"))
-    config = study.settings("a/resnet18", "quick", "drawn", 0)
-    folder = tmp_path / "runs" / config.run_name
-    folder.mkdir(parents=True)
-    assert study.set_aside_other_run(config) is None
-
-    def write(settings: RunConfig, fingerprint: str) -> None:
-        folder.mkdir(exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(settings.to_dict()))
-        (folder / "provenance.json").write_text(json.dumps({"data_fingerprint": fingerprint}))
-
-    here = open_dataset("drawn").fingerprint
-    write(replace(config, precision="bf16-mixed"), here)  # as auto was on some machine
-    assert study.set_aside_other_run(config) is None
-    write(replace(config, epochs=7), here)
-    assert study.set_aside_other_run(config).name == f"{config.run_name}.old-1"
-    write(config, "other images")
-    assert study.set_aside_other_run(config).name == f"{config.run_name}.old-2"
-    assert not folder.exists()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from cellseg_helpers.borders import drop_border_detections
 from cellseg_helpers.config import ROOT, RunConfig, resolve_path
 from cellseg_helpers.data.labels import CLASS_NAMES, encode_box_masks
-from cellseg_helpers.metrics import evaluate, save_metrics
+from cellseg_helpers.metrics import evaluate
 from cellseg_helpers.runs import provenance, write_json, write_text
 
 CELLS_PER_MEGAPIXEL = 350  # before the border cuts or hides a seventh of them
@@ -161,7 +161,7 @@ def main() -> None:
         write_json(folder / f"{name}.json", part)
     write_text(folder / "history.csv", "epoch,learning_rate,loss,train_minutes,validation_ap50\n")
     metrics = evaluate(truth, detections, config.score_threshold, config.iou_threshold)
-    save_metrics(metrics, folder / "metrics.json")
+    write_json(folder / "metrics.json", metrics)
     at = metrics["at_threshold"]["all"]
     print(
         f"{len(detections)} detections of {metrics['cells']} cells: precision {at['precision']:.2f}, recall {at['recall']:.2f}"

@@ -1,0 +1,113 @@
+"""Devices, precision and memory of a run."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision, Precision
+
+from cellseg_helpers.config import RunConfig
+
+CHECKPOINT_EVERY_S = 60  # at least, and after every validated epoch (see engine)
+KEPT = f"the last epoch's checkpoint is kept, or one from less than {CHECKPOINT_EVERY_S} s before"
+NO_MEMORY = (
+    "allocate memory",
+    "Unable to allocate",
+    "out of memory",
+    "ALLOC_FAILED",
+    "killed by signal: Killed",
+    "killed by signal: Bus error",
+)
+
+
+class TrainingError(RuntimeError):
+    """A training or prediction that had to stop, in a sentence for the user."""
+
+
+def accelerator_of(config: RunConfig) -> str:
+    """``cpu`` or ``cuda``: what ``auto`` is on this machine."""
+    if config.accelerator != "auto":
+        return config.accelerator
+    return "cuda" if torch.cuda.device_count() else "cpu"
+
+
+def resolve_precision(config: RunConfig) -> str:
+    """The precision of a run on this machine: ``auto`` is bf16-mixed on a GPU or CPU (AMX) that has
+    bfloat16 matrix units, else 32.
+
+    A CPU that only has AVX-512's bfloat16 instructions trains faster in 32 bit: measured on one of
+    Intel's, ``bench/README.md``.
+    """
+    if config.precision != "auto":
+        return config.precision
+    if accelerator_of(config) == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native else "32"
+
+
+class AutocastPrecision(MixedPrecision):
+    """Mixed precision that leaves the model's inputs in float32: rounded to bfloat16, a box from
+    256 px on is 1 px off.
+    """
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def make_fabric(config: RunConfig) -> Fabric:
+    """The devices, processes and precision of a run; several devices start one process each (not
+    from a notebook).
+
+    Raises:
+        ValueError: a device or precision that this machine does not have.
+    """
+    accelerator, gpus = accelerator_of(config), torch.cuda.device_count()
+    if accelerator == "cuda" and gpus < config.devices:
+        raise ValueError(
+            f"devices is {config.devices}, but this machine has {gpus} GPUs that torch can use; "
+            "lower it, or accelerator 'cpu'"
+        )
+    if accelerator == "cpu" and config.precision == "16-mixed":
+        raise ValueError("precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' on a CPU")
+    precision = resolve_precision(config)
+    plugin = Precision() if precision == "32" else AutocastPrecision(precision, accelerator)
+    strategy = "ddp" if config.devices > 1 else "auto"
+    fabric = Fabric(
+        accelerator=accelerator, devices=config.devices, strategy=strategy, plugins=plugin
+    )
+    fabric.launch()
+    return fabric
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process held so far: on a GPU torch's tensors, else the resident
+    memory by the operating system.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def explaining_errors() -> Iterator[None]:
+    """Errors of torch that a setting remedies become a ``TrainingError`` that names the setting."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+            raise TrainingError(
+                "out of memory; lower batch_size, crop_size_px (or max_size), "
+                "box_batch_size_per_image, rpn_post_nms_top_n_train, num_workers or, in "
+                f"prediction, tile_size_px, or use precision 'bf16-mixed'; {KEPT}"
+            ) from None
+        if "Expected more than 1 value per channel when training" in str(error):
+            raise TrainingError(
+                "a batch of one crop is too small for the batch norms (its deepest feature map has "
+                "one pixel); raise batch_size or crop_size_px"
+            ) from None
+        raise
