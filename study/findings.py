@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from cellseg_helpers import resampling, thresholds
 from cellseg_helpers.config import NOT_PART_OF_A_RUN
@@ -58,198 +59,8 @@ class Finding(NamedTuple):
 
 
 FINDINGS = [
-    Finding(
-        "b-heads",
-        "B",
-        "v2 backbone, v1 heads",
-        "the v2 model, pretrained",
-        "v2 backbone and pyramid in a v1-style Mask R-CNN: one convolution in the RPN, two layers in the box head, no norm in "
-        "the mask head; built without weights, then loads an own earlier checkpoint, which is not public",
-        "b/v2_whole",
-        "b/v2_backbone",
-        "Fresh heads of the v1 kind in place of the v2 model's own change nothing to be seen",
-    ),
-    Finding(
-        "b-cells",
-        "B",
-        "ids cast to uint8, cells from connected components",
-        "instances from class masks",
-        "casts ids to uint8, then takes 8-connected components: touching cells become one, a cell in pieces becomes several",
-        "b/v2_backbone+pixel_values",
-        "b/v2_backbone",
-        "Connected components in place of ids change nothing to be seen",
-    ),
-    Finding(
-        "b-range",
-        "B",
-        "range of values",
-        "(nothing)",
-        "gives images of 0 to 255 to a model that normalises images of 0 to 1",
-        "b/v2_backbone",
-        "b/v2_backbone+range_0_255",
-        "Images of 0 to 255 in place of 0 to 1 change nothing to be seen",
-    ),
-    Finding(
-        "b-training-images",
-        "B",
-        "what was scored",
-        "5 epochs, AP50 0.461",
-        "10 epochs, on all 209 images, and no evaluation code: the 12 lines were probably measured on training images "
-        "(hidden test: 0.27)",
-        "b/v2_backbone",
-        "b/v2_backbone+all_images",
-        "Ten epochs on all images, the scored ones too, change nothing to be seen",
-    ),
-    Finding(
-        "b-threshold",
-        "B",
-        "scores that the model drops",
-        "accepting all predictions (threshold 0) scores best",
-        "threshold 0.05 by default, in the saved run 0.2 with the border filter; the model itself drops scores under 0.05 "
-        "and keeps 100 detections an image",
-    ),
-    Finding(
-        "b-border",
-        "B",
-        "edges that the border filter never reaches",
-        "drops predictions whose box touches the border",
-        "compares with <= 0 and >= width or height after boxes were clipped at the resized scale and scaled back: by "
-        "rounding, the right or bottom edge is never reached at 9 of the 101 test sizes",
-    ),
-    Finding(
-        "c-weights",
-        "C",
-        "initial weights",
-        "a backbone from ImageNet",
-        "COCO weights for the whole model but the two predictors; frozen norms, conv1 and layer1",
-        "c/final",
-        "c/final+coco_weights",
-        "COCO weights in place of ImageNet's change nothing to be seen",
-    ),
-    Finding(
-        "c-schedule",
-        "C",
-        "batch, epochs, schedule",
-        "batch 4, 20 epochs, plateau on validation AP, best checkpoint",
-        "batch 2, 10 epochs, plateau on the training loss (factor 0.1, patience 3), no validation, last state saved as best",
-        "c/final",
-        "c/final+batch2_10_epochs",
-        "Batch 2, 10 epochs and a plateau on the training loss change nothing to be seen",
-    ),
-    Finding(
-        "c-format",
-        "C",
-        "COCO format, augmentation",
-        "COCO format; augmentation tried",
-        "neither in the file",
-    ),
-    Finding(
-        "c-half",
-        "C",
-        "predictions dropped before submission",
-        "(nothing)",
-        "drops predictions that score under 0.5",
-    ),
-    Finding(
-        "bce-boxes",
-        "B, C, E",
-        "boxes short of their cells",
-        "(nothing)",
-        "training boxes miss the last pixel row and column",
-        "c/final",
-        "c/final+boxes_miss_last_pixel",
-        "Boxes that miss the last pixel row and column change nothing to be seen",
-    ),
-    Finding(
-        "e-model",
-        "E",
-        "model and weights",
-        "ResNet-50 + FPN, ImageNet weights",
-        "the v2 model with COCO weights, new predictors",
-        "e/full",
-        "e/full+v2_model",
-        "The v2 model with COCO weights changes nothing to be seen",
-    ),
-    Finding(
-        "e-anchors",
-        "E",
-        "anchors",
-        "anchors of 8, 16, 32, 64, 128 px",
-        "sets `sizes` on a built anchor generator, which made its anchors at construction: they stay 32 to 512 px",
-        "e/full",
-        "e/base",
-        "Anchors of 32 to 512 px in place of 8 to 128 px change nothing to be seen",
-    ),
-    Finding(
-        "e-proposals",
-        "E",
-        "RPN proposals",
-        "more proposals",
-        "sets names that nothing reads; read, 2000/1000 and 1000/500 would have lowered torchvision's 2000/2000 and 1000/1000",
-        "e/full",
-        "e/full+proposals",
-        "torchvision's numbers of proposals in place of doubled ones change nothing to be seen",
-    ),
-    Finding(
-        "e-augmentation",
-        "E",
-        "augmentation",
-        "three levels of augmentation",
-        "one recipe; training and validation are views of one dataset object, whose transform is last set to that of validation",
-        "e/full",
-        "e/none",
-        "Training without augmentation changes nothing to be seen",
-    ),
-    Finding(
-        "e-normalised-twice",
-        "E",
-        "normalised twice",
-        "(nothing)",
-        "normalises in the transform, and again in the model",
-        "e/full",
-        "e/full+normalised_twice",
-        "Normalising twice changes nothing to be seen",
-    ),
-    Finding(
-        "e-nms",
-        "E",
-        "NMS threshold",
-        "NMS 0.7 for overlapping cells",
-        "0.7 is the RPN's default; that of boxes stays 0.5; a flip at test time is written and never called",
-    ),
-    Finding(
-        "e-small-cells",
-        "E",
-        "minimum size",
-        "instances under a minimum size are dropped",
-        "drops cells whose last minus first pixel is 5 or less; an image without cells gets a 10 px box (class 1), an empty mask",
-    ),
-    Finding(
-        "e-thresholds",
-        "E",
-        "class thresholds",
-        "class thresholds chosen on validation",
-        "fixed numbers; the search is never called, and its grid lacks three of the four values",
-    ),
-    Finding(
-        "e-scores",
-        "E",
-        "size-aware scores and refinement",
-        "size-aware scores, mask refinement",
-        "boxes under 1 % of the image: score x 1.15, under 5 %: x 1.10, at most 1, before thresholding; closing 5 x 5, opening "
-        "3 x 3, cut to the box, and for masks under 5,000 px the largest outer contour, filled, closed 3 x 3",
-    ),
-    Finding(
-        "e-validation",
-        "E",
-        "validation",
-        "early stopping on plateau",
-        "a random split (seed 42, 167 and 42 images); plateau (factor 0.5, patience 3) from the 6th epoch on, stop at patience 5; "
-        "validation loss computed in training mode: BatchNorm's statistics learn from validation images",
-        "e/full+v2_model",
-        "e/full+norms_learn_in_validation",
-        "Norm statistics that learn from validation images change nothing to be seen",
-    ),
+    Finding(**row)
+    for row in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 ]
 BY_KEY = {finding.key: finding for finding in FINDINGS}
 
@@ -524,10 +335,10 @@ def measure_shared_patients(
     if found is None:
         return missing(key, measure, "data", f"the patients of {dataset.name!r} are unknown")
     sentence = (
-        f"In random splits that hold out {validation_fraction:.0%} of the images, {found.both_sides:.1f} of {found.patients} "
-        f"patients (mean) are on both sides; {found.seen_share:.0%} of the validation images are of a patient that is trained on."
+        f"In random splits that hold out {validation_fraction:.0%} of the images, {found['both_sides']:.1f} of {found['patients']} "
+        f"patients (mean) are on both sides; {found['seen_share']:.0%} of the validation images are of a patient that is trained on."
     )
-    return measured(key, measure, found.seen_share, found.seen_share > 0, sentence, dataset)
+    return measured(key, measure, found["seen_share"], found["seen_share"] > 0, sentence, dataset)
 
 
 def measure_limit(study: Study, key: str, run: str) -> Measurement:

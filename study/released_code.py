@@ -1,15 +1,14 @@
-"""What the reports' released code does to cells, images, the model and its detections, where it
-differs from their text.
-
-Measured with the code of torch and torchvision themselves, on what is at hand; nothing is trained.
+"""What the reports' released code does to cells, images, the model and its detections where it
+differs from their text: measured with torch and torchvision themselves, without any training.
 """
 
 import inspect
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,17 +16,17 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import nn
 from torch.utils.data import Dataset, Subset
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import batched_nms
 
 from cellseg_helpers import borders
+from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.hw3 import CellDataset, CellImage, DataError
-from cellseg_helpers.data.labels import CLASS_NAMES, connected_components, find_instances
+from cellseg_helpers.data.labels import connected_components, find_instances
 from cellseg_helpers.data.test_images import open_test_images
 from cellseg_helpers.devices import make_fabric
 from cellseg_helpers.engine import image_statistics, validation_loss
@@ -35,39 +34,23 @@ from cellseg_helpers.model.build import channel_statistics, has_v2_heads, rebuil
 from study import runs as study_runs
 from study.reported import E_SIZE_FACTORS, Detections
 
-# ---------------------------------------------------------------------------------------------------------------
-# cells and images
+# Cells and images
 
 
 def cell_table(dataset: Iterable[CellImage]) -> pd.DataFrame:
-    """One row a cell: image (its place), class, width_px, height_px (of the tight box),
+    """One row a cell: image (its index), class, width_px, height_px (of its tight box),
     image_height_px, image_width_px.
     """
     parts = []
-    for place, cell_image in enumerate(dataset):
+    for index, cell_image in enumerate(dataset):
         found = find_instances(cell_image.label_maps)
-        width, height = (found.boxes[:, 2:] - found.boxes[:, :2]).T.astype(int)
-        names = np.array(CLASS_NAMES)[found.labels - 1]
-        table = pd.DataFrame(
-            {"image": place, "class": names, "width_px": width, "height_px": height}
-        )
-        image_height, image_width = cell_image.image.shape[1:]
-        parts.append(table.assign(image_height_px=image_height, image_width_px=image_width))
+        names = pd.Categorical.from_codes(found.labels - 1, CLASS_NAMES)
+        sides = (found.boxes[:, 2:] - found.boxes[:, :2]).astype(int)
+        table = pd.DataFrame(sides, columns=["width_px", "height_px"])
+        height, width = cell_image.image.shape[1:]
+        image = {"image": index, "image_height_px": height, "image_width_px": width}
+        parts.append(table.assign(**{"class": names}, **image))
     return pd.concat(parts, ignore_index=True)
-
-
-def image_sizes(dataset: CellDataset, data: str | Path) -> tuple[list[tuple[int, int]], str]:
-    """The different sizes (height, width), px, of annotated images and of test images, if there are
-    any, and a sentence.
-    """
-    annotated = {tuple(size) for size in dataset.sizes.tolist()}
-    try:
-        tests = {(image["height"], image["width"]) for image in open_test_images(data).listed}
-    except DataError:
-        tests = set()
-    return sorted(
-        annotated | tests
-    ), f"{len(annotated)} sizes of annotated images and {len(tests)} of test images"
 
 
 def as_uint8(ids: Sequence[int]) -> np.ndarray:
@@ -76,13 +59,13 @@ def as_uint8(ids: Sequence[int]) -> np.ndarray:
 
 
 def components_of_cells(dataset: Iterable[CellImage]) -> pd.DataFrame:
-    """What report B's reading makes of each image's cells, one row an image.
+    """What report B's way to read class masks makes of each image's cells.
 
     Returns:
-        image_id, cells, highest_id; lost: cells whose id is a multiple of 256, which uint8 makes 0;
-        same_value: cells that share their uint8 value with another one of their class. Of the cells
-        that are left, components: 8-connected; joined: cells that share one with another cell;
-        split: cells in several.
+        One row an image: image_id; cells; highest_id; lost: cells whose id is a multiple of 256,
+        which uint8 turns into 0; same_value: cells that share their uint8 value with another cell
+        of their class. Of the cells that are not lost: components, 8-connected; joined: cells that
+        share a component with another cell; split: cells in several components.
     """
     rows = []
     for cell_image in dataset:
@@ -91,84 +74,91 @@ def components_of_cells(dataset: Iterable[CellImage]) -> pd.DataFrame:
         )
         for label_map in cell_image.label_maps:
             ids = np.unique(label_map[label_map > 0])
-            values, times = np.unique(as_uint8(ids), return_counts=True)
-            left = np.where(as_uint8(label_map) > 0, label_map, 0)
+            values, cells_of_value = np.unique(ids.astype(np.uint8), return_counts=True)
+            left = np.where(label_map.astype(np.uint8) > 0, label_map, 0)
             components = connected_components(left)
-            pairs = np.unique(np.column_stack([components[left > 0], left[left > 0]]), axis=0)
-            _, place, cells_in = np.unique(pairs[:, 0], return_inverse=True, return_counts=True)
+            pixels = pd.DataFrame({"component": components[left > 0], "cell": left[left > 0]})
+            pairs = pixels.drop_duplicates()
             row["cells"] += len(ids)
             row["highest_id"] = max(row["highest_id"], int(label_map.max()))
-            row["lost"] += int(times[values == 0].sum())
-            row["same_value"] += int(times[(values > 0) & (times > 1)].sum())
+            row["lost"] += int(cells_of_value[values == 0].sum())
+            row["same_value"] += int(cells_of_value[(values > 0) & (cells_of_value > 1)].sum())
             row["components"] += int(components.max(initial=0))
-            row["joined"] += len(np.unique(pairs[cells_in[place] > 1, 1]))
-            row["split"] += int((np.unique(pairs[:, 1], return_counts=True)[1] > 1).sum())
+            shared = pairs["component"].duplicated(keep=False)
+            row["joined"] += pairs.loc[shared, "cell"].nunique()
+            row["split"] += pairs.loc[pairs["cell"].duplicated(), "cell"].nunique()
         rows.append({"image_id": cell_image.image_id, **row})
     return pd.DataFrame(rows)
 
 
 def missing_strip(cells: pd.DataFrame) -> pd.DataFrame:
-    """Boxes that miss the last pixel row and column, by class and ``all``.
+    """How much of a cell's box is missing when it ends before the last pixel row and column.
 
-    Returns:
-        cells; width_px and height_px (means); missing: mean share of the box's area; worst_5%: the
-        share that one in twenty exceeds; IoU: mean IoU of the short box with the whole one;
-        vanished: cells of one row or column, whose box is empty.
-    """
-    width, height = cells["width_px"], cells["height_px"]
-    share = 1 - (width - 1) * (height - 1) / (
-        width * height
-    )  # the short box lies in the whole one: IoU is 1 - share
-    table = pd.DataFrame(
-        {
-            "width_px": width,
-            "height_px": height,
-            "missing": share,
-            "vanished": (width == 1) | (height == 1),
-        }
-    )
-    rows = {}
-    for name, part in _by_class(table, cells["class"]):
-        mean = part.mean()
-        rows[name] = {
-            "cells": len(part),
-            "width_px": mean["width_px"],
-            "height_px": mean["height_px"],
-            "missing": mean["missing"],
-            "worst_5%": part["missing"].quantile(0.95),
-            "IoU": 1 - mean["missing"],
-            "vanished": int(part["vanished"].sum()),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("class")
-
-
-def small_cells(cells: pd.DataFrame, largest_difference_px: int = 5) -> pd.DataFrame:
-    """Cells whose last minus first pixel, in x or in y, is ``largest_difference_px`` (report E's as
-    released) or less.
+    The short box lies inside the whole box, so their IoU is 1 minus the missing share.
 
     Args:
         cells: of ``cell_table``.
-        largest_difference_px: of a cell that is dropped.
 
     Returns:
-        By class and ``all``: cells, dropped, share, images (that hold such a cell), images_left
-        (likewise, afterwards).
+        Rows: ``all``, then the classes. cells; width_px and height_px (means); missing: mean share
+        of the box's area; worst_5%: the share that one in twenty cells exceeds; IoU: mean IoU of
+        the short box with the whole one; vanished: cells of one row or column, whose short box is
+        empty.
     """
-    dropped = (cells[["width_px", "height_px"]].min(axis=1) - 1) <= largest_difference_px
-    rows = {}
-    for name, part in _by_class(cells.assign(dropped=dropped), cells["class"]):
-        counts = {
-            "cells": len(part),
-            "dropped": int(part["dropped"].sum()),
-            "share": part["dropped"].mean(),
-        }
-        images = part["image"].nunique(), part.loc[~part["dropped"], "image"].nunique()
-        rows[name] = counts | dict(zip(("images", "images_left"), images, strict=True))
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("class")
+    width, height = cells["width_px"], cells["height_px"]
+    missing = 1 - (width - 1) * (height - 1) / (width * height)
+    table = cells.assign(missing=missing, IoU=1 - missing, vanished=(width == 1) | (height == 1))
+    return _by_class(table).agg(
+        cells=("missing", "size"),
+        width_px=("width_px", "mean"),
+        height_px=("height_px", "mean"),
+        missing=("missing", "mean"),
+        **{"worst_5%": ("missing", lambda share: share.quantile(0.95))},
+        IoU=("IoU", "mean"),
+        vanished=("vanished", "sum"),
+    )
 
 
-def _by_class(table: pd.DataFrame, classes: pd.Series) -> list[tuple[str, pd.DataFrame]]:
-    return [("all", table), *((name, table[classes == name]) for name in CLASS_NAMES)]
+def small_cells(cells: pd.DataFrame, largest_difference_px: int = 5) -> pd.DataFrame:
+    """Cells that report E's code drops: last minus first pixel, in x or in y, is 5 or less.
+
+    Args:
+        cells: of ``cell_table``.
+        largest_difference_px: of a dropped cell.
+
+    Returns:
+        Rows: ``all``, then the classes. cells, dropped, share, images (with such a cell before),
+        images_left (with such a cell afterwards).
+    """
+    shorter = cells[["width_px", "height_px"]].min(axis=1)
+    dropped = shorter - 1 <= largest_difference_px
+    table = _by_class(cells.assign(dropped=dropped)).agg(
+        cells=("dropped", "size"),
+        dropped=("dropped", "sum"),
+        share=("dropped", "mean"),
+        images=("image", "nunique"),
+    )
+    return table.assign(images_left=_by_class(cells[~dropped])["image"].nunique())
+
+
+def _by_class(cells: pd.DataFrame):
+    """Grouped by class, with all cells as the first group; a class without cells is a group."""
+    twice = pd.concat([cells.assign(**{"class": "all"}), cells])
+    names = pd.Categorical(twice["class"], ["all", *CLASS_NAMES])
+    return twice.assign(**{"class": names}).groupby("class", observed=False)
+
+
+def image_sizes(dataset: CellDataset, data: str | Path) -> tuple[list[tuple[int, int]], str]:
+    """The distinct sizes (height, width), px, of the annotated images and of the data's test
+    images, if it has any; a sentence.
+    """
+    annotated = {tuple(size) for size in dataset.sizes.tolist()}
+    try:
+        tests = {(image["height"], image["width"]) for image in open_test_images(data).listed}
+    except DataError:
+        tests = set()
+    sentence = f"{len(annotated)} sizes of annotated images and {len(tests)} of test images"
+    return sorted(annotated | tests), sentence
 
 
 def unreachable_edges(
@@ -177,6 +167,11 @@ def unreachable_edges(
     """Whether a box at the edge of the resized image ends at the image's own edge once torchvision
     has scaled it back.
 
+    Args:
+        sizes: height and width of images, px.
+        min_size: to which the model resizes the shorter side, px.
+        max_size: that the longer side does not exceed, px.
+
     Returns:
         One row a size: height_px, width_px, right_px, bottom_px (where the box ends), right, bottom
         (bool, reached).
@@ -184,18 +179,17 @@ def unreachable_edges(
     rows = []
     for height, width in sizes:
         scale = min(min_size / min(height, width), max_size / max(height, width))
-        resized = math.floor(height * scale), math.floor(width * scale)
+        resized = int(height * scale), int(width * scale)
         box = torch.tensor([[0.0, 0.0, resized[1], resized[0]]])
-        _, _, right, bottom = resize_boxes(box, resized, (height, width))[0].tolist()
+        right, bottom = resize_boxes(box, resized, (height, width))[0, 2:].tolist()
         rows.append((height, width, right, bottom, right >= width, bottom >= height))
-    return pd.DataFrame(
-        rows, columns=["height_px", "width_px", "right_px", "bottom_px", "right", "bottom"]
-    )
+    columns = ["height_px", "width_px", "right_px", "bottom_px", "right", "bottom"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def changed_by_coco(dataset: Iterable[CellImage]) -> tuple[int, int]:
-    """Cells of some images, and how many of them come back with other pixels from the COCO format,
-    as run lengths.
+    """The number of cells, and how many of them come back with other pixels from the COCO format's
+    run lengths.
     """
     cells = changed = 0
     for cell_image in dataset:
@@ -209,7 +203,7 @@ def changed_by_coco(dataset: Iterable[CellImage]) -> tuple[int, int]:
 
 
 class OneTransform(Dataset):
-    """Images with one ``transform``, whoever asks."""
+    """Images with one ``transform`` for every view of them."""
 
     def __init__(self, images: Sequence[np.ndarray]):
         self.images, self.transform = images, None
@@ -218,83 +212,77 @@ class OneTransform(Dataset):
         return len(self.images)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        return self.transform(self.images[i]) if self.transform else self.images[i]
+        return self.transform(self.images[i])
 
 
 def augmented_images(images: Sequence[np.ndarray]) -> pd.DataFrame:
     """How many images are augmented when training and validation (one image in five) are views of
     one dataset object, and of two.
 
-    The views are torch's ``Subset``; the transform of the training view is a flip, that of the
-    validation view, set last, none.
+    The views are torch's ``Subset``. The training view gets a flip as its transform; then the
+    validation view gets a transform that changes nothing.
 
     Args:
         images: uint8 [3, H, W] each, none its own mirror image.
 
     Returns:
-        Rows: one object, as in report E's released code; two objects. Columns: training,
-        training_flipped, validation, validation_flipped (numbers of images).
+        Rows: one object (as in report E's code), two objects. Columns: training, training_flipped,
+        validation, validation_flipped (numbers of images).
     """
     rows_of = {
         "training": [row for row in range(len(images)) if row % 5],
-        "validation": [row for row in range(len(images)) if not row % 5],
+        "validation": list(range(0, len(images), 5)),
     }
+    one = OneTransform(images)
     table = {}
-    for name, objects in (
-        ("one object", [OneTransform(images)] * 2),
-        ("two objects", [OneTransform(images), OneTransform(images)]),
-    ):
-        views = {
-            side: Subset(dataset, rows_of[side])
-            for side, dataset in zip(rows_of, objects, strict=True)
-        }
-        views["training"].dataset.transform = lambda image: image[..., ::-1]
-        views["validation"].dataset.transform = lambda image: image
+    for name, objects in {
+        "one object": (one, one),
+        "two objects": (OneTransform(images), OneTransform(images)),
+    }.items():
+        views = [Subset(*pair) for pair in zip(objects, rows_of.values(), strict=True)]
+        views[0].dataset.transform = lambda image: image[..., ::-1]
+        views[1].dataset.transform = lambda image: image
         table[name] = {}
-        for side, view in views.items():
-            flipped = [
-                not np.array_equal(view[i], images[row]) for i, row in enumerate(rows_of[side])
-            ]
-            table[name] |= {side: len(flipped), f"{side}_flipped": sum(flipped)}
+        for (side, rows), view in zip(rows_of.items(), views, strict=True):
+            pairs = zip(view, (images[row] for row in rows), strict=True)
+            flipped = sum(not np.array_equal(seen, image) for seen, image in pairs)
+            table[name] |= {side: len(rows), f"{side}_flipped": flipped}
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("views of")
-
-
-class SharedPatients(NamedTuple):
-    """Random splits by image.
-
-    Attributes:
-        both_sides: mean number of patients with images on both sides.
-        patients: number of patients.
-        seen_share: mean share of validation images whose patient also has a training image.
-    """
-
-    both_sides: float
-    patients: int
-    seen_share: float
 
 
 def shared_patients(
     patients: Sequence[str | None], validation_fraction: float, draws: int = 1000
-) -> SharedPatients | None:
-    """How patients fall in random splits by image, mean over some draws; None where a patient is
-    unknown.
+) -> dict[str, float] | None:
+    """How patients fall in random splits by image.
+
+    Args:
+        patients: of each image.
+        validation_fraction: share of the images held out, 0..1.
+        draws: number of random splits.
+
+    Returns:
+        patients: their number; both_sides: how many of them have images on both sides; seen_share:
+        share of validation images whose patient also has a training image; both are means over the
+        draws. None where a patient is unknown.
     """
     if None in patients or not len(patients):
         return None
-    names, place = np.unique(np.array(patients, str), return_inverse=True)
-    held = min(max(round(validation_fraction * len(place)), 1), len(place) - 1)
+    names, codes = np.unique(np.array(patients, str), return_inverse=True)
+    held = int(np.clip(round(validation_fraction * len(codes)), 1, len(codes) - 1))
     rng = np.random.default_rng(0)
     both, seen = [], []
     for _ in range(draws):
-        order = rng.permutation(place)
-        validation, training = order[:held], order[held:]
+        validation, training = np.split(rng.permutation(codes), [held])
         both.append(len(np.intersect1d(validation, training)))
         seen.append(np.isin(validation, training).mean())
-    return SharedPatients(float(np.mean(both)), len(names), float(np.mean(seen)))
+    return {
+        "patients": len(names),
+        "both_sides": float(np.mean(both)),
+        "seen_share": float(np.mean(seen)),
+    }
 
 
-# --------------------------------------------------------------------------------------------------------------------------
-# model
+# Model
 
 PARTS = {
     "backbone.body.": "backbone",
@@ -305,36 +293,37 @@ PARTS = {
     "roi_heads.box_predictor.": "box predictor",
     "roi_heads.mask_head.": "mask head",
     "roi_heads.mask_predictor.": "mask predictor",
-}  # the first that a name begins with
+}  # a parameter's name begins with one; the first that fits counts
 HEAD_NORMS = "norms in the heads"
 NEW_PREDICTORS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
 
 def model_parts(key: str) -> pd.DataFrame:
-    """The model of a run at full scale, part by part; no weights are needed, and none are made.
+    """The parameters of a run's model at full scale, part by part; no weights are loaded or made.
 
     Args:
         key: of the run.
 
     Returns:
         Rows: the parts, then ``all``. parameters; trainable: those that are not frozen; loaded:
-        those that start from the run's weights (``FrozenBatchNorm2d`` has no parameters).
+        those that start from the run's weights. Frozen norms have no parameters.
     """
     config = study_runs.settings(key, "full", "drawn", 0)
     with torch.device("meta"):
         model = rebuild_model(config)
-    parts = dict.fromkeys([*PARTS.values(), HEAD_NORMS], (0, 0, 0))
+    rows = []
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
             part = next(part for start, part in PARTS.items() if name.startswith(start))
             if isinstance(module, nn.BatchNorm2d) and not name.startswith("backbone."):
                 part = HEAD_NORMS
             size = parameter.numel()
-            counts = size, size * parameter.requires_grad, size * _starts_loaded(name, config)
-            parts[part] = tuple(map(sum, zip(parts[part], counts, strict=True)))
-    table = pd.DataFrame.from_dict(
-        parts, orient="index", columns=["parameters", "trainable", "loaded"]
-    ).rename_axis("part")
+            rows.append(
+                (part, size, size * parameter.requires_grad, size * _starts_loaded(name, config))
+            )
+    columns = ["part", "parameters", "trainable", "loaded"]
+    table = pd.DataFrame(rows, columns=columns).groupby("part").sum()
+    table = table.reindex([*PARTS.values(), HEAD_NORMS], fill_value=0)
     table.loc["all"] = table.sum()
     return table
 
@@ -349,7 +338,7 @@ def _starts_loaded(name: str, config: RunConfig) -> bool:
 def plateau_rates(
     losses: Sequence[float], learning_rate: float, factor: float, patience: int
 ) -> list[float]:
-    """The learning rate after each of some epochs' losses, by torch's ``ReduceLROnPlateau``."""
+    """The learning rate after each epoch's loss, by torch's ``ReduceLROnPlateau``."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", factor, patience)
     rates = []
@@ -372,95 +361,79 @@ def normalised_values(dataset: CellDataset, normalizations: Sequence[str]) -> pd
     """
     mean, std = (np.array(values) for values in image_statistics(dataset, range(len(dataset))))
     channels = [cell_image.image.reshape(3, -1) / 255 for cell_image in dataset]
-    least, greatest = (
-        np.stack([ends(image, axis=1) for image in channels]) for ends in (np.min, np.max)
-    )
-    rows = {}
-    for normalization in normalizations:
-        own = normalization == "data"
-        m, s = (mean, std) if own else map(np.array, channel_statistics(normalization))
-        columns = [(mean - m) / s, std / s, (least.min(0) - m) / s, (greatest.max(0) - m) / s]
-        rows |= {
-            (normalization, channel): values
-            for channel, values in zip("RGB", zip(*columns, strict=True), strict=True)
-        }
-    index = pd.MultiIndex.from_tuples(rows, names=["normalization", "channel"])
-    return pd.DataFrame(list(rows.values()), index, ["mean", "std", "least", "greatest"])
+    least = np.min([image.min(axis=1) for image in channels], axis=0)
+    greatest = np.max([image.max(axis=1) for image in channels], axis=0)
+    tables = {}
+    for name in normalizations:
+        m, s = (mean, std) if name == "data" else map(np.array, channel_statistics(name))
+        columns = {"mean": mean - m, "std": std, "least": least - m, "greatest": greatest - m}
+        channel = pd.Index(list("RGB"), name="channel")
+        tables[name] = pd.DataFrame(columns, channel).div(s, axis=0)
+    return pd.concat(tables, names=["normalization"])
 
 
 def range_behind_a_norm(image: np.ndarray) -> pd.DataFrame:
-    """How far the range of an image's values reaches behind a norm, by one random convolution and
-    what follows it.
+    """How far the range of an image's values reaches behind a norm: one random convolution and what
+    follows it, in float64.
 
     Args:
         image: uint8 [3, H, W].
 
     Returns:
-        Rows: the convolution alone; a BatchNorm with the batch's statistics; a frozen norm, with
-        the statistics of the range of 0 to 1. Columns: standard deviation of an output channel
-        (mean over the channels) for values of 0 to 1 and of 0 to 255.
+        Rows: the convolution alone; a BatchNorm with the batch's statistics; a frozen norm with the
+        statistics of values of 0 to 1. Columns: standard deviation of an output channel (mean over
+        the channels) for values of 0 to 1 and of 0 to 255.
     """
-    ranges = {}
-    for name, normalization in (("0 to 1", "imagenet"), ("0 to 255", "imagenet_of_0_255")):
-        mean, std = (
-            torch.tensor(values, dtype=torch.float64)[:, None, None]
-            for values in channel_statistics(normalization)
-        )
-        ranges[name] = ((torch.from_numpy(image.copy()) / 255 - mean) / std)[None]
+    values = torch.from_numpy(image / 255)
     weight = torch.randn(
-        16, 3, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        16, 3, 7, 7, generator=torch.Generator().manual_seed(0), dtype=values.dtype
     )
-    outputs = {
-        name: nn.functional.conv2d(values, weight, stride=2) for name, values in ranges.items()
-    }
+    outputs = {}
+    for name, normalization in (("0 to 1", "imagenet"), ("0 to 255", "imagenet_of_0_255")):
+        mean, std = torch.tensor(channel_statistics(normalization), dtype=values.dtype)[
+            ..., None, None
+        ]
+        outputs[name] = nn.functional.conv2d(((values - mean) / std)[None], weight, stride=2)
     usual = outputs["0 to 1"]
     frozen = usual.mean((0, 2, 3)), usual.var((0, 2, 3), unbiased=False)
+    layers = {
+        "convolution": lambda output: output,
+        "BatchNorm": lambda output: nn.functional.batch_norm(output, None, None, training=True),
+        "frozen norm": lambda output: nn.functional.batch_norm(output, *frozen),
+    }
     rows = {
-        "convolution": outputs,
-        "BatchNorm": {
-            name: nn.functional.batch_norm(values, None, None, training=True)
-            for name, values in outputs.items()
-        },
-        "frozen norm": {
-            name: nn.functional.batch_norm(values, *frozen) for name, values in outputs.items()
-        },
+        name: {
+            column: layer(output).std((0, 2, 3)).mean().item() for column, output in outputs.items()
+        }
+        for name, layer in layers.items()
     }
-    table = {
-        row: {name: values.std((0, 2, 3)).mean().item() for name, values in columns.items()}
-        for row, columns in rows.items()
-    }
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis("behind")
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("behind")
 
 
 def norms_after_validation(dataset: CellDataset, images: int = 2) -> pd.DataFrame:
-    """How many norms of a small model changed their statistics in ``engine.validation_loss`` over
+    """How many norms of a small model change their statistics in ``engine.validation_loss`` over
     some images.
 
     Returns:
-        Rows: validation as in this study; in training mode. Columns: norms, changed.
+        Rows: norms left alone (validation as in this study), in training mode. Columns: norms,
+        changed.
     """
     rows = {}
+    small = RunConfig(crop_size_px=64, accelerator="cpu", precision="32")
     for name, updates in (("norms left alone", False), ("in training mode", True)):
-        config = RunConfig(
-            crop_size_px=64, accelerator="cpu", precision="32", validation_updates_norms=updates
-        )
+        config = replace(small, validation_updates_norms=updates)
         fabric = make_fabric(config)
         model = fabric.setup_module(rebuild_model(config))
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         before = [norm.running_mean.clone() for norm in norms]
         validation_loss(fabric, model, dataset, list(range(min(images, len(dataset)))), config)
-        changed = [
-            not torch.equal(norm.running_mean, mean)
-            for norm, mean in zip(norms, before, strict=True)
-        ]
-        rows[name] = (len(norms), sum(changed))
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["norms", "changed"]).rename_axis(
-        "validation"
-    )
+        pairs = zip(norms, before, strict=True)
+        changed = sum(not torch.equal(norm.running_mean, mean) for norm, mean in pairs)
+        rows[name] = {"norms": len(norms), "changed": changed}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("validation")
 
 
-# -------------------------------------------------------------------------------------------------------------
-# anchors, proposals
+# Anchors and proposals
 
 REPORTED_ANCHORS = (8, 16, 32, 64, 128)
 DEFAULT_ANCHORS = (32, 64, 128, 256, 512)
@@ -472,7 +445,8 @@ SET_PROPOSALS = {
 }
 
 
-def _anchor_generator(sizes: Sequence[float]) -> AnchorGenerator:
+def anchor_generator(sizes: Sequence[float]) -> AnchorGenerator:
+    """torchvision's, with one size a pyramid level and its ratios 0.5, 1 and 2."""
     return AnchorGenerator(tuple((size,) for size in sizes), ((0.5, 1.0, 2.0),) * len(sizes))
 
 
@@ -480,117 +454,92 @@ def reassign_sizes(sizes: Sequence[float], new_sizes: Sequence[float]) -> pd.Dat
     """A torchvision ``AnchorGenerator`` before and after ``sizes`` is set on it.
 
     Returns:
-        One row a pyramid level: ``sizes``, and the side, px, of the square anchor that it lays,
-        before and after.
+        One row a pyramid level: ``sizes`` before and after; anchor_px before and after, the side,
+        px, of the level's square anchor.
     """
-
-    def sides(generator: AnchorGenerator) -> list[int]:
-        return [
-            int(anchors[1, 2] - anchors[1, 0]) for anchors in generator.cell_anchors
-        ]  # the second ratio is 1
-
-    generator = _anchor_generator(sizes)
-    columns = {"sizes before": list(sizes), "anchor_px before": sides(generator)}
-    generator.sizes = tuple((size,) for size in new_sizes)
-    columns |= {
-        "sizes after": [size for (size,) in generator.sizes],
-        "anchor_px after": sides(generator),
-    }
-    names = [f"P{level}" for level in range(2, 2 + len(columns["sizes before"]))]
-    return pd.DataFrame(columns, pd.Index(names, name="level"))[
-        ["sizes before", "sizes after", "anchor_px before", "anchor_px after"]
-    ]
+    generator = anchor_generator(sizes)
+    columns = {}
+    for when, own_sizes in (("before", sizes), ("after", new_sizes)):
+        generator.sizes = tuple((size,) for size in own_sizes)
+        columns[f"sizes {when}"] = list(own_sizes)
+        squares = [anchors[1] for anchors in generator.cell_anchors]  # the second ratio is 1
+        columns[f"anchor_px {when}"] = [int(square[2] - square[0]) for square in squares]
+    levels = pd.Index([f"P{level}" for level in range(2, 2 + len(sizes))], name="level")
+    return pd.DataFrame(columns, levels).sort_index(axis=1, ascending=False)
 
 
 def input_scale(cells: pd.DataFrame, min_size: int = 800, max_size: int = 1333) -> pd.Series:
-    """By how much a cell's image is enlarged for the model: torchvision's rule; ``min_size`` 0
-    leaves it as it is.
+    """By how much the model enlarges each cell's image, by torchvision's rule; with ``min_size`` 0
+    not at all.
     """
+    if not min_size:
+        return pd.Series(1.0, cells.index)
     sides = cells[["image_height_px", "image_width_px"]]
-    return (
-        np.minimum(min_size / sides.min(axis=1), max_size / sides.max(axis=1))
-        if min_size
-        else pd.Series(1.0, cells.index)
-    )
+    return np.minimum(min_size / sides.min(axis=1), max_size / sides.max(axis=1))
 
 
 def anchor_fit(
-    cells: pd.DataFrame, anchors: dict[str, Sequence[float]], scales: dict[str, pd.Series]
+    cells: pd.DataFrame,
+    anchors: Mapping[str, Sequence[float]],
+    scales: Mapping[str, pd.Series],
 ) -> pd.DataFrame:
     """How well anchors can fit cells: the share of boxes that have an IoU of 0.5, or 0.7, with an
-    anchor around their own middle.
+    anchor that has the same centre.
 
-    Anchors lie on a grid, so that the share that some anchor really reaches is lower.
+    Anchors lie on a grid, so a smaller share really has such an anchor.
 
     Args:
         cells: of ``cell_table``.
-        anchors: name -> sizes, each with the ratios 0.5, 1 and 2.
+        anchors: name -> sizes, px, each with the ratios 0.5, 1 and 2.
         scales: name -> of ``input_scale``.
+
+    Returns:
+        One row a scale and set of anchors; columns: IoU ≥ 0.5, IoU ≥ 0.7.
     """
     rows = {}
     for scale_name, scale in scales.items():
-        width, height = (
-            (cells[side] * scale).to_numpy()[:, None] for side in ("width_px", "height_px")
-        )
+        boxes = cells[["width_px", "height_px"]].mul(scale, axis=0).to_numpy()[:, None]
         for name, sizes in anchors.items():
-            boxes = torch.cat(_anchor_generator(sizes).cell_anchors).numpy()
-            anchor_width, anchor_height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-            common = np.minimum(width, anchor_width) * np.minimum(height, anchor_height)
-            best = (common / (width * height + anchor_width * anchor_height - common)).max(axis=1)
-            rows[scale_name, name] = [float((best >= iou).mean()) for iou in (0.5, 0.7)]
-    index = pd.MultiIndex.from_tuples(rows, names=["image", "anchors"])
-    return pd.DataFrame(list(rows.values()), index, ["IoU ≥ 0.5", "IoU ≥ 0.7"])
+            corners = torch.cat(anchor_generator(sizes).cell_anchors).numpy()
+            sides = corners[:, 2:] - corners[:, :2]
+            common = np.minimum(boxes, sides).prod(-1)
+            best = (common / (boxes.prod(-1) + sides.prod(-1) - common)).max(axis=1)
+            rows[scale_name, name] = {f"IoU ≥ {iou}": (best >= iou).mean() for iou in (0.5, 0.7)}
+    return pd.DataFrame(rows).T.rename_axis(["image", "anchors"])
 
 
-def proposals_after_setting(names: dict[str, int] = SET_PROPOSALS) -> pd.DataFrame:
-    """What torchvision's region proposal network reads before and after some names are set on it.
+def proposals_after_setting(names: Mapping[str, int] = SET_PROPOSALS) -> pd.DataFrame:
+    """What the region proposal network of torchvision's v2 model reads before and after some names
+    are set on it, as in report E's code.
 
     Returns:
-        Rows: number of proposals before and behind NMS, in training and in use. Columns: before,
+        Rows: number of proposals before and after NMS, in training and in testing. Columns: before,
         set, after.
     """
-    default = inspect.signature(FasterRCNN).parameters
-    kept = {
-        step: {
-            mode: default[f"rpn_{step}_nms_top_n_{end}"].default
-            for mode, end in (("training", "train"), ("testing", "test"))
-        }
-        for step in ("pre", "post")
-    }
-    rpn = RegionProposalNetwork(
-        _anchor_generator(DEFAULT_ANCHORS),
-        RPNHead(256, 3),
-        0.7,
-        0.3,
-        256,
-        0.5,
-        kept["pre"],
-        kept["post"],
-        0.7,
-    )
-
-    def read() -> dict[str, int]:
-        found = {}
-        for end in ("train", "test"):
-            rpn.train(end == "train")
-            found |= {
-                f"pre_nms_top_n_{end}": rpn.pre_nms_top_n(),
-                f"post_nms_top_n_{end}": rpn.post_nms_top_n(),
-            }
-        return found
-
-    before = read()
+    rpn = default_model().rpn
+    before = _proposals(rpn)
     for name, number in names.items():
         setattr(rpn, name, number)
-    return (
-        pd.DataFrame({"before": before, "set": names, "after": read()})
-        .loc[list(before)]
-        .rename_axis("proposals")
-    )
+    table = pd.DataFrame({"before": before, "set": names, "after": _proposals(rpn)})
+    return table.loc[list(before)].rename_axis("proposals")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# detections
+def _proposals(rpn: nn.Module) -> dict[str, int]:
+    numbers = {}
+    for mode in ("train", "test"):
+        rpn.train(mode == "train")
+        numbers[f"pre_nms_top_n_{mode}"] = rpn.pre_nms_top_n()
+        numbers[f"post_nms_top_n_{mode}"] = rpn.post_nms_top_n()
+    return numbers
+
+
+def default_model() -> nn.Module:
+    """torchvision's Mask R-CNN v2 with its default settings, without values."""
+    with torch.device("meta"):
+        return maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
+
+
+# Detections
 
 EDGE_PX = 0.01  # a box that ends this near an edge touches it
 
