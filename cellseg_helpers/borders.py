@@ -1,5 +1,5 @@
-"""Cells at the image border: as many as chance would put there? And report B's filter of detections
-there. No torch.
+"""Cells at the image border: as many as chance would put there? And a filter that drops detections
+at the border. No torch.
 
 Whoever takes no notice of the border finds a cell of a given size equally often at every position
 of its box. So each cell that lies wholly inside its image stands for ``positions at the border /
@@ -12,21 +12,22 @@ there itself, so that about 5 % of cell width / image width too many are expecte
 to lie inside their image are not expected at all.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from pycocotools import mask as coco_mask
 
-from cellseg_helpers.data.labels import CLASS_NAMES
+from cellseg_helpers.cells import CLASS_NAMES, Cells
 
-Rows = list[dict[str, Any]]  # of a COCO data set or of COCO results
+BORDER_MARGIN_PX = 2  # a mask that ends this far from an edge is at the border: outlines stop short
+Images = Sequence[Mapping[str, Any]]  # of a COCO data set
 Z_95 = 1.96  # a normal distribution holds 95 % within so many standard deviations
 
 
 def border_contact(
-    cells: Rows,
-    images: Rows,
+    cells: Cells,
+    images: Images,
     border_margin_px: int = 0,
     virtual: bool = False,
     inset_px: int = 32,
@@ -46,8 +47,7 @@ def border_contact(
     with cells in large clumps, it comes out too small.
 
     Args:
-        cells: COCO annotations or results with RLE masks, whose tight boxes are used; class ids
-            1..K.
+        cells: annotations or detections, taken by the tight boxes of their masks.
         images: of a COCO data set; those with a side under ``3 * inset_px`` are left out, as there
             one cell would stand for many.
         border_margin_px: a cell whose box ends this far from an edge is at the border; 0 = it
@@ -102,62 +102,35 @@ def border_contact(
     )
 
 
-def near_border(
-    detections: Rows, images: Rows, border_margin_px: float = 0, by: str = "box"
-) -> np.ndarray:
-    """Which detections come within ``border_margin_px`` of an edge of their image: bool [N].
+def near_border(cells: Cells, border_margin_px: float = 0, by: str = "box") -> np.ndarray:
+    """Which cells come within ``border_margin_px`` of an edge of their image: bool [N].
 
-    ``by="box"`` takes the model's box (``bbox``), whose edge, by rounding, may end just short of
-    the image's; ``by="mask"`` the tight box of the mask. An empty one is near no border.
+    ``by="box"`` takes the model's box, whose edge, by rounding, may end just short of the image's;
+    ``by="mask"`` the tight box of the mask. An empty one is near no border.
 
     Raises:
-        ValueError: a detection of an unknown image, a negative margin, or an unknown ``by``.
+        ValueError: a negative margin, or an unknown ``by``.
     """
     if by not in ("box", "mask"):
         raise ValueError(
-            f"by is {by!r}; it must be 'box' (the model's box) or 'mask' (the tight box of the mask)"
+            f"by is {by!r}; it must be 'box' (the model's box) or 'mask' (the mask's tight box)"
         )
-    starts, stops, sides, _ = _places(detections, images, border_margin_px, by)
-    return _near(starts, stops, sides, border_margin_px) & (stops > starts).all(axis=1)
+    if border_margin_px < 0:
+        raise ValueError(f"border_margin_px is {border_margin_px}; it must be 0 or more")
+    boxes = cells.boxes if by == "box" else cells.mask_boxes
+    starts, stops = boxes[:, :2], boxes[:, 2:]
+    return _near(starts, stops, cells.sizes[:, ::-1], border_margin_px) & (stops > starts).all(1)
 
 
 def drop_border_detections(
-    detections: Rows, images: Rows, border_margin_px: float = 0, by: str = "box"
-) -> Rows:
-    """Report B's filter: the detections that are not ``near_border``, in their order."""
-    return [
-        detections[row]
-        for row in np.flatnonzero(~near_border(detections, images, border_margin_px, by))
-    ]
+    detections: Cells, border_margin_px: float = 0, by: str = "box"
+) -> Cells:
+    """The detections that are not ``near_border``."""
+    return detections[~near_border(detections, border_margin_px, by)]
 
 
 def _near(starts: np.ndarray, stops: np.ndarray, sides: np.ndarray, margin_px: float) -> np.ndarray:
     return ((starts <= margin_px) | (stops >= sides - margin_px)).any(axis=1)
-
-
-def _places(
-    cells: Rows, images: Rows, border_margin_px: float, by: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Per cell the start and stop of its box and the sides of its image, float64 [N, 2] (x, y), px;
-    the image's row, int [N].
-    """
-    if border_margin_px < 0:
-        raise ValueError(f"border_margin_px is {border_margin_px}; it must be 0 or more")
-    row_of = {image["id"]: row for row, image in enumerate(images)}
-    unknown = {cell["image_id"] for cell in cells} - set(row_of)
-    if unknown:
-        raise ValueError(
-            f"a cell is of image {min(unknown)}, which the images do not have: are both of one split?"
-        )
-    boxes = (
-        [cell["bbox"] for cell in cells]
-        if by == "box"
-        else coco_mask.toBbox([cell["segmentation"] for cell in cells])
-    )
-    boxes = np.asarray(boxes, float).reshape(-1, 4)
-    rows = np.array([row_of[cell["image_id"]] for cell in cells], int)
-    sides = np.array([(image["width"], image["height"]) for image in images], float).reshape(-1, 2)
-    return boxes[:, :2], boxes[:, :2] + boxes[:, 2:], sides[rows], rows
 
 
 def _position_counts(
@@ -179,17 +152,26 @@ def _position_counts(
 
 
 def _contact(
-    cells: Rows, images: Rows, virtual: bool, margin_px: int, inset_px: int, min_visible_px: int
+    cells: Cells, images: Images, virtual: bool, margin_px: int, inset_px: int, min_visible_px: int
 ) -> np.ndarray:
     """Cells that count, those at the border, how many to expect there, variance: float64 [4, I
     images, all and K classes].
     """
-    starts, stops, sides, rows = _places(cells, images, margin_px, "mask")
-    class_ids = np.array([cell["category_id"] for cell in cells], int)
-    if not np.isin(class_ids, range(1, len(CLASS_NAMES) + 1)).all():
+    if margin_px < 0:
+        raise ValueError(f"border_margin_px is {margin_px}; it must be 0 or more")
+    rows = pd.Index([image["id"] for image in images]).get_indexer(cells.image_ids)
+    if (rows < 0).any():
         raise ValueError(
-            f"cells are of the classes {sorted(set(class_ids.tolist()))}; only 1..{len(CLASS_NAMES)} are known"
+            f"a cell is of image {cells.image_ids[rows < 0].min()}, which the images do not have: "
+            "are both of one split?"
         )
+    if not np.isin(cells.labels, range(1, len(CLASS_NAMES) + 1)).all():
+        raise ValueError(
+            f"cells are of the classes {np.unique(cells.labels).tolist()}; "
+            f"only 1..{len(CLASS_NAMES)} are known"
+        )
+    sides, boxes = cells.sizes[:, ::-1].astype(float), cells.mask_boxes.astype(float)
+    starts, stops = boxes[:, :2], boxes[:, 2:]
     inset = inset_px if virtual else 0
     visible = np.minimum(stops, sides - inset) - np.maximum(starts, inset)
     counted = (visible >= min_visible_px).all(axis=1) & (sides >= 3 * inset_px).all(axis=1)
@@ -200,7 +182,7 @@ def _contact(
     weight = np.divide(counting, inside, out=np.ones(len(cells)), where=counted & ~at_border) - 1
     totals = np.zeros((4, len(images), len(CLASS_NAMES)))
     for total, value in zip(totals, (1, at_border, weight, weight * (1 + weight)), strict=True):
-        np.add.at(total, (rows, class_ids - 1), counted * value)
+        np.add.at(total, (rows, cells.labels - 1), counted * value)
     return np.concatenate([totals.sum(axis=2, keepdims=True), totals], axis=2)
 
 

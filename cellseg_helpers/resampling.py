@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.stats import norm
 from scipy.stats import t as student_t
 
+from cellseg_helpers.cells import Cells
 from cellseg_helpers.data.splits import make_split
 from cellseg_helpers.metrics import (
     COCO_AREAS_PX,
@@ -84,17 +85,17 @@ class Half(NamedTuple):
     """Some images of a run: its truth and its detections, image ids as they were."""
 
     truth: dict[str, Any]
-    detections: list[dict[str, Any]]
+    detections: Cells
 
 
 def halve(
-    truth: dict[str, Any], detections: list[dict[str, Any]], seed: int, split: str = "auto"
+    truth: dict[str, Any], detections: Cells, seed: int, split: str = "auto"
 ) -> tuple[Half, Half, str]:
     """Two halves of the images with about the same share of every class, and a sentence about them.
 
     Args:
         truth: COCO data set.
-        detections: COCO results.
+        detections: of its images.
         seed: of the draw.
         split: ``patient`` (none in both halves), ``random`` (by image), or ``auto``: by patient
             where every image's is known.
@@ -136,12 +137,12 @@ def _patients(half: Half) -> str:
     )
 
 
-def part_of(truth: dict[str, Any], detections: list[dict[str, Any]], image_ids: set[int]) -> Half:
+def part_of(truth: dict[str, Any], detections: Cells, image_ids: set[int]) -> Half:
     """The truth and the detections of some images."""
     images = [image for image in truth["images"] if image["id"] in image_ids]
     cells = [cell for cell in truth["annotations"] if cell["image_id"] in image_ids]
-    kept = [detection for detection in detections if detection["image_id"] in image_ids]
-    return Half({**truth, "images": images, "annotations": cells}, kept)
+    found = detections[np.isin(detections.image_ids, sorted(image_ids))]
+    return Half({**truth, "images": images, "annotations": cells}, found)
 
 
 def draw_images(images: int, resamples: int, seed: int) -> np.ndarray:
@@ -167,7 +168,7 @@ def draw_units(truth: dict[str, Any], resamples: int = RESAMPLES, seed: int = DR
 
 
 def bootstrap_ap50(
-    truth: dict[str, Any], detections: list[dict[str, Any]], image_weights: np.ndarray
+    truth: dict[str, Any], detections: Cells, image_weights: np.ndarray
 ) -> np.ndarray:
     """AP50 at the dense ``maxDets``, mean over classes that have a cell, of each row of weights:
     float64 [1 + B], 6 digits.
@@ -181,7 +182,7 @@ def bootstrap_ap50(
     return _mean_of_defined(per_class).round(DIGITS)
 
 
-def score_run(truth: dict[str, Any], detections: list[dict[str, Any]]) -> SavedScores:
+def score_run(truth: dict[str, Any], detections: Cells) -> SavedScores:
     """What ``scores.json`` holds; the same truth and detections give the same values."""
     draw = draw_units(truth)
     values = bootstrap_ap50(truth, detections, draw.weights).tolist()
@@ -215,7 +216,7 @@ def load_scores(path: Path) -> SavedScores:
 
 def bootstrap_summary(
     truth: dict[str, Any],
-    detections: list[dict[str, Any]],
+    detections: Cells,
     image_weights: np.ndarray,
     max_dets: tuple[int, int, int],
 ) -> dict[str, np.ndarray]:
@@ -223,7 +224,7 @@ def bootstrap_summary(
 
     Args:
         truth: COCO data set.
-        detections: COCO results.
+        detections: of its images.
         image_weights: [1 + B, I], as of ``draw_units``.
         max_dets: three rising limits; the last is of all lines but the first two AR.
 
@@ -264,7 +265,7 @@ def bootstrap_summary(
 
 def resampled_scores(
     truth: dict[str, Any],
-    detections: list[dict[str, Any]],
+    detections: Cells,
     image_weights: np.ndarray,
     score_threshold: float = 0.0,
 ) -> Scores:
@@ -272,7 +273,7 @@ def resampled_scores(
 
     Args:
         truth: COCO data set.
-        detections: COCO results.
+        detections: of its images.
         image_weights: of ``draw_images``, [1 + B, I].
         score_threshold: of the detections that count for precision, recall, F1 and PQ.
 

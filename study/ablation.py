@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cellseg_helpers import postprocess
+from cellseg_helpers.cells import Cells
 from cellseg_helpers.metrics import match_detections
 from cellseg_helpers.resampling import (
     Half,
@@ -20,8 +21,6 @@ from cellseg_helpers.resampling import (
 from cellseg_helpers.thresholds import choose_thresholds
 
 LEAST_GAIN = 0.001  # of panoptic quality on the choosing half, for a step to be carried on
-
-Detections = list[dict[str, Any]]
 
 
 class Step(NamedTuple):
@@ -37,7 +36,7 @@ class Step(NamedTuple):
     """
 
     name: str
-    apply: Callable[[Detections, Any], Detections]
+    apply: Callable[[Cells, Any], Cells]
     options: Sequence[Any] | Callable[[Half], Sequence[Any]]
     required: bool = False
     replaces: tuple[str, ...] = ()
@@ -86,7 +85,7 @@ def steps_of_report_e(
         visible_shares: least share of a mask that must be left over, to choose from.
     """
 
-    def adjust(detections: Detections) -> Detections:
+    def adjust(detections: Cells) -> Cells:
         return postprocess.adjust_scores_by_size(detections, size_factors)
 
     return [
@@ -178,7 +177,7 @@ def ablate(
     )
 
 
-def apply_recipe(detections: Detections, recipe: Sequence[tuple[Step, Any]]) -> Detections:
+def apply_recipe(detections: Cells, recipe: Sequence[tuple[Step, Any]]) -> Cells:
     """The carried steps of an ablation, in their order."""
     for step, option in recipe:
         detections = step.apply(detections, option)
@@ -191,8 +190,8 @@ def panoptic_quality(half: Half) -> float:
     return float(count_scores(matches, np.ones((1, len(matches.image_ids)))).values["PQ", "all"][0])
 
 
-def _keep_from(detections: Detections, score_threshold: float) -> Detections:
-    return [detection for detection in detections if detection["score"] >= score_threshold]
+def _keep_from(detections: Cells, score_threshold: float) -> Cells:
+    return detections[detections.scores >= score_threshold]
 
 
 def _class_thresholds(half: Half, score_thresholds: Sequence[float]) -> dict[int, float]:
@@ -202,6 +201,6 @@ def _class_thresholds(half: Half, score_thresholds: Sequence[float]) -> dict[int
 
 
 def _without_option(
-    apply: Callable[[Detections], Detections],
-) -> Callable[[Detections, None], Detections]:
+    apply: Callable[[Cells], Cells],
+) -> Callable[[Cells, None], Cells]:
     return lambda detections, _: apply(detections)

@@ -554,7 +554,7 @@ def drop_near_edge(detections: Detections, images: list[dict[str, Any]]) -> Dete
     """Report B's border filter with a tolerance: a box that ends within ``EDGE_PX`` of an edge
     touches it.
     """
-    return borders.drop_border_detections(detections, images, EDGE_PX)
+    return borders.drop_border_detections(detections, EDGE_PX)
 
 
 def box_nms(detections: Detections, iou_threshold: float) -> Detections:

@@ -383,9 +383,7 @@ VARIANTS: dict[str, Callable[[Detections, list[dict[str, Any]]], Detections]] = 
     "all detections": lambda detections, images: detections,
     "score ≥ 0.2": lambda detections, images: above(0.2, detections),
     "score ≥ 0.5": lambda detections, images: above(0.5, detections),
-    "no box at the border": lambda detections, images: borders.drop_border_detections(
-        detections, images
-    ),
+    "no box at the border": lambda detections, images: borders.drop_border_detections(detections),
     "class thresholds": lambda detections, images: postprocess.apply_class_thresholds(
         detections, E_THRESHOLDS
     ),

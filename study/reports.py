@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from cellseg_helpers import borders, metrics, plots, resampling, thresholds
 from cellseg_helpers.config import RunConfig
+from cellseg_helpers.cells import Cells
 from cellseg_helpers.data.hw3 import DataError, open_dataset
 from cellseg_helpers.data.labels import CLASS_NAMES
 from cellseg_helpers.runs import Run, annotations_of_run
@@ -774,8 +775,8 @@ def _border_cells(study: Study, key: str) -> Shown:
         return Shown(key, "", sentences=[sentence])
     found = study.first(run).run
     predicted = above(DISPLAYED_THRESHOLD, found.detections)
-    near = borders.near_border(predicted, found.truth["images"], BORDER_PX, by="mask")
-    at_border = [detection for detection, is_near in zip(predicted, near, strict=True) if is_near]
+    near = borders.near_border(predicted, BORDER_PX, by="mask")
+    at_border = predicted[near]
     number = (
         int(
             np.bincount([detection["image_id"] for detection in at_border], minlength=2)[
@@ -790,7 +791,7 @@ def _border_cells(study: Study, key: str) -> Shown:
         images[number - 1], cells, here, f"predicted at the border, score ≥ {DISPLAYED_THRESHOLD:g}"
     )
     annotated, which = annotations_of_run(found)
-    contact = borders.border_contact(annotated["annotations"], annotated["images"]).loc["all"]
+    contact = borders.border_contact(Cells.from_coco(annotated["annotations"]), annotated["images"]).loc["all"]
     told = (
         f"{which} {contact['at_border']} annotated cells touch the border, where chance would put {contact['expected']:.0f} "
         f"[{contact['low']:.0f}, {contact['high']:.0f}]: {contact['verdict']}."

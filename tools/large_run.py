@@ -17,7 +17,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from cellseg_helpers.borders import drop_border_detections
+from cellseg_helpers.borders import near_border
+from cellseg_helpers.cells import Cells
 from cellseg_helpers.config import ROOT, RunConfig, resolve_path
 from cellseg_helpers.data.labels import CLASS_NAMES, encode_box_masks
 from cellseg_helpers.metrics import evaluate
@@ -127,7 +128,8 @@ def draw_run(num_images: int, num_detections: int) -> tuple[dict[str, Any], list
         images.append(image)
         cells += drawn
         detections += detect(rng, image, class_ids[shown], shapes[shown], count)
-    annotations = drop_border_detections(cells, images)
+    at_border = near_border(Cells.from_coco(cells))
+    annotations = [cell for cell, near in zip(cells, at_border, strict=True) if not near]
     for number, cell in enumerate(annotations, 1):
         cell |= {"id": number, "iscrowd": 0, "area": int(coco_mask.area(cell["segmentation"]))}
     categories = [{"id": k, "name": name} for k, name in enumerate(CLASS_NAMES, 1)]
@@ -160,7 +162,8 @@ def main() -> None:
     for name, part in (parts | {"truth": truth, "detections": detections}).items():
         write_json(folder / f"{name}.json", part)
     write_text(folder / "history.csv", "epoch,learning_rate,loss,train_minutes,validation_ap50\n")
-    metrics = evaluate(truth, detections, config.score_threshold, config.iou_threshold)
+    cells = Cells.from_coco(detections)
+    metrics = evaluate(truth, cells, config.score_threshold, config.iou_threshold)
     write_json(folder / "metrics.json", metrics)
     at = metrics["at_threshold"]["all"]
     print(
