@@ -16,20 +16,29 @@ from matplotlib.path import Path as Outline
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from scenes import HEIGHT, WIDTH, disc, result, truth_of
-from shapely.geometry import shape
+from shapely.geometry import mapping
 from skimage import measure
 
 from cellseg_helpers import export, runs
-from cellseg_helpers.data.labels import CLASS_NAMES, encode_box_mask, encode_box_masks
-from cellseg_helpers.data.outlines import pixel_outlines
-from cellseg_helpers.export import geojson, label_image, save_cells
+from cellseg_helpers.cells import CLASS_NAMES, BoxMask, Cells
+from cellseg_helpers.export import geojson, label_image, outline, save_cells
 from cellseg_helpers.plots import CLASS_COLORS
 
 masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9))
 
 
-def rle(mask):
-    return encode_box_mask(mask, 0, 0, *mask.shape)
+def cells_of(*found):
+    """``Cells`` of image_id, class_id, score and RLE of each."""
+    return Cells.from_coco([result(*cell) for cell in found])
+
+
+def cell_of(mask):
+    """One cell with a mask of its image's size: bool [H, W]."""
+    return Cells.of_image(*mask.shape, [1], [BoxMask.around(mask)], [0.5])
+
+
+def decoded(cells):
+    return [coco_mask.decode(rle) == 1 for rle in cells.to_rles()]
 
 
 def rows(*texts):
@@ -40,11 +49,9 @@ def three_cells():
     """A disc, one cut by two edges of the image, one with a hole and a second piece."""
     ring = coco_mask.decode(disc(70, 50, 12)) & ~coco_mask.decode(disc(70, 50, 4)) & 1
     ring[80:84, 100:103] = 1
-    cells = [disc(30, 30, 9), disc(0, 88, 11), rle(ring.astype(bool))]
-    return [
-        result(1, class_id, score, mask)
-        for class_id, score, mask in zip((2, 1, 4), (0.9, 0.5, 0.7), cells, strict=True)
-    ]
+    two = cells_of((1, 2, 0.9, disc(30, 30, 9)), (1, 1, 0.5, disc(0, 88, 11)))
+    third = Cells.of_image(HEIGHT, WIDTH, [4], [BoxMask.around(ring == 1)], [0.7])
+    return two + third
 
 
 def rasterize(geometry, height, width):
@@ -65,8 +72,8 @@ def test_labels_and_table_are_those_of_the_masks():
     cells = three_cells()
     labels, table = label_image(cells, HEIGHT, WIDTH)
     assert labels.dtype == np.uint16 and labels.shape == (HEIGHT, WIDTH)
-    for number, cell in enumerate(cells, 1):
-        assert np.array_equal(labels == number, coco_mask.decode(cell["segmentation"]) == 1)
+    for number, mask in enumerate(decoded(cells), 1):
+        assert np.array_equal(labels == number, mask)
     assert table["id"].tolist() == [1, 2, 3]
     assert table["class_id"].tolist() == [2, 1, 4] and table["class"].tolist() == [
         "lymphocyte",
@@ -91,10 +98,9 @@ def test_labels_and_table_are_those_of_the_masks():
 def test_cells_may_touch_but_not_overlap():
     halves = np.zeros((2, HEIGHT, WIDTH), bool)
     halves[0, :, :55], halves[1, :, 55:] = True, True
-    assert np.unique(
-        label_image([result(1, 1, 0.5, rle(half)) for half in halves], HEIGHT, WIDTH)[0]
-    ).tolist() == [1, 2]
-    overlapping = [*three_cells(), result(1, 1, 0.4, disc(38, 30, 3))]
+    labels, _ = label_image(cell_of(halves[0]) + cell_of(halves[1]), HEIGHT, WIDTH)
+    assert np.unique(labels).tolist() == [1, 2]
+    overlapping = three_cells() + cells_of((1, 1, 0.4, disc(38, 30, 3)))
     shared_px = np.count_nonzero(
         coco_mask.decode(disc(30, 30, 9)) & coco_mask.decode(disc(38, 30, 3))
     )
@@ -111,29 +117,21 @@ def test_a_mask_of_another_size_is_refused():
 
 
 def test_no_cells_and_empty_masks():
-    labels, table = label_image([], 5, 7)
+    labels, table = label_image(Cells.empty(), 5, 7)
     assert labels.shape == (5, 7) and not labels.any() and len(table) == 0
-    empty = {
-        "image_id": 1,
-        "category_id": 1,
-        "score": 0.5,
-        "segmentation": rle(np.zeros((5, 7), bool)),
-    }
-    labels, table = label_image([empty], 5, 7)
+    empty = cell_of(np.zeros((5, 7), bool))
+    labels, table = label_image(empty, 5, 7)
     assert (
         not labels.any()
         and table["area_px"].tolist() == [0]
         and table["centroid_x_px"].isna().all()
     )
-    assert geojson([empty])["features"] == geojson([])["features"] == []
+    assert geojson(empty)["features"] == geojson(Cells.empty())["features"] == []
 
 
 def test_more_cells_than_16_bits_hold():
-    pixels = [(np.ones((1, 1), bool), number % 300, number // 300) for number in range(65_536)]
-    cells = [
-        {"category_id": 1, "score": 0.5, "segmentation": mask}
-        for mask in encode_box_masks(pixels, [(300, 300)] * 65_536)
-    ]
+    pixels = [BoxMask(np.ones((1, 1), bool), k % 300, k // 300) for k in range(65_536)]
+    cells = Cells.of_image(300, 300, np.ones(65_536), pixels)
     labels, table = label_image(cells, 300, 300)
     assert labels.dtype == np.uint32 and labels.max() == 65_536 == table["id"].max()
     assert label_image(cells[:-1], 300, 300)[0].dtype == np.uint16
@@ -145,15 +143,18 @@ def test_more_cells_than_16_bits_hold():
 @settings(deadline=None, max_examples=150)
 @given(masks, st.integers(0, 4), st.integers(0, 4))
 def test_outlines_are_valid_and_give_the_mask_back(mask, x0, y0):
-    (polygons,) = pixel_outlines([(mask, x0, y0)])
-    assert len(polygons) == measure.label(mask, connectivity=1).max()
     full = np.pad(mask, ((y0, 1), (x0, 1)))
-    if polygons:
-        geometry = {"type": "MultiPolygon", "coordinates": polygons}
-        assert np.array_equal(rasterize(geometry, *full.shape), full)
-        assert shape(geometry).is_valid and shape(geometry).area == mask.sum()
-    for polygon in shape({"type": "MultiPolygon", "coordinates": polygons}).geoms:
+    drawn = outline(BoxMask(mask, x0, y0))
+    polygons = getattr(drawn, "geoms", [drawn] if mask.any() else [])
+    assert len(polygons) == measure.label(mask, connectivity=1).max()
+    assert drawn.is_valid and drawn.area == mask.sum()
+    if mask.any():
+        assert np.array_equal(rasterize(mapping(drawn), *full.shape), full)
+    for polygon in polygons:
         assert polygon.exterior.is_ccw and not any(ring.is_ccw for ring in polygon.interiors)
+        for ring in (polygon.exterior, *polygon.interiors):  # only corners, no point of a side
+            sides = np.diff(ring.coords[:], axis=0)
+            assert (np.roll(sides, 1, axis=0) * sides == 0).all()
 
 
 SHAPES = {  # mask -> rings of each polygon
@@ -170,22 +171,10 @@ SHAPES = {  # mask -> rings of each polygon
 
 @pytest.mark.parametrize("mask, rings", SHAPES.values(), ids=SHAPES)
 def test_outlines_of_shapes_with_corners_in_common(mask, rings):
-    (polygons,) = pixel_outlines([(mask, 0, 0)])
-    assert sorted(map(len, polygons), reverse=True) == rings
-    assert all(shape({"type": "Polygon", "coordinates": polygon}).is_valid for polygon in polygons)
-
-
-def test_many_masks_at_once_are_as_one_by_one(monkeypatch):
-    rng = np.random.default_rng(0)
-    several = [
-        (rng.random(rng.integers(1, 9, 2)) < 0.6, int(x), int(y))
-        for x, y in rng.integers(0, 50, (40, 2))
-    ]
-    alone = [pixel_outlines([mask])[0] for mask in several]
-    assert pixel_outlines(several) == alone
-    monkeypatch.setattr("cellseg_helpers.data.outlines.MASKS_PER_STRIP", 7)
-    assert pixel_outlines(several) == alone
-    assert pixel_outlines([]) == []
+    drawn = outline(BoxMask(mask, 0, 0))
+    polygons = [polygon for polygon in getattr(drawn, "geoms", [drawn]) if not polygon.is_empty]
+    assert sorted((1 + len(p.interiors) for p in polygons), reverse=True) == rings
+    assert drawn.is_valid
 
 
 def test_geojson_has_what_qupath_reads():
@@ -197,17 +186,16 @@ def test_geojson_has_what_qupath_reads():
         "Polygon",
         "MultiPolygon",
     ]
-    for number, (feature, cell) in enumerate(zip(collection["features"], cells, strict=True), 1):
-        mask = coco_mask.decode(cell["segmentation"]) == 1
+    for row, (feature, mask) in enumerate(zip(collection["features"], decoded(cells), strict=True)):
         assert feature["type"] == "Feature"
         assert np.array_equal(rasterize(feature["geometry"], HEIGHT, WIDTH), mask)
-        name = CLASS_NAMES[cell["category_id"] - 1]
+        name = CLASS_NAMES[cells.labels[row] - 1]
         colour = [int(CLASS_COLORS[name][place : place + 2], 16) for place in (1, 3, 5)]
         assert feature["properties"] == {
             "objectType": "detection",
-            "name": str(number),
+            "name": str(row + 1),
             "classification": {"name": name, "color": colour},
-            "measurements": {"score": cell["score"], "area_px": mask.sum()},
+            "measurements": {"score": cells.scores[row], "area_px": mask.sum()},
         }
 
 
@@ -257,14 +245,13 @@ def test_the_coco_data_set_is_read_by_pycocotools(tmp_path, capsys):
     coco = COCO(tmp_path / "cells.json")
     annotations = coco.loadAnns(coco.getAnnIds(imgIds=[1]))
     assert [annotation["label"] for annotation in annotations] == [1, 2, 3]
-    for annotation, cell in zip(annotations, three_cells(), strict=True):
+    cells = three_cells()
+    boxes = coco_mask.toBbox(cells.to_rles()).tolist()
+    assert [annotation["score"] for annotation in annotations] == cells.scores.tolist()
+    for annotation, expected, box in zip(annotations, decoded(cells), boxes, strict=True):
         mask = coco.annToMask(annotation)
-        assert np.array_equal(mask, coco_mask.decode(cell["segmentation"]))
-        assert (
-            annotation["area"] == mask.sum()
-            and annotation["bbox"] == coco_mask.toBbox(cell["segmentation"]).tolist()
-        )
-        assert annotation["score"] == cell["score"]
+        assert np.array_equal(mask, expected)
+        assert annotation["area"] == mask.sum() and annotation["bbox"] == box
     assert [category["name"] for category in coco.loadCats([1, 2, 3, 4])] == list(CLASS_NAMES)
 
 
@@ -273,17 +260,14 @@ def test_what_cannot_be_saved_is_said(tmp_path):
     with pytest.raises(
         ValueError, match="detections of image 3, which is not among the 2 images given"
     ):
-        save_cells([result(3, 1, 0.5, disc(20, 20, 5))], images, tmp_path)
+        save_cells(cells_of((3, 1, 0.5, disc(20, 20, 5))), images, tmp_path)
     with pytest.raises(ValueError, match="image image2: cells 1 and 2 overlap"):
-        save_cells(
-            [result(2, 1, 0.5, disc(20, 20, 5)), result(2, 1, 0.5, disc(22, 20, 5))],
-            images,
-            tmp_path,
-        )
+        two = cells_of((2, 1, 0.5, disc(20, 20, 5)), (2, 1, 0.5, disc(22, 20, 5)))
+        save_cells(two, images, tmp_path)
     assert not (tmp_path / "cells.json").exists()
     images[1]["file_name"] = "image1.tiff"
     with pytest.raises(ValueError, match="two images have the same id or name"):
-        save_cells([], images, tmp_path)
+        save_cells(Cells.empty(), images, tmp_path)
 
 
 def test_a_write_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
@@ -306,17 +290,10 @@ def test_a_thousand_cells_take_about_a_second(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.os, "fsync", lambda file: None)
     ys, xs = np.mgrid[-12:13, -12:13]
     cell = np.hypot(ys, xs) < 12
-    places = [(25 * (number % 20), 25 * (number // 20)) for number in range(300)]
-    cells = [
-        {
-            "image_id": image_id,
-            "category_id": 1,
-            "score": 0.5,
-            "segmentation": encode_box_mask(cell, *place, 500, 500),
-        }
-        for image_id in range(1, 5)
-        for place in places
-    ]
+    masks = [BoxMask.around(cell, 25 * (k % 20), 25 * (k // 20)) for k in range(300)]
+    cells = Cells.concatenate(
+        Cells.of_image(500, 500, np.ones(300), masks, image_id=number) for number in range(1, 5)
+    )
     images = [
         {"id": number, "file_name": f"{number}", "height": 500, "width": 500}
         for number in range(1, 5)
