@@ -1,77 +1,108 @@
-"""Tables of data, runs and mistakes as DataFrames, and the saving of them."""
+"""Tables of the repository (notebooks, parameter files, runs), report C's table of the data, and how
+a table of the study looks on a page.
+"""
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import yaml
+from IPython.display import HTML
 
 from cellseg_helpers.config import ROOT, resolve_path
 from cellseg_helpers.data.hw3 import CellDataset
 from cellseg_helpers.runs import load_run
+from study.reported import TABLES
+from study.verdicts import WORDS
 
-REPORT_C = {
-    "image type": "RGB microscopy",
-    "annotation": "instance level",
-    "classes": "4",
-    "labelled images": "209",
-    "unlabelled images": "101",
-    "format": "TIFF images and masks, one mask a class",
+
+def _short(value: Any) -> Any:
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def _bold_verdicts(text: str) -> str:
+    return re.sub("|".join(WORDS), "<b>\\g<0></b>", text)
+
+
+FORMATS: dict[str, Callable[[Any], Any]] = {
+    "reported": _short,
+    "full scale": _short,
+    "this run": _short,
+    "epochs": _short,
+    "minutes": "{:.1f}".format,
+    "parameters": lambda count: f"{count / 1e6:.1f} M",
+    "verdict": _bold_verdicts,
 }
 
 
-def dataset_summary(dataset: CellDataset, data: str) -> pd.DataFrame:
-    """Report C's data table beside the data at hand; rows: its items, columns: ``reported``,
-    ``here``.
+def page(table: pd.DataFrame, name: str, wide: Sequence[str] = ()) -> HTML:
+    """A table for a notebook and its HTML page: three decimals, missing values empty, verdicts bold.
+
+    Args:
+        table: as it is to be shown; its index names the rows. Columns in ``FORMATS`` have their own
+            format.
+        name: unique in the notebook; the HTML is the same each time.
+        wide: columns of sentences; they get 18 em at least.
     """
-    is_coco = str(data).endswith(".json")
-    place = ROOT / "outputs" / "drawn" if data == "drawn" else resolve_path(data)
-    tests = [
-        file
-        for file in (place.parent if is_coco else place).glob("test_release/*")
-        if file.suffix.lower() in (".tif", ".tiff")
-    ]
+    formats = {column: FORMATS[column] for column in table if column in FORMATS}
+    style = table.rename_axis(None).rename(columns=lambda column: column.replace("_", " ")).style
+    style = style.format({key.replace("_", " "): value for key, value in formats.items()}, "", 3)
+    cells = {"selector": "td, th", "props": "text-align: left; vertical-align: top"}
+    style = style.set_table_styles([cells])
+    room = [{"selector": "", "props": "min-width: 18em"}]
+    style = style.set_table_styles({column: room for column in wide}, overwrite=False)
+    return HTML(style.to_html(table_uuid=name))
+
+
+def dataset_summary(dataset: CellDataset, data: str) -> pd.DataFrame:
+    """Report C's table of its data beside the same facts about ``dataset``; rows: its items,
+    columns: ``reported``, ``here``.
+
+    Args:
+        dataset: all annotated images.
+        data: as the settings name it: ``drawn``, a folder, or a COCO file.
+    """
+    table = TABLES["C-T1"].frame.set_index("item")
+    is_coco = data.endswith(".json")
+    path = ROOT / "outputs" / "drawn" if data == "drawn" else resolve_path(data)
+    folder = path.parent if is_coco else path
+    tests = [file for file in folder.glob("test_release/*") if file.suffix in (".tif", ".tiff")]
     here = {
         "image type": "RGB, drawn in H&E colours" if data == "drawn" else "read as RGB",
         "annotation": "instance level",
         "classes": str((dataset.counts.sum(0) > 0).sum()),
         "labelled images": str(len(dataset)),
         "unlabelled images": str(len(tests)),
-        "format": "images beside a COCO file" if is_coco else REPORT_C["format"],
+        "format": "images beside a COCO file" if is_coco else table.loc["format", "reported"],
     }
-    return pd.DataFrame({"reported": REPORT_C, "here": here}).rename_axis("item")
+    return table.assign(here=pd.Series(here))
 
 
 def notebook_map(folder: str | Path = "notebooks") -> pd.DataFrame:
-    """Per notebook: its question and what it reads, writes and takes, from the first cell of each
-    file.
-    """
+    """Per notebook: its question and what it reads, writes and takes, from its first cell."""
     rows = {}
     for path in sorted(resolve_path(folder).glob("[0-9]*.ipynb")):
-        title = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
-        told = dict(re.findall(r"^- \*\*(\w+):\*\* (.+)$", title, flags=re.MULTILINE))
-        rows[path.stem] = {
-            key.lower(): told.get(key, "").replace("`", "")
-            for key in ("Question", "Reads", "Writes", "Takes")
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("notebook")
+        first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        facts = re.findall(r"^- \*\*(\w+):\*\* (.+)$", first.replace("`", ""), flags=re.MULTILINE)
+        rows[path.stem] = {name.lower(): fact for name, fact in facts}
+    columns = ["question", "reads", "writes", "takes"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    return table.fillna("").rename_axis("notebook")
 
 
 def parameter_files(folder: str | Path = "params") -> pd.DataFrame:
-    """Per parameter file: its first comment sentence and how many settings it changes."""
-    import yaml
-
+    """Per parameter file: the first sentence of its comment and how many settings it changes."""
     rows = {}
     for path in sorted(resolve_path(folder).rglob("*.yaml")):
         text = path.read_text(encoding="utf-8")
-        comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
-        rows[str(path.relative_to(ROOT))] = {
-            "what": comment.split(". ")[0],
-            "settings": len(yaml.safe_load(text) or {}),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["what", "settings"]).rename_axis(
-        "file"
-    )
+        comment = " ".join(re.findall(r"^# *(.*)$", text, flags=re.MULTILINE))
+        settings = yaml.safe_load(text) or {}
+        rows[str(path.relative_to(ROOT))] = comment.split(". ")[0], len(settings)
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["what", "settings"])
+    return table.rename_axis("file")
 
 
 def run_table(runs_dir: str | Path) -> pd.DataFrame:
@@ -79,15 +110,15 @@ def run_table(runs_dir: str | Path) -> pd.DataFrame:
     rows = {}
     for path in sorted(resolve_path(runs_dir).glob("*/metrics.json")):
         run = load_run(path.parent)
-        section = run.metrics["coco_dense"]
+        scores = run.metrics["coco_dense"]
         rows[path.parent.name] = {
             "scale": run.settings["scale"],
             "data": Path(run.settings["data"]).name,
             "split": run.split["kind"],
             "backbone": run.settings["backbone"],
             "epochs": len(run.history),
-            "AP50": section["summary"]["AP50"],
-            "maxDets": section["max_dets"][-1],
+            "AP50": scores["summary"]["AP50"],
+            "maxDets": scores["max_dets"][-1],
         }
     columns = ["scale", "data", "split", "backbone", "epochs", "AP50", "maxDets"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("run")

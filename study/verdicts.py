@@ -1,5 +1,5 @@
-"""Does an effect that a report claims hold here? Paired differences over images or patients, and
-seeds; sentences. No torch.
+"""Does an effect that a report claims hold on the study's own runs? Paired differences over images
+or patients, and over seeds. No torch.
 """
 
 import math
@@ -16,20 +16,19 @@ OPPOSITE = "the opposite holds here"
 CANNOT_TELL = "this data cannot tell"
 NO_DIFFERENCE = "no difference here"
 NOT_ASKED = "cannot be asked"
-ONE_EACH = "One training each was compared"
 WORDS = (HOLDS, OPPOSITE, CANNOT_TELL, NO_DIFFERENCE, NOT_ASKED)
-LEAST_SCORE = 0.01  # two models that both stay under it have not learned to find cells yet
+ONE_EACH = "One training each was compared"
+LEAST_SCORE = 0.01  # two models that both score less have not learned to find cells yet
 VISIBLE = 0.01  # a report that gives two digits sees no smaller change
 
 
 class Estimate(NamedTuple):
-    """A score, or a difference of two.
+    """A score, or a difference of two, over S trainings.
 
     Attributes:
-        value: mean over the trainings.
-        seed_sd: standard deviation over the trainings; NaN for one.
-        low: of the 95 % interval; NaN from fewer than five units.
-        high: of it.
+        value: mean.
+        seed_sd: standard deviation; NaN for one training.
+        low, high: 95 % interval; NaN for fewer than five images (or patients).
     """
 
     value: float
@@ -43,9 +42,9 @@ class Side(NamedTuple):
 
     Attributes:
         label: as the sentence names it.
-        values: of each training (seed) the score and its B bootstrap values, float64 [1 + B]; the
-            same images, drawn by the same weights, and the same seeds as the other side's.
-        reported: in the report, or None.
+        values: for each training (seed) the score and its B bootstrap values, float64 [1 + B].
+            Both sides have the same seeds and the same bootstrap samples.
+        reported: score in the report, or None.
     """
 
     label: str
@@ -54,14 +53,13 @@ class Side(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What the numbers say of a claim.
+    """What the numbers say about a claim.
 
     Attributes:
         word: one of ``WORDS``.
-        base: score, mean over the trainings; NaN where a side is missing.
-        other: the other side's.
+        base, other: mean scores of the two sides; NaN if a side is missing.
         difference: other - base, paired.
-        sentence: all of it in words.
+        sentence: claim, word, numbers and reason.
     """
 
     word: str
@@ -72,34 +70,34 @@ class Verdict(NamedTuple):
 
 
 def estimate(values: Sequence[np.ndarray], units: int) -> Estimate:
-    """Mean over trainings with a 95 % interval that knows of both chances: which images were drawn,
-    and which seeds.
+    """Mean over S trainings with a 95 % interval for other images and other seeds.
 
-    One training: ``resampling.interval`` of its bootstrap values; how much another training would
-    differ, it cannot know. S trainings: the variance of the mean is V = V_units + s^2 / S, where
-    V_units is the bootstrap variance of the mean times n / (n - 1) (n units), and s the standard
-    deviation of the trainings' scores; the interval is mean +- t sqrt(V), with the degrees of
+    How it works: 1. One training: the interval of its bootstrap values (``resampling.interval``);
+    it knows nothing of other seeds. 2. Several: the variance of the mean is V = V_units + s^2 / S.
+    V_units is the bootstrap variance of the mean times n / (n - 1) for n units; s is the standard
+    deviation of the trainings' scores. 3. The interval is mean +- t sqrt(V), with the degrees of
     freedom of Welch and Satterthwaite from n - 1 and S - 1 (Satterthwaite, "An approximate
     distribution of estimates of variance components", 1946).
 
     Args:
-        values: of each training the score and its bootstrap values, float64 [1 + B], of the same
-            weights.
-        units: number of images (or patients) that were drawn.
+        values: for each training the score and its bootstrap values, float64 [1 + B], of the same
+            samples.
+        units: number n of images (or patients) that the samples draw from.
     """
     trainings = np.stack(values)
     mean, seeds = trainings.mean(0), len(trainings)
+    value = float(mean[0])
     if seeds == 1:
-        return Estimate(float(mean[0]), math.nan, *interval(mean[1:], units))
+        return Estimate(value, math.nan, *interval(mean[1:], units))
     seed_sd = float(trainings[:, 0].std(ddof=1))
     defined = mean[1:][~np.isnan(mean[1:])]
     if units < FEWEST_IMAGES or not len(defined):
-        return Estimate(float(mean[0]), seed_sd, math.nan, math.nan)
+        return Estimate(value, seed_sd, math.nan, math.nan)
     of_units, of_seeds = defined.var(ddof=1) * units / (units - 1), seed_sd**2 / seeds
     total = of_units + of_seeds
     degrees = total**2 / (of_units**2 / (units - 1) + of_seeds**2 / (seeds - 1)) if total else 1
     reach = float(student_t.ppf(0.975, degrees)) * math.sqrt(total)
-    return Estimate(float(mean[0]), seed_sd, float(mean[0]) - reach, float(mean[0]) + reach)
+    return Estimate(value, seed_sd, value - reach, value + reach)
 
 
 def judge(
@@ -112,77 +110,71 @@ def judge(
     same_weights: bool = False,
     metric: str = "AP50",
 ) -> Verdict:
-    """What the paired difference of two sides says of a claim.
+    """What the paired difference of two sides says about a claim.
 
-    The claim holds (or its opposite) where the 95 % interval of the difference leaves out 0. A
-    claim of no change holds where the interval lies within ``VISIBLE`` of 0, and its opposite where
-    it leaves out 0 and the difference is ``VISIBLE`` or more. Without an interval, or where neither
-    side reaches ``LEAST_SCORE``, nobody can tell.
+    The claim (or its opposite) holds if 0 lies outside the 95 % interval of the difference. A claim
+    of no change holds if the interval lies within ``VISIBLE`` of 0; its opposite holds if 0 lies
+    outside and the difference is ``VISIBLE`` or more. Without an interval, or if both sides score
+    less than ``LEAST_SCORE``, the data cannot tell.
 
     Args:
         claim: a statement, without full stop.
         base: what the other side is compared with.
         other: the other side.
-        units: number of images (or patients) that were drawn.
+        units: number of images (or patients) that the bootstrap samples draw from.
         unit: ``images`` or ``patients``.
-        expected: 1: the claim says that ``other`` scores higher, -1: lower, 0: that there is no
-            change.
-        same_weights: both sides are of the same trained models, and only what was done to their
-            detections differs.
-        metric: what the scores are.
+        expected: 1: the claim says that ``other`` scores higher, -1: lower, 0: no change.
+        same_weights: both sides are the same trainings, only their detections are treated
+            differently.
+        metric: name of the scores.
     """
-    difference = estimate(
-        [after - before for before, after in zip(base.values, other.values, strict=True)], units
-    )
+    pairs = zip(base.values, other.values, strict=True)
+    difference = estimate([after - before for before, after in pairs], units)
     scores = [float(np.mean([values[0] for values in side.values])) for side in (base, other)]
-    word, why = _judge(difference, max(scores), units, unit, expected, metric)
-    told = f'{metric} {scores[0]:.3f} for "{base.label}" and {scores[1]:.3f} for "{other.label}", '
-    told += f"difference {difference.value:+.3f}"
-    if not math.isnan(difference.low):
-        told += f" [{difference.low:+.3f}, {difference.high:+.3f}]"
+    word, reason = _decide(difference, max(scores), f"{units} {unit}", expected, metric)
+    span = f" [{difference.low:+.3f}, {difference.high:+.3f}]"
     seeds = len(base.values)
-    told += f", paired over {units} {unit}" + (f" and {seeds} seeds." if seeds > 1 else ".")
-    parts = [f"{claim}: {word}.", told, why]
+    numbers = (
+        f'{metric} {scores[0]:.3f} for "{base.label}" and {scores[1]:.3f} for "{other.label}", '
+        f"difference {difference.value:+.3f}{'' if math.isnan(difference.low) else span}, "
+        f"paired over {units} {unit}{f' and {seeds} seeds' if seeds > 1 else ''}."
+    )
+    parts = [f"{claim}: {word}.", numbers, reason]
     if base.reported is not None and other.reported is not None:
         parts.append(f"Reported: {base.reported:g} and {other.reported:g}.")
     if seeds == 1 and not same_weights:
         parts.append(f"{ONE_EACH}: another seed may differ.")
-    return Verdict(word, *scores, difference, " ".join(part for part in parts if part))
+    return Verdict(word, *scores, difference, " ".join(parts))
 
 
 def not_asked(claim: str, reason: str) -> Verdict:
-    """The verdict where a side of the comparison is missing."""
-    nothing = Estimate(math.nan, math.nan, math.nan, math.nan)
-    return Verdict(
-        NOT_ASKED, math.nan, math.nan, nothing, f"{claim}: {NOT_ASKED}. Reason: {reason}."
-    )
+    """The verdict if a side of the comparison is missing."""
+    nothing = [math.nan] * 4
+    sentence = f"{claim}: {NOT_ASKED}. Reason: {reason}."
+    return Verdict(NOT_ASKED, math.nan, math.nan, Estimate(*nothing), sentence)
 
 
-def _judge(
-    difference: Estimate, best: float, units: int, unit: str, expected: int, metric: str
+def _decide(
+    difference: Estimate, best: float, units: str, expected: int, metric: str
 ) -> tuple[str, str]:
-    """The verdict's word, and why."""
-    value, low, high = difference.value, difference.low, difference.high
+    """The verdict's word, and the reason in a sentence."""
+    value, _, low, high = difference
     if best < LEAST_SCORE:
-        return (
-            CANNOT_TELL,
-            f"Neither model finds cells yet ({metric} under {LEAST_SCORE:g}), so this scale cannot tell.",
-        )
+        reason = f"Neither model finds cells yet ({metric} under {LEAST_SCORE:g})"
+        return CANNOT_TELL, f"{reason}, so this scale cannot tell."
     if math.isnan(low):
-        return CANNOT_TELL, f"{units} {unit} are too few for an interval."
-    beyond_zero = low > 0 or high < 0
-    if max(abs(value), abs(low), abs(high)) < ALIKE:
-        return (
-            NO_DIFFERENCE if expected else HOLDS
-        ), f"The scores differ by less than {ALIKE:.4f}."
-    if not expected:
-        if max(abs(low), abs(high)) < VISIBLE:
-            return HOLDS, f"The interval lies within {VISIBLE:g} of 0."
-        if beyond_zero and abs(value) >= VISIBLE:
-            return OPPOSITE, "The change is larger than its interval: 0 lies outside."
-        return CANNOT_TELL, f"The interval holds both changes under {VISIBLE:g} and larger ones."
-    if not beyond_zero:
+        return CANNOT_TELL, f"{units} are too few for an interval."
+    reach, beyond_zero = max(abs(low), abs(high)), low > 0 or high < 0
+    if max(abs(value), reach) < ALIKE:
+        same = NO_DIFFERENCE if expected else HOLDS
+        return same, f"The scores differ by less than {ALIKE:.4f}."
+    if expected and not beyond_zero:
         return CANNOT_TELL, "0 lies inside the interval."
-    return (
-        HOLDS if (low > 0) == (expected > 0) else OPPOSITE
-    ), "The effect is larger than its interval: 0 lies outside."
+    if expected:
+        word = HOLDS if (low > 0) == (expected > 0) else OPPOSITE
+        return word, "The effect is larger than its interval: 0 lies outside."
+    if reach < VISIBLE:
+        return HOLDS, f"The interval lies within {VISIBLE:g} of 0."
+    if beyond_zero and abs(value) >= VISIBLE:
+        return OPPOSITE, "The change is larger than its interval: 0 lies outside."
+    return CANNOT_TELL, f"The interval holds both changes under {VISIBLE:g} and larger ones."
