@@ -24,9 +24,11 @@ from cellseg_helpers.metrics import match_detections
 from cellseg_helpers.runs import RunError, read_json, write_json
 from study import released_code, verdicts
 from study import runs as study_runs
-from study.reported import E_GRID, E_THRESHOLDS, Detections
+from study.reported import E_GRID, E_THRESHOLDS
 from study.reports import HALVING_SEED
-from study.trained import Study, Trained, differences
+from study.runs import Study, Trained, differences
+
+Detections = list[dict[str, Any]]
 
 Change = Callable[[Detections, list[dict[str, Any]]], Detections]  # as reported.VARIANTS
 

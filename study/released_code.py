@@ -32,7 +32,9 @@ from cellseg_helpers.devices import make_fabric
 from cellseg_helpers.engine import image_statistics, validation_loss
 from cellseg_helpers.model.build import channel_statistics, has_v2_heads, rebuild_model
 from study import runs as study_runs
-from study.reported import E_SIZE_FACTORS, Detections
+from study.reported import E_SIZE_FACTORS
+
+Detections = list
 
 # Cells and images
 

@@ -61,18 +61,18 @@ class Reported(Record):
     tables: dict[str, Table]
 
 
-def read(path: Path = Path(__file__).with_name("reported.yaml")) -> Reported:
+def read() -> Reported:
     """``reported.yaml``, checked.
 
     >>> [row.reported for row in read().tables["A-T2"].rows]
     [0.335, 0.334, 0.357]
     """
-    return Reported.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    text = Path(__file__).with_name("reported.yaml").read_text(encoding="utf-8")
+    return Reported.model_validate(yaml.safe_load(text))
 
 
 SYSTEMS, _size_factors, TABLES = (value for _, value in read())
 SCORE_TABLES = {key: table for key, table in TABLES.items() if table.rows}
-ORDER = {letter: [key for key in TABLES if key[0] == letter] for letter in SYSTEMS}
 
 
 def column(key: str, name: str) -> list[Any]:

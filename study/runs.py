@@ -1,4 +1,4 @@
-"""The runs of the study: which parameter files make each, and the finished runs read back. No torch.
+"""The runs of the study: which parameter files make each, and finished runs read back. No torch.
 
 A run's key names its parameter files: ``a/resnet101`` is ``params/reports/a/resnet101.yaml``;
 ``c/final+coco_weights`` is ``params/reports/c/final.yaml``, then

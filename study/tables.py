@@ -1,5 +1,5 @@
-"""Tables of the repository (notebooks, parameter files, runs), report C's table of the data, and how
-a table of the study looks on a page.
+"""Tables of the repository (notebooks, parameter files, runs), report C's table of the data, and
+how a table of the study looks on a page.
 """
 
 import json
@@ -27,6 +27,7 @@ def _bold_verdicts(text: str) -> str:
     return re.sub("|".join(WORDS), "<b>\\g<0></b>", text)
 
 
+TIFF = (".tif", ".tiff")
 FORMATS: dict[str, Callable[[Any], Any]] = {
     "reported": _short,
     "full scale": _short,
@@ -35,11 +36,12 @@ FORMATS: dict[str, Callable[[Any], Any]] = {
     "minutes": "{:.1f}".format,
     "parameters": lambda count: f"{count / 1e6:.1f} M",
     "verdict": _bold_verdicts,
+    "verdict on the claim": _bold_verdicts,
 }
 
 
 def page(table: pd.DataFrame, name: str, wide: Sequence[str] = ()) -> HTML:
-    """A table for a notebook and its HTML page: three decimals, missing values empty, verdicts bold.
+    """A table for a notebook and its page: three decimals, missing values empty, verdicts bold.
 
     Args:
         table: as it is to be shown; its index names the rows. Columns in ``FORMATS`` have their own
@@ -48,12 +50,12 @@ def page(table: pd.DataFrame, name: str, wide: Sequence[str] = ()) -> HTML:
         wide: columns of sentences; they get 18 em at least.
     """
     formats = {column: FORMATS[column] for column in table if column in FORMATS}
-    style = table.rename_axis(None).rename(columns=lambda column: column.replace("_", " ")).style
-    style = style.format({key.replace("_", " "): value for key, value in formats.items()}, "", 3)
+    style = table.rename_axis(None).style.format_index(lambda name: name.replace("_", " "), axis=1)
+    style = style.format(formats, na_rep="", precision=3)
     cells = {"selector": "td, th", "props": "text-align: left; vertical-align: top"}
     style = style.set_table_styles([cells])
     room = [{"selector": "", "props": "min-width: 18em"}]
-    style = style.set_table_styles({column: room for column in wide}, overwrite=False)
+    style = style.set_table_styles(dict.fromkeys(wide, room), overwrite=False)
     return HTML(style.to_html(table_uuid=name))
 
 
@@ -69,7 +71,7 @@ def dataset_summary(dataset: CellDataset, data: str) -> pd.DataFrame:
     is_coco = data.endswith(".json")
     path = ROOT / "outputs" / "drawn" if data == "drawn" else resolve_path(data)
     folder = path.parent if is_coco else path
-    tests = [file for file in folder.glob("test_release/*") if file.suffix in (".tif", ".tiff")]
+    tests = [file for file in folder.glob("test_release/*") if file.suffix.lower() in TIFF]
     here = {
         "image type": "RGB, drawn in H&E colours" if data == "drawn" else "read as RGB",
         "annotation": "instance level",
