@@ -41,7 +41,7 @@ from bench.training import (
 )
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.augment import RECIPES, augment
-from cellseg_helpers.data.hw3 import CellImage
+from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.data.samples import EpochSampler, SampleKey, TrainingSet
 from cellseg_helpers.devices import make_fabric, resolve_precision
 from cellseg_helpers.engine import (

@@ -19,9 +19,10 @@ from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
 from bench.measure import Pair, Row, alone, medians_in_turn, seconds, times_less, verdict
+from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import resolve_path
-from cellseg_helpers.data.hw3 import CellDataset, locate_data, open_dataset
-from cellseg_helpers.data.labels import CLASS_NAMES
+from cellseg_helpers.data.cache import CellDataset
+from cellseg_helpers.data.hw3 import locate_data, open_dataset
 from cellseg_helpers.data.samples import SampleKey, TrainingSet
 
 Sample = tuple[Tensor, Tensor, Tensor]  # image, boxes, labels

@@ -30,8 +30,8 @@ from bench.measure import (
     verdict,
 )
 from bench.scenes import MASK_SIDE, dense_image, dense_label_maps, dense_target, with_dense_masks
+from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import RunConfig
-from cellseg_helpers.data.labels import CLASS_NAMES
 from cellseg_helpers.model.build import build_model
 from cellseg_helpers.model.heads import SeededSampler, mask_targets
 from cellseg_helpers.model.roi_align import GatherRoIAlign

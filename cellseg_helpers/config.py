@@ -363,8 +363,11 @@ def resolve_path(path: str | Path) -> Path:
 
 @contextmanager
 def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
-    """A temporary file (or empty folder) beside ``path``. It becomes ``path``, with its bytes on
-    disk, when the block ends; after an error ``path`` is as it was before.
+    """A temporary file (or empty folder) beside ``path``. It becomes ``path``, a file with its
+    bytes on disk, when the block ends; after an error ``path`` is as it was before.
+
+    Raises:
+        OSError: it cannot be written, or a folder that is not empty is in the way of ``folder``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if folder:
@@ -376,9 +379,7 @@ def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755 if folder else 0o644)
-        if folder:
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+        if not folder:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -391,7 +392,8 @@ def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
 
 def one_line(error: object, limit: int = 120) -> str:
     """An error's text in one line of at most ``limit`` characters; its type's name if it has none."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split())[:limit] or type(error).__name__
 
 
 def _parameters(namespace: dict[str, Any], known: list[str]) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from cellseg_helpers.cells import Cells
 from cellseg_helpers.config import RunConfig
+from cellseg_helpers.data.cache import CellDataset
 from cellseg_helpers.data.coco import to_coco
-from cellseg_helpers.data.hw3 import CellDataset, open_dataset
+from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.data.samples import EpochSampler, SampleKey, TrainingSet, collate
 from cellseg_helpers.data.splits import make_split
 from cellseg_helpers.devices import (

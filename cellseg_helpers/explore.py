@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from cellseg_helpers import plots
 from cellseg_helpers.cells import CLASS_NAMES, Cells, mask_iou
-from cellseg_helpers.data.hw3 import CellDataset, CellImage
+from cellseg_helpers.data.cache import CellDataset, CellImage
 from cellseg_helpers.data.labels import find_instances
 from cellseg_helpers.metrics import Matches
 

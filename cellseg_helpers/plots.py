@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 from skimage.measure import find_contours
 
 from cellseg_helpers.cells import CLASS_NAMES, BoxMask, Cells
-from cellseg_helpers.data.hw3 import CellImage
+from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.data.labels import find_instances
 from cellseg_helpers.metrics import Counts, Matches, count_matches
 

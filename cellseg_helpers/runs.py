@@ -35,8 +35,9 @@ import pandas as pd
 
 from cellseg_helpers.cells import Cells
 from cellseg_helpers.config import ROOT, RunConfig, one_line, replacing, resolve_path
+from cellseg_helpers.data.cache import CellDataset, CellImage, DataError
 from cellseg_helpers.data.coco import to_coco
-from cellseg_helpers.data.hw3 import CellDataset, CellImage, DataError, open_dataset
+from cellseg_helpers.data.hw3 import open_dataset
 
 RUNS = "outputs/runs"
 TABLES = "outputs/tables"

@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import resolve_path
-from cellseg_helpers.data.labels import CLASS_NAMES
 from cellseg_helpers.data.rle_check import CORNERS, SIDES, box_reading, check_masks
 from cellseg_helpers.runs import replacing, write_json
 

@@ -17,8 +17,9 @@ import yaml
 
 from cellseg_helpers import resampling, thresholds
 from cellseg_helpers.config import NOT_PART_OF_A_RUN
+from cellseg_helpers.data.cache import CellDataset, DataError
 from cellseg_helpers.data.coco import to_coco
-from cellseg_helpers.data.hw3 import CellDataset, DataError, open_dataset
+from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.inference import predict_run
 from cellseg_helpers.metrics import match_detections
 from cellseg_helpers.runs import RunError, read_json, write_json

@@ -24,10 +24,10 @@ from torchvision.ops import batched_nms
 from cellseg_helpers import borders
 from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import RunConfig
+from cellseg_helpers.data.cache import CellDataset, CellImage, DataError
 from cellseg_helpers.data.coco import to_coco
-from cellseg_helpers.data.hw3 import CellDataset, CellImage, DataError
+from cellseg_helpers.data.hw3 import open_test_images
 from cellseg_helpers.data.labels import connected_components, find_instances
-from cellseg_helpers.data.test_images import open_test_images
 from cellseg_helpers.devices import make_fabric
 from cellseg_helpers.engine import image_statistics, validation_loss
 from cellseg_helpers.model.build import channel_statistics, has_v2_heads, rebuild_model

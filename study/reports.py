@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from cellseg_helpers import borders, metrics, plots, resampling, thresholds
 from cellseg_helpers.cells import CLASS_NAMES, Cells
 from cellseg_helpers.config import RunConfig
-from cellseg_helpers.data.hw3 import CellImage, DataError, open_dataset
+from cellseg_helpers.data.cache import CellImage, DataError
+from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.runs import Run, annotations_of_run
 from study import tables, verdicts
 from study.reported import (

@@ -14,7 +14,7 @@ import numpy as np
 
 from cellseg_helpers import resampling
 from cellseg_helpers.config import ROOT, RunConfig, resolve_path
-from cellseg_helpers.data.hw3 import CellImage
+from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.runs import Run, RunError, images_of_run, load_run, read_json
 from study.reported import SYSTEMS, VARIANTS
 

@@ -13,7 +13,7 @@ import yaml
 from IPython.display import HTML
 
 from cellseg_helpers.config import ROOT, resolve_path
-from cellseg_helpers.data.hw3 import CellDataset
+from cellseg_helpers.data.cache import CellDataset
 from cellseg_helpers.runs import load_run
 from study.reported import TABLES
 from study.verdicts import WORDS

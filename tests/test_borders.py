@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from cellseg_helpers.borders import border_contact, drop_border_detections, near_border
+from cellseg_helpers.cells import CLASS_NAMES
+from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.drawn import draw_tissue
-from cellseg_helpers.data.hw3 import CellImage
-from cellseg_helpers.data.labels import CLASS_NAMES, encode_box_mask
+from cellseg_helpers.data.labels import encode_box_mask
 
 CLEAR = ["epithelial", "lymphocyte"]  # the frequent classes
 

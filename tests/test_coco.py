@@ -21,13 +21,13 @@ from torchvision.datasets import CocoDetection
 
 from cellseg_helpers import engine, runs
 from cellseg_helpers.config import ROOT
-from cellseg_helpers.data import coco, coco_reading
+from cellseg_helpers.data import cache, coco, coco_reading
 from cellseg_helpers.data import hw3 as readers
+from cellseg_helpers.data.cache import DataError
 from cellseg_helpers.data.coco import export_coco
 from cellseg_helpers.data.drawn import draw_dataset
-from cellseg_helpers.data.hw3 import DataError, check_folder, open_dataset
+from cellseg_helpers.data.hw3 import check_folder, open_dataset, open_test_images
 from cellseg_helpers.data.labels import find_instances
-from cellseg_helpers.data.test_images import open_test_images
 from cellseg_helpers.engine import fit
 from cellseg_helpers.runs import load_checkpoint
 
@@ -36,7 +36,7 @@ HEIGHT, WIDTH = 30, 24
 
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(cache, "CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")

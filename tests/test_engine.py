@@ -30,8 +30,9 @@ from torch import nn
 
 from cellseg_helpers import engine, runs
 from cellseg_helpers.config import ROOT, RunConfig
-from cellseg_helpers.data import hw3 as readers
+from cellseg_helpers.data import cache as cache_module
 from cellseg_helpers.data.drawn import draw_dataset, draw_tissue
+from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.data.samples import make_target
 from cellseg_helpers.devices import AutocastPrecision, make_fabric
 from cellseg_helpers.engine import (
@@ -69,7 +70,7 @@ def cache(tmp_path_factory) -> Path:
 def tiny(tmp_path, cache, monkeypatch):
     """``fit`` builds the tiny model and keeps its files in the test's folder."""
     monkeypatch.setattr(runs, "RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(readers, "CACHE", cache)
+    monkeypatch.setattr(cache_module, "CACHE", cache)
     monkeypatch.setattr(engine, "build_model", build_tiny)
 
 
@@ -202,7 +203,7 @@ def test_the_real_model_trains(data, monkeypatch):
 
 def validation_images(run_dir: Path) -> list[np.ndarray]:
     settings = load_run(run_dir).settings
-    dataset = readers.open_dataset(settings["data"])
+    dataset = open_dataset(settings["data"])
     return [
         dataset[dataset.image_ids.index(image["file_name"])].image
         for image in load_run(run_dir).truth["images"]

@@ -7,7 +7,7 @@ from scenes import disc, result, truth_of
 
 from cellseg_helpers import explore
 from cellseg_helpers.cells import CLASS_NAMES, Cells
-from cellseg_helpers.data.hw3 import CellImage
+from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.metrics import match_detections
 
 

@@ -11,7 +11,8 @@ from scenes import disc, result, truth_of
 
 from cellseg_helpers import plots, resampling
 from cellseg_helpers.config import ROOT
-from cellseg_helpers.data.hw3 import CellImage, open_dataset
+from cellseg_helpers.data.cache import CellImage
+from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.model.build import build_model
 from cellseg_helpers.runs import RunError
 from study import findings, released_code, reports, verdicts

@@ -16,9 +16,10 @@ from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
+from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.drawn import draw_tissue
-from cellseg_helpers.data.labels import CLASS_NAMES, find_instances
+from cellseg_helpers.data.labels import find_instances
 from cellseg_helpers.data.samples import make_target
 from cellseg_helpers.model import heads as roi_heads
 from cellseg_helpers.model.backbones import resnet_fpn

@@ -9,8 +9,8 @@ from matplotlib.colors import to_rgb
 from cellseg_helpers import plots, thresholds
 from cellseg_helpers.borders import border_contact
 from cellseg_helpers.cells import CLASS_NAMES, BoxMask, Cells
+from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.data.coco import to_coco
-from cellseg_helpers.data.hw3 import CellImage
 from cellseg_helpers.explore import confident_mistakes
 from cellseg_helpers.metrics import (
     count_matches,

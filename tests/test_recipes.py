@@ -29,7 +29,8 @@ from cellseg_helpers.data.augment import (
     StripedImage,
     augment,
 )
-from cellseg_helpers.data.hw3 import CellImage, open_dataset
+from cellseg_helpers.data.cache import CellImage
+from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.data.labels import find_instances
 from cellseg_helpers.data.samples import SampleKey, TrainingSet
 from cellseg_helpers.plots import recipe_gallery

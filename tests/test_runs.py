@@ -14,8 +14,9 @@ import torch
 from cellseg_helpers import runs
 from cellseg_helpers.cells import Cells
 from cellseg_helpers.config import ROOT, RunConfig
+from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.data.coco import to_coco
-from cellseg_helpers.data.hw3 import CellImage, open_dataset
+from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.metrics import evaluate
 from cellseg_helpers.runs import (
     RunError,

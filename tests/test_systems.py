@@ -15,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from cellseg_helpers import engine
 from cellseg_helpers.config import ROOT, RunConfig
-from cellseg_helpers.data.hw3 import CellDataset
+from cellseg_helpers.data.cache import CellDataset
 from cellseg_helpers.model.backbones import CBAM, SingleMapBackbone
 from cellseg_helpers.model.build import (
     IMAGENET_MEAN,

@@ -9,8 +9,8 @@ import tifffile
 
 from cellseg_helpers.data import drawn as synthetic
 from cellseg_helpers.data import hw3 as readers
-from cellseg_helpers.data.hw3 import DataError
-from cellseg_helpers.data.test_images import NoTestImages, open_test_images
+from cellseg_helpers.data.cache import DataError
+from cellseg_helpers.data.hw3 import NoTestImages, open_test_images
 
 HEIGHT, WIDTH = 12, 17
 LIST = "test_image_name_to_ids.json"

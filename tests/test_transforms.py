@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 
 from cellseg_helpers.config import CHOICES
 from cellseg_helpers.data.augment import RECIPES, QuarterTurn
-from cellseg_helpers.data.hw3 import CellImage
+from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.data.labels import find_instances
 from cellseg_helpers.data.samples import (
     EpochSampler,

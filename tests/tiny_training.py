@@ -21,7 +21,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 
 from cellseg_helpers import engine, runs
 from cellseg_helpers.config import RunConfig
-from cellseg_helpers.data import hw3 as readers
+from cellseg_helpers.data import cache
 from cellseg_helpers.model.build import LabelMapMaskRCNN
 from cellseg_helpers.runs import read_json, write_json
 
@@ -125,7 +125,7 @@ def train_in_process(
     """
     os.environ.update(environment or {})
     torch.set_num_threads(1)
-    runs.RUNS, readers.CACHE, engine.build_model = (
+    runs.RUNS, cache.CACHE, engine.build_model = (
         str(folder / "runs"),
         folder / "cache",
         BUILDERS[builder],

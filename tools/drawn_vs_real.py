@@ -23,10 +23,12 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
+from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import resolve_path
+from cellseg_helpers.data.cache import CellDataset
 from cellseg_helpers.data.drawn import STAINS
-from cellseg_helpers.data.hw3 import CellDataset, open_dataset
-from cellseg_helpers.data.labels import CLASS_NAMES, Instances, find_instances
+from cellseg_helpers.data.hw3 import open_dataset
+from cellseg_helpers.data.labels import Instances, find_instances
 
 
 def unmixing() -> np.ndarray:

@@ -18,9 +18,9 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from cellseg_helpers.borders import near_border
-from cellseg_helpers.cells import Cells
+from cellseg_helpers.cells import CLASS_NAMES, Cells
 from cellseg_helpers.config import ROOT, RunConfig, resolve_path
-from cellseg_helpers.data.labels import CLASS_NAMES, encode_box_masks
+from cellseg_helpers.data.labels import encode_box_masks
 from cellseg_helpers.metrics import evaluate
 from cellseg_helpers.runs import provenance, write_json, write_text
 

@@ -51,8 +51,8 @@ import numpy as np
 import tifffile
 from tqdm import tqdm
 
-from cellseg_helpers.data.hw3 import DataError
-from cellseg_helpers.data.labels import CLASS_NAMES
+from cellseg_helpers.cells import CLASS_NAMES
+from cellseg_helpers.data.cache import DataError
 from cellseg_helpers.data.splits import patient_of
 
 HUB_NAME = "RationAI/MoNuSAC"

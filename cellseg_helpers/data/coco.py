@@ -9,20 +9,25 @@ in the same order. Test images are not exported.
 
 import argparse
 import json
-import os
-import shutil
+import re
+import reprlib
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tifffile
 from tqdm import tqdm
 
-from cellseg_helpers.config import resolve_path
-from cellseg_helpers.data.hw3 import CellDataset, CellImage, DataError, open_dataset
-from cellseg_helpers.data.labels import CLASS_NAMES, encode_instances, find_instances
+from cellseg_helpers.cells import CLASS_NAMES, run_lengths
+from cellseg_helpers.config import replacing, resolve_path
+from cellseg_helpers.data.cache import CellDataset, CellImage, DataError
+from cellseg_helpers.data.hw3 import open_dataset
+from cellseg_helpers.data.labels import find_cells
+
+# Numbers in groups of 5 bits: "P" to "o" are groups that more follow, "0" to "O" a number's last.
+# Six groups are enough for 500 million px.
+COUNTS = re.compile("([P-o]{0,5}[0-O])+")
 
 
 def to_coco(cell_images: Iterable[CellImage]) -> dict[str, Any]:
@@ -45,25 +50,53 @@ def to_coco(cell_images: Iterable[CellImage]) -> dict[str, Any]:
                 "patient": cell_image.patient,
             }
         )
-        instances = find_instances(cell_image.label_maps)
-        masks = encode_instances(cell_image.label_maps, instances)
-        for box, label, area, mask in zip(
-            instances.boxes.tolist(), instances.labels, instances.area_px, masks, strict=True
-        ):
-            x1, y1, x2, y2 = box
+        cells = find_cells(cell_image.label_maps, number)
+        for row, area in zip(cells.to_coco(), cells.area_px.tolist(), strict=True):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": number,
-                    "category_id": int(label),
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": int(area),
+                    "category_id": row["category_id"],
+                    "bbox": row["bbox"],
+                    "area": area,
                     "iscrowd": 0,
-                    "segmentation": mask,
+                    "segmentation": row["segmentation"],
                 }
             )
     categories = [{"id": k, "name": name} for k, name in enumerate(CLASS_NAMES, 1)]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def mask_problem(segmentation: Any, size: Sequence[int] | None = None) -> str:
+    """What is wrong with a segmentation that must be a compressed RLE with at least one pixel.
+
+    Args:
+        segmentation: as read from a file, of any type.
+        size: height and width of its image, px; None where they are unknown.
+
+    Returns:
+        A sentence, "" where nothing is wrong.
+    """
+    if not isinstance(segmentation, dict) or not isinstance(segmentation.get("counts"), str):
+        rle = 'a compressed RLE, {"size": [height, width], "counts": "text"}'
+        return f"its segmentation is {reprlib.repr(segmentation)}; it must be {rle}"
+    own, counts = segmentation.get("size"), segmentation["counts"]
+    is_size = isinstance(own, list) and len(own) == 2
+    if not is_size or not all(type(side) is int and 0 < side < 2**20 for side in own):
+        return f"its mask's size is {reprlib.repr(own)}; it must be [height, width] in px"
+    if size is not None and own != list(size):
+        turned = "; height and width are swapped" if own[::-1] == list(size) else ""
+        return (
+            f"its mask is {own[0]} x {own[1]} px, its image {size[0]} x {size[1]} px "
+            f"(height x width){turned}"
+        )
+    if not COUNTS.fullmatch(counts):
+        return "its counts are damaged: they are no text of a compressed RLE"
+    lengths, expected = run_lengths(counts), own[0] * own[1]
+    if min(lengths) < 0 or sum(lengths) != expected:
+        wrong = "one is negative" if min(lengths) < 0 else f"they cover {sum(lengths):,} px"
+        return f"its counts are damaged: run lengths must cover the mask's {expected:,} px, but {wrong}"
+    return "" if any(lengths[1::2]) else "its mask has no pixel; leave such results out"
 
 
 def export_coco(data: str | Path, destination: str | Path) -> Path:
@@ -90,9 +123,7 @@ def export_coco(data: str | Path, destination: str | Path) -> Path:
             f"{destination} exists and is not an empty folder; remove it, or name another destination"
         )
     dataset = open_dataset(data)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    try:
+    with replacing(destination, folder=True) as part:
         (part / "images").mkdir()
         exported = {
             "info": {"description": f"Cells of the data {dataset.name}"},
@@ -103,10 +134,6 @@ def export_coco(data: str | Path, destination: str | Path) -> Path:
         (part / "annotations.json").write_text(
             json.dumps(exported, allow_nan=False) + "\n", encoding="utf-8"
         )
-        part.chmod(0o755)
-        os.rename(part, destination)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return destination / "annotations.json"
 
 

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as coco_masks
 
-from cellseg_helpers.data.labels import CLASS_NAMES, decode_in_boxes, run_lengths
+from cellseg_helpers.cells import CLASS_NAMES
+from cellseg_helpers.data.labels import decode_in_boxes, run_lengths
 from cellseg_helpers.data.rle_check import check_masks
 from cellseg_helpers.data.splits import patient_of
 

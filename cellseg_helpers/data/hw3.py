@@ -13,18 +13,12 @@ Every file is decoded once, into ``outputs/cache``; that folder may be deleted a
 """
 
 import csv
-import fcntl
-import hashlib
 import json
 import logging
 import os
 import re
-import shutil
-import time
-import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,123 +27,33 @@ import tifffile
 from PIL import Image
 from tqdm import tqdm
 
+from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import ROOT, resolve_path
-from cellseg_helpers.data.coco_reading import CocoImage, draw_label_maps, read_coco, read_masks
-from cellseg_helpers.data.labels import (
-    CLASS_NAMES,
-    connected_components,
-    drop_small_instances,
-    find_instances,
+from cellseg_helpers.data.cache import (
+    CellDataset,
+    CellImage,
+    DataError,
+    Decoded,
+    Fault,
+    open_cached,
 )
+from cellseg_helpers.data.coco_reading import CocoImage, draw_label_maps, read_coco, read_masks
+from cellseg_helpers.data.labels import connected_components, drop_small_instances
 from cellseg_helpers.data.splits import patient_of
 
-CACHE = ROOT / "outputs" / "cache"
-CACHE_FORMAT = 1  # raise it when what is decoded, or how it is stored, changes
-STALE_HOURS = 12  # a temporary cache folder this old belongs to a builder that died
 INSTANCE_READINGS = ("pixel_values", "connected_components")
 LARGEST_ID = 65_535
 LARGEST_SIDE_PX = 20_000  # beyond it, a header is taken for damaged: decoding would fill the memory
 FAULTS_SHOWN = 20
+FOLDER, LIST = "test_release", "test_image_name_to_ids.json"
+TIFF = re.compile(r"\.tiff?$", re.IGNORECASE)
+KEYS = {"file_name": str, "id": int, "height": int, "width": int}
 FILE_NAME = re.compile(r"(image|class[1-4])\.tiff?", re.IGNORECASE)
 LOOKALIKE = re.compile(r"(image|class).*|.*\.tiff?", re.IGNORECASE)
 
 logging.getLogger("tifffile").setLevel(
     logging.CRITICAL
 )  # its remarks on broken files come back as faults
-
-
-class CellImage(NamedTuple):
-    """One decoded image.
-
-    Attributes:
-        image_id: name of its folder under ``train/``; in a COCO data set, of its file without
-            ending.
-        patient: None where unknown.
-        image: uint8 [3, H, W], RGB, 0..255, read-only.
-        label_maps: int32 [K, H, W], 0 = background, other values = instance ids (1..65,535), unique
-            within a class.
-    """
-
-    image_id: str
-    patient: str | None
-    image: np.ndarray
-    label_maps: np.ndarray
-
-
-class Fault(NamedTuple):
-    """What is wrong with one file; ``image_id`` is "" where the whole folder is concerned.
-    ``str()`` gives it as one line.
-    """
-
-    image_id: str
-    file: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.problem}"
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message says why, where, and what to do."""
-
-
-class CellDataset:
-    """The images of one data set, memory-mapped from their decoded cache. Made by ``open_dataset``.
-
-    ``dataset[i]`` is a ``CellImage``. Pickling (to DataLoader workers) carries a path, not pixels.
-
-    Attributes:
-        name: of the folder, ``drawn``, or a COCO file's folder and name
-            (``cells/annotations.json``).
-        image_ids: N names, sorted.
-        patients: N names, None where unknown.
-        sizes: int64 [N, 2], height and width, px.
-        counts: int64 [N, K], instances per image and class.
-        fingerprint: sha256 of image ids, pixels and label maps; the same on every machine.
-        skipped: faults of the images that were left out.
-    """
-
-    def __init__(self, cache: Path, name: str) -> None:
-        self._cache, self.name = cache, name
-        try:
-            self._label_maps = _map(cache / "label_maps.bin", np.dtype("<u2"))
-            self._images = _map(cache / "images.bin", np.dtype("u1"))
-            index = json.loads((cache / "index.json").read_text(encoding="utf-8"))
-            self.image_ids: list[str] = index["image_ids"]
-            self.patients: list[str | None] = index["patients"]
-            self.sizes = np.array(index["sizes"], np.int64).reshape(-1, 2)
-            self.counts = np.array(index["counts"], np.int64).reshape(-1, len(CLASS_NAMES))
-            self.fingerprint: str = index["fingerprint"]
-            self.skipped = [Fault(*fault) for fault in index["faults"]]
-            self._starts = np.append(0, self.sizes.prod(1).cumsum())
-            if (
-                self._images.size != 3 * self._starts[-1]
-                or self._label_maps.size != len(CLASS_NAMES) * self._starts[-1]
-            ):
-                raise ValueError("a file is not as long as its index says")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{cache}: the decoded cache is gone or damaged; open the data again, which rebuilds it"
-            ) from error
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def __getitem__(self, i: int) -> CellImage:
-        i = range(len(self))[i]
-        (height, width), start, stop = self.sizes[i], self._starts[i], self._starts[i + 1]
-        classes = len(CLASS_NAMES)
-        return CellImage(
-            self.image_ids[i],
-            self.patients[i],
-            self._images[3 * start : 3 * stop].reshape(3, height, width),
-            self._label_maps[classes * start : classes * stop]
-            .reshape(classes, height, width)
-            .astype(np.int32),
-        )
-
-    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
-        return CellDataset, (self._cache, self.name)
 
 
 def open_dataset(
@@ -180,9 +84,15 @@ def open_dataset(
     """
     _check_settings(instance_reading, min_instance_area_px)
     folder, name = locate_data(data)
-    dataset = _open_cached(
-        folder, name, (instance_reading, min_instance_area_px), cache_dir or CACHE
-    )
+    settings = (instance_reading, min_instance_area_px)
+
+    def decode() -> tuple[Iterator[Decoded], list[Fault]]:
+        layout = _read_layout(folder)
+        if not layout.patients:
+            raise DataError(refusal(folder, layout.faults))
+        return _decode(folder, name, layout, settings), layout.faults
+
+    dataset = open_cached(folder, name, settings, lambda: _files_state(folder), decode, cache_dir)
     for_all = [fault for fault in dataset.skipped if not fault.image_id]
     if dataset.skipped and (for_all or not skip_faulty_images or not len(dataset)):
         raise DataError(
@@ -396,9 +306,6 @@ def _test_ids(folder: Path) -> set[str]:
 
 
 # Decoding one image
-
-
-Decoded = tuple[CellImage | None, list[Fault]]
 
 
 def _decode(
@@ -700,30 +607,11 @@ def _wrong_values(array: np.ndarray) -> list[str]:
     return found
 
 
-# The decoded cache: one folder a data folder, reading and state of the files
+# The state of the files, by which the cache sees a change
 
 
-def _open_cached(
-    folder: Path, name: str, settings: tuple[str, int], cache_dir: Path
-) -> CellDataset:
-    for _ in range(3):
-        cache = cache_dir / _cache_key(folder, settings)
-        if not cache.exists():
-            _build_cache(folder, name, settings, cache)
-            if cache.name != _cache_key(folder, settings):
-                continue
-        try:
-            return CellDataset(cache, name)
-        except DataError:  # damaged, or just removed by a process that saw newer files
-            _discard(cache)
-    trouble = f"its files change while they are read, or no cache can be kept in {cache_dir}"
-    raise DataError(f"{folder}: {trouble}; run again when they are at rest")
-
-
-def _cache_key(folder: Path, settings: tuple[str, int]) -> str:
-    """``<what>-<state>``: a hash of folder, settings and format, and one of name, size, times and
-    inode of every file.
-    """
+def _files_state(folder: Path) -> object:
+    """Name, size, times and inode of every file."""
     if is_coco(folder):
         files = [folder, *(image.path for image in read_coco(folder)[0].values())]
     else:
@@ -734,11 +622,7 @@ def _cache_key(folder: Path, settings: tuple[str, int]) -> str:
             *(file for place in places for file in _inside(place)),
         ]
     state = [(os.path.relpath(file, folder), *_state(file)) for file in files]
-    what = (str(folder.resolve()), settings, CACHE_FORMAT, CLASS_NAMES)
-    return "-".join(
-        hashlib.sha256(repr(part).encode()).hexdigest()[:16]
-        for part in (what, (state, sorted(_test_ids(folder))))
-    )
+    return state, sorted(_test_ids(folder))
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -758,94 +642,209 @@ def _state(file: Path) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def _build_cache(folder: Path, name: str, settings: tuple[str, int], cache: Path) -> None:
-    """Decode into a temporary folder and move it into place; a process that was faster wins."""
-    layout = _read_layout(folder)
-    if not layout.patients:
-        raise DataError(refusal(folder, layout.faults, can_skip=False))
-    temporary = cache.parent / f".building-{uuid.uuid4().hex}"
-    try:
-        temporary.mkdir(parents=True)
-        _write_cache(_decode(folder, name, layout, settings), layout.faults, temporary)
-        temporary.rename(cache)
-    except OSError as error:
-        if not cache.exists():  # else another process was faster
-            problem = f"cannot write the decoded cache in {cache.parent} ({_cause(error)}); make room there, or allow writing"
-            raise DataError(problem) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _remove_old(cache)
+# Test images
 
 
-def _write_cache(decoded: Iterator[Decoded], faults: list[Fault], into: Path) -> None:
-    faults = list(faults)
-    faulty = {fault.image_id for fault in faults}
-    index: dict[str, Any] = {"image_ids": [], "patients": [], "sizes": [], "counts": []}
-    digest = hashlib.sha256()
-    with (
-        open(into / "images.bin", "wb") as images,
-        open(into / "label_maps.bin", "wb") as label_maps,
-    ):
-        for cell_image, image_faults in decoded:
-            faults += image_faults
-            if cell_image is None or cell_image.image_id in faulty:
-                continue
-            pixels, labels = (
-                cell_image.image.tobytes(),
-                cell_image.label_maps.astype("<u2").tobytes(),
-            )
-            images.write(pixels)
-            label_maps.write(labels)
-            size = cell_image.image.shape[1:]
-            digest.update(json.dumps([cell_image.image_id, *size]).encode())
-            digest.update(pixels)
-            digest.update(labels)
-            index["image_ids"].append(cell_image.image_id)
-            index["patients"].append(cell_image.patient)
-            index["sizes"].append(size)
-            labels_found = find_instances(cell_image.label_maps).labels
-            index["counts"].append(
-                np.bincount(labels_found, minlength=len(CLASS_NAMES) + 1)[1:].tolist()
-            )
-        for file in (images, label_maps):
-            file.flush()
-            os.fsync(file.fileno())
-    index |= {"fingerprint": digest.hexdigest(), "faults": faults}
-    with open(into / "index.json", "w", encoding="utf-8") as file:
-        json.dump(index, file)
-        file.flush()
-        os.fsync(file.fileno())
+class NoTestImages(DataError):
+    """The data have no test images at all, which is no fault."""
 
 
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A read-only array of the whole file, under a shared lock that lasts as long as the array
-    (mmap keeps the open file).
+class UnlabelledImages(Sequence):
+    """Checked test images, decoded when asked for. Made by ``open_test_images``.
+
+    ``images[i]`` is uint8 [3, H, W], RGB; it raises a ``DataError`` where the file is no longer
+    readable.
+
+    Attributes:
+        name: of the folder, or ``drawn``.
+        listed: a dict of ``id``, ``file_name``, ``height``, ``width`` (px) for each image, as the
+            images of a COCO data set.
+        note: a sentence on how the images were numbered, or "".
     """
-    with open(path, "rb") as file:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_SH)
-        return (
-            np.asarray(np.memmap(file, dtype, "r")) if path.stat().st_size else np.zeros(0, dtype)
+
+    def __init__(
+        self, name: str, listed: list[dict[str, Any]], paths: list[Path], note: str
+    ) -> None:
+        self.name, self.listed, self._paths, self.note = name, listed, paths, note
+
+    def __len__(self) -> int:
+        return len(self.listed)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        try:
+            return read_image(self._paths[i])
+        except DataError as error:
+            raise DataError(f"{self._paths[i]}: {error}") from None
+
+
+def open_test_images(data: str | Path) -> UnlabelledImages:
+    """Open the test images of a folder, each of which is decoded once to check it.
+
+    Without a list the images are numbered from 1 in the order of their names; ``.note`` says so.
+
+    Args:
+        data: the folder that holds ``test_release/`` (a relative path stands under the repository's
+            root), or ``drawn``.
+
+    Raises:
+        NoTestImages: neither a ``test_release`` folder with a TIFF file in it nor a list that asks
+            for one.
+        DataError: no such folder, or faults, all named in the message.
+    """
+    folder, name = locate_data(data)
+    if is_coco(folder):
+        raise NoTestImages(
+            f"{folder} is a COCO data set, which holds no test images; give a folder that holds {FOLDER}/ to predict some"
         )
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; give the folder that holds {FOLDER}/")
+    files, faults = _find_images(folder / FOLDER)
+    listed, list_faults = _read_list(folder / LIST)
+    if not (files or listed or faults or list_faults):
+        raise NoTestImages(
+            f"the data in {folder} have no test images ({FOLDER}/<name>.tif); add some to predict them"
+        )
+    sizes = {}
+    for key, path in tqdm(files.items(), f"checking {name}", unit="image", delay=2, leave=False):
+        try:
+            sizes[key] = read_image(path).shape[1:]
+        except DataError as error:
+            faults.append(Fault("", f"{FOLDER}/{path.name}", str(error)))
+    note = ""
+    if not (folder / LIST).exists():
+        note = f"There is no {LIST}: the {len(files)} images are numbered from 1 in the order of their names."
+        listed = [
+            {
+                "file_name": files[key].name,
+                "id": number,
+                "height": sizes[key][0],
+                "width": sizes[key][1],
+            }
+            for number, key in enumerate(sizes, 1)
+        ]
+    elif not list_faults:
+        faults += _compare(listed, files, sizes)
+    if faults + list_faults:
+        raise DataError(refusal(folder, list_faults + faults, lists_all=""))
+    return UnlabelledImages(
+        name, listed, [files[_key(image["file_name"])] for image in listed], note
+    )
 
 
-def _remove_old(cache: Path) -> None:
-    """Remove other states of the same data that no process holds open, and what dead builders left."""
-    what = cache.name.split("-")[0]
-    for old in cache.parent.glob(f"{what}-*"):
-        if old != cache:
-            with suppress(OSError), open(old / "label_maps.bin", "rb") as file:
-                fcntl.flock(
-                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # fails where a process has it mapped
-                _discard(old)
-    for left in cache.parent.glob(".building-*"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > STALE_HOURS * 3600:
-                shutil.rmtree(left)
+def _key(file_name: str) -> str:
+    return TIFF.sub("", file_name).lower()
 
 
-def _discard(cache: Path) -> None:
-    """Remove a cache folder; nobody sees it half removed."""
-    with suppress(OSError):
-        shutil.rmtree(cache.rename(cache.parent / f".building-{uuid.uuid4().hex}"))
+def _find_images(place: Path) -> tuple[dict[str, Path], list[Fault]]:
+    """TIFF files by their names in lower case without ending, sorted by name."""
+    try:
+        names = (
+            [name for name in list_visible(place) if TIFF.search(name)] if place.exists() else []
+        )
+    except OSError as error:
+        return {}, [
+            Fault(
+                "",
+                FOLDER,
+                f"it cannot be listed ({error.strerror}); it must be a folder that you may read",
+            )
+        ]
+    files: dict[str, Path] = {}
+    faults = []
+    for name in names:
+        if _key(name) in files:
+            same = f"{files[_key(name)].name} is here too and means the same; keep one of them"
+            faults.append(Fault("", f"{FOLDER}/{name}", same))
+        files.setdefault(_key(name), place / name)
+    return files, faults
+
+
+def _read_list(path: Path) -> tuple[list[dict[str, Any]], list[Fault]]:
+    if not path.exists():
+        return [], []
+    try:
+        listed = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"it cannot be read as JSON ({' '.join(str(error).split())[:120]})"
+        return [], [
+            Fault(
+                "", path.name, f"{problem}; copy it again, or remove it to number the images anew"
+            )
+        ]
+    if not isinstance(listed, list):
+        return [], [
+            Fault(
+                "",
+                path.name,
+                f"it holds no list of images but a {type(listed).__name__}; copy it again",
+            )
+        ]
+    faults = [
+        Fault("", path.name, f"entry {row} {problem}")
+        for row, entry in enumerate(listed)
+        if (problem := _wrong(entry))
+    ]
+    if not faults:
+        told = [f"id {image['id']}" for image in listed] + [
+            f"image {_key(image['file_name'])!r}" for image in listed
+        ]
+        several = [(what, times) for what, times in Counter(told).items() if times > 1]
+        faults = [
+            Fault("", path.name, f"{what} is listed {times} times; list each once")
+            for what, times in several
+        ]
+    return ([] if faults else [{key: image[key] for key in KEYS} for image in listed]), faults
+
+
+def _wrong(entry: Any) -> str:
+    """What is wrong with an entry of the list, or ""."""
+    if not isinstance(entry, dict):
+        return f"is {str(entry)[:40]!r}, but must be an object with {', '.join(KEYS)}"
+    missing = [key for key in KEYS if key not in entry]
+    if missing:
+        return f"has no {', '.join(missing)}; each image needs {', '.join(KEYS)}"
+    for key, kind in KEYS.items():
+        value = entry[key]
+        if (
+            not isinstance(value, kind)
+            or isinstance(value, bool)
+            or (key in ("height", "width") and value < 1)
+        ):
+            allowed = (
+                "text"
+                if kind is str
+                else "a whole number" + (" of pixels, 1 or more" if key != "id" else "")
+            )
+            return f"has {key} {str(value)[:40]!r}, but it must be {allowed}"
+    return ""
+
+
+def _compare(
+    listed: list[dict[str, Any]], files: dict[str, Path], sizes: dict[str, tuple[int, ...]]
+) -> list[Fault]:
+    """Faults of what the list says against what stands in the folder."""
+    faults = []
+    for image in listed:
+        key, size = _key(image["file_name"]), (image["height"], image["width"])
+        if key not in files:
+            faults.append(
+                Fault(
+                    "",
+                    f"{FOLDER}/{image['file_name']}",
+                    f"it is listed in {LIST} but missing; copy it there",
+                )
+            )
+        elif sizes.get(key, size) != size:
+            problem = "it is {} x {} px, but listed as {} x {} px (height x width)".format(
+                *sizes[key], *size
+            )
+            faults.append(
+                Fault(
+                    "",
+                    f"{FOLDER}/{files[key].name}",
+                    f"{problem}; correct {LIST}, or copy the right image",
+                )
+            )
+    unlisted = files.keys() - {_key(image["file_name"]) for image in listed}
+    problem = f"it is not listed in {LIST}, so it has no id; add it there, or remove the file"
+    return faults + [Fault("", f"{FOLDER}/{files[key].name}", problem) for key in sorted(unlisted)]

@@ -8,12 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 
-CLASS_NAMES = (
-    "epithelial",
-    "lymphocyte",
-    "neutrophil",
-    "macrophage",
-)  # class_id k is CLASS_NAMES[k - 1]
+from cellseg_helpers.cells import BoxMask, Cells
 
 
 class Instances(NamedTuple):
@@ -66,6 +61,16 @@ def find_instances(label_maps: np.ndarray) -> Instances:
         | (boxes[:, 2] == width)
         | (boxes[:, 3] == height),
     )
+
+
+def find_cells(label_maps: np.ndarray, image_id: int = 1) -> Cells:
+    """The instances of K label maps (int [K, H, W], 0 = background) as ``Cells``, by class, then
+    id.
+    """
+    boxes, labels, ids = find_boxes(label_maps)
+    rows = np.column_stack([labels - 1, ids, boxes.astype(np.int64)]).tolist()
+    masks = [BoxMask(label_maps[k, y1:y2, x1:x2] == i, x1, y1) for k, i, x1, y1, x2, y2 in rows]
+    return Cells.of_image(*label_maps.shape[1:], labels, masks, boxes=boxes, image_id=image_id)
 
 
 def _places(label_map: np.ndarray) -> list[tuple[int, tuple[slice, slice]]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from cellseg_helpers.data.augment import RECIPES, augment
-from cellseg_helpers.data.hw3 import CellDataset, CellImage
+from cellseg_helpers.data.cache import CellDataset, CellImage
 from cellseg_helpers.data.labels import find_boxes
 
 

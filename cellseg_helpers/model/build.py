@@ -18,8 +18,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.rpn import RPNHead
 
+from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import RunConfig, resolve_path
-from cellseg_helpers.data.labels import CLASS_NAMES
 from cellseg_helpers.model.backbones import (
     NO_WEIGHTS,
     LoadReport,

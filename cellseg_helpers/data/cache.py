@@ -1,0 +1,239 @@
+"""Decoded images, memory-mapped from a cache on disk. numpy, no torch.
+
+Each file of a data set is decoded once, into a folder of ``outputs/cache``; that folder may be
+deleted at any time. It holds ``index.json`` and one file an image, ``<number>.bin``: the label maps
+(uint16, little-endian, [K, H, W]), then the image (uint8 [3, H, W]).
+"""
+
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cellseg_helpers.cells import CLASS_NAMES
+from cellseg_helpers.config import ROOT, one_line, replacing
+from cellseg_helpers.data.labels import find_instances
+
+CACHE = ROOT / "outputs" / "cache"
+CACHE_FORMAT = 2  # raise it when what is decoded, or how it is stored, changes
+BYTES_PER_PIXEL = 2 * len(CLASS_NAMES) + 3
+STALE_HOURS = 12  # an unfinished cache folder this old belongs to a process that died
+
+
+class CellImage(NamedTuple):
+    """One decoded image.
+
+    Attributes:
+        image_id: name of its folder under ``train/``; in a COCO data set, of its file without
+            ending.
+        patient: None where unknown.
+        image: uint8 [3, H, W], RGB, 0..255, read-only.
+        label_maps: int32 [K, H, W], 0 = background, other values = instance ids (1..65,535), unique
+            within a class.
+    """
+
+    image_id: str
+    patient: str | None
+    image: np.ndarray
+    label_maps: np.ndarray
+
+
+class Fault(NamedTuple):
+    """What is wrong with one file; ``image_id`` is "" if the whole data set is concerned.
+    ``str(fault)`` is one line.
+    """
+
+    image_id: str
+    file: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}"
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message says why, where, and what to do."""
+
+
+Decoded = tuple[CellImage | None, list[Fault]]  # an image, or what is wrong with it
+
+
+class CellDataset:
+    """The images of one data set, memory-mapped from their cache. Made by ``hw3.open_dataset``.
+
+    ``dataset[i]`` is a ``CellImage``. Pickling (to DataLoader workers) carries a path, not pixels.
+
+    Attributes:
+        name: of the folder, ``drawn``, or a COCO file's folder and name
+            (``cells/annotations.json``).
+        image_ids: N names, sorted.
+        patients: N names, None where unknown.
+        sizes: int64 [N, 2], height and width, px.
+        counts: int64 [N, K], instances per image and class.
+        fingerprint: sha256 of image ids, pixels and label maps; the same on every machine.
+        skipped: faults of the images that were left out.
+    """
+
+    def __init__(self, cache: Path, name: str) -> None:
+        self._cache, self.name = cache, name
+        try:
+            with open(cache / "index.json", "rb") as file:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_SH)
+                # The map holds the lock, and so this cache, for as long as the data set is in use.
+                self._index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            index = json.loads(self._index[:])
+            self.image_ids: list[str] = index["image_ids"]
+            self.patients: list[str | None] = index["patients"]
+            self.sizes = np.array(index["sizes"], np.int64).reshape(-1, 2)
+            self.counts = np.array(index["counts"], np.int64).reshape(-1, len(CLASS_NAMES))
+            self.fingerprint: str = index["fingerprint"]
+            self.skipped = [Fault(*fault) for fault in index["faults"]]
+            for i, (height, width) in enumerate(self.sizes.tolist()):
+                if self._file(i).stat().st_size != BYTES_PER_PIXEL * height * width:
+                    raise ValueError(f"{self._file(i)} is not as long as the index says")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{cache}: the decoded cache is gone or damaged; open the data again, which "
+                "rebuilds it"
+            ) from error
+
+    def _file(self, i: int) -> Path:
+        return self._cache / f"{i}.bin"
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, i: int) -> CellImage:
+        i = range(len(self))[i]
+        height, width = self.sizes[i].tolist()
+        content = np.asarray(np.memmap(self._file(i), np.uint8, "r"))
+        label_maps, image = np.split(content, [-3 * height * width])
+        return CellImage(
+            self.image_ids[i],
+            self.patients[i],
+            image.reshape(3, height, width),
+            label_maps.view("<u2").reshape(-1, height, width).astype(np.int32),
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        return CellDataset, (self._cache, self.name)
+
+
+def open_cached(
+    folder: Path,
+    name: str,
+    settings: object,
+    state: Callable[[], object],
+    decode: Callable[[], tuple[Iterable[Decoded], list[Fault]]],
+    cache_dir: Path | None = None,
+) -> CellDataset:
+    """The data set from its cache; decoded first, unless a cache of the same state exists.
+
+    Args:
+        folder: the data, a folder or a file.
+        name: of the data set.
+        settings: how the data are read; each way has a cache of its own.
+        state: gives size, times ... of all files: a cache of another state is not used.
+        decode: gives the images, or their faults, one by one; and the faults of the whole.
+        cache_dir: ``CACHE`` by default.
+
+    Raises:
+        DataError: the cache cannot be written, or the files change while they are read.
+    """
+    cache_dir = cache_dir or CACHE
+
+    def current() -> Path:
+        parts = (str(folder.resolve()), settings, CACHE_FORMAT, CLASS_NAMES), state()
+        hashes = (hashlib.sha256(repr(part).encode()).hexdigest()[:16] for part in parts)
+        return cache_dir / "-".join(hashes)
+
+    for _ in range(3):
+        cache = current()
+        if not cache.exists():
+            _build(*decode(), cache)
+            if cache != current():
+                continue
+        try:
+            return CellDataset(cache, name)
+        except DataError:  # damaged, or just removed by a process that saw newer files
+            _discard(cache)
+    raise DataError(
+        f"{folder}: its files change while they are read, or no cache can be kept in "
+        f"{cache_dir}; run again when they are at rest"
+    )
+
+
+def _build(decoded: Iterable[Decoded], faults: list[Fault], cache: Path) -> None:
+    """Decode into a temporary folder and move it into place; a process that was faster wins."""
+    try:
+        with replacing(cache, folder=True) as temporary:
+            _write(decoded, faults, temporary)
+    except OSError as error:
+        if not cache.exists():
+            raise DataError(
+                f"cannot write the decoded cache in {cache.parent} ({one_line(error)}); "
+                "make room there, or allow writing"
+            ) from error
+    _remove_old(cache)
+
+
+def _write(decoded: Iterable[Decoded], faults: list[Fault], folder: Path) -> None:
+    faults = list(faults)
+    faulty = {fault.image_id for fault in faults}
+    index: dict[str, Any] = {"image_ids": [], "patients": [], "sizes": [], "counts": []}
+    digest = hashlib.sha256()
+    for cell_image, image_faults in decoded:
+        faults += image_faults
+        if cell_image is None or cell_image.image_id in faulty:
+            continue
+        image_id, patient, image, label_maps = cell_image
+        pixels, labels = image.tobytes(), label_maps.astype("<u2").tobytes()
+        _write_safely(folder / f"{len(index['image_ids'])}.bin", labels, pixels)
+        digest.update(json.dumps([image_id, *image.shape[1:]]).encode())
+        digest.update(pixels)
+        digest.update(labels)
+        counts = np.bincount(find_instances(label_maps).labels, minlength=len(CLASS_NAMES) + 1)
+        row = (image_id, patient, image.shape[1:], counts[1:].tolist())
+        for column, value in zip(index.values(), row, strict=True):
+            column.append(value)
+    index |= {"fingerprint": digest.hexdigest(), "faults": faults}
+    _write_safely(folder / "index.json", json.dumps(index).encode())
+
+
+def _write_safely(path: Path, *parts: bytes) -> None:
+    with open(path, "wb") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _remove_old(cache: Path) -> None:
+    """Remove caches of the same data in another state that no process uses, and what processes
+    that died left.
+    """
+    for old in cache.parent.glob(f"{cache.name.split('-')[0]}-*"):
+        if old != cache:
+            with suppress(OSError), open(old / "index.json", "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where it is in use
+                _discard(old)
+    for left in cache.parent.glob(".*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE_HOURS * 3600:
+                shutil.rmtree(left)
+
+
+def _discard(cache: Path) -> None:
+    """Remove a cache folder; nobody sees it half removed."""
+    with suppress(OSError):
+        shutil.rmtree(cache.rename(cache.with_name(f".{uuid.uuid4().hex}")))
