@@ -7,7 +7,17 @@ from pycocotools import mask as coco_mask
 from skimage import measure
 
 from cellseg_helpers.cells import CLASS_NAMES
-from cellseg_helpers.data.labels import connected_components, decode_in_box, decode_in_boxes, drop_small_instances, encode_box_mask, encode_box_masks, encode_instances, find_instances, mask_boxes
+from cellseg_helpers.data.labels import (
+    connected_components,
+    decode_in_box,
+    decode_in_boxes,
+    drop_small_instances,
+    encode_box_mask,
+    encode_box_masks,
+    encode_instances,
+    find_instances,
+    mask_boxes,
+)
 
 IDS = (0, 1, 2, 7, 255, 256, 65_535)
 label_stacks = hnp.arrays(
