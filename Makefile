@@ -13,11 +13,11 @@ STUDY = --data "$(DATA)" --scale "$(SCALE)" --seeds "$(SEEDS)" --profile "$(PROF
 ## Everything: the five reports' runs, their analyses and tables. DATA: an HW3 folder, or "drawn", the embedded tissue; SCALE:
 ## quick, sample or full; SEEDS: so many trainings of each run; JOBS: processors to use (0: all); PROFILE=slurm: as Slurm jobs.
 study: install nbdime
-	@exec $(BIN)/python -m cellseg_helpers.jobs study $(STUDY)
+	@exec $(BIN)/python -m study run $(STUDY)
 
 ## What `make study` would run, and why.
 plan: install
-	@exec $(BIN)/python -m cellseg_helpers.jobs plan $(STUDY)
+	@exec $(BIN)/python -m study plan $(STUDY)
 
 ## The whole test suite, the notebooks' committed outputs included; a process for each processor, a file at a time.
 test: install

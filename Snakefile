@@ -2,7 +2,8 @@
 
     snakemake --cores 4 --config data=drawn scale=quick seeds=1        the same by hand; profiles/default holds the options
 
-One papermill run a job (cellseg_helpers/jobs.py). A job runs again when
+One papermill run a job (cellseg_helpers/jobs.py). The notebook of a job that failed is its `log`, beside the executed ones
+(*.unfinished.ipynb); its time and memory are its `benchmark` (*.tsv). A job runs again when
 
 - an output is missing, or a job that it depends on has run;
 - the content of a parameter file or of its notebook changed, the images did (by name, size and time), or a value of the
@@ -12,8 +13,9 @@ The package's code does not count: a corrected axis label would train everything
 the run folders; for tables alone, `.venv/bin/snakemake --cores 4 --forcerun tables findings`. A finished training that runs again
 under the same settings only reads its folder.
 
-Snakemake removes a job's outputs before it starts it. So a training declares trained.json, which its job writes at the very end,
-and never its checkpoint, from which it goes on, nor finished.json, by which `fit` knows that there is nothing left to train.
+Snakemake removes a job's outputs before it starts it. So a training declares an empty file, `trained`, which Snakemake writes at
+the very end, and never its checkpoint, from which it goes on, nor finished.json, by which `fit` knows that there is nothing left
+to train.
 """
 
 import hashlib
@@ -24,8 +26,8 @@ import signal
 import sys
 
 from cellseg_helpers import jobs
-from study import runs as study
 from cellseg_helpers.config import resolve_path
+from study import runs as study
 
 DATA = os.path.normpath(str(config.get("data", "drawn")))
 SCALE = config.get("scale", "quick")
@@ -62,8 +64,12 @@ DATA_STATE = "drawn" if DATA == "drawn" else state_of(FOLDER)
 SUBMISSION = ["tables/07_{run}_submission.csv", "tables/07_{run}_images.csv", "submissions/{run}/test-results.zip"]
 
 os.environ["STUDY_PROCESS"] = str(os.getpid())  # the jobs' parent: they end with it
-PACKAGE = f"exec {shlex.quote(sys.executable)} -m cellseg_helpers.jobs"
-JOB = f"{PACKAGE} run {{input.notebook}} {{output.notebook:q}} --log {shlex.quote(f'outputs/{STUDY}-jobs.csv')}"
+JOB = f"exec {shlex.quote(sys.executable)} -m cellseg_helpers.jobs {{input.notebook}} {{output.notebook:q}}"
+
+
+def stop(number, frame):
+    print("\nStopped. The same command goes on from here.", flush=True)
+    os._exit(128 + number)  # the jobs end with this process
 
 
 wildcard_constraints:
@@ -72,8 +78,8 @@ wildcard_constraints:
 
 onstart:
     if workflow.local_exec:  # on a cluster, Snakemake stops the jobs itself
-        signal.signal(signal.SIGINT, jobs.stop)
-        signal.signal(signal.SIGTERM, jobs.stop)
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
 
 
 localrules:
@@ -86,6 +92,9 @@ rule explore:
     output:
         tables=expand("outputs/tables/01_{table}.csv", table=["data_summary", "classes", "patients"]),
         notebook=f"{NOTEBOOKS}/01_explore_data.ipynb",
+    log: f"{NOTEBOOKS}/01_explore_data.unfinished.ipynb"
+    benchmark: f"{NOTEBOOKS}/01_explore_data.tsv"
+    message: "01_explore_data"
     params:
         data=DATA,
         data_state=DATA_STATE,
@@ -99,6 +108,9 @@ rule overview:
         notebook="notebooks/00_overview.ipynb",
     output:
         notebook=f"{NOTEBOOKS}/00_overview.ipynb",
+    log: f"{NOTEBOOKS}/00_overview.unfinished.ipynb"
+    benchmark: f"{NOTEBOOKS}/00_overview.tsv"
+    message: "00_overview"
     priority: 90
     shell:
         JOB
@@ -109,9 +121,12 @@ rule train:
         notebook="notebooks/02_train.ipynb",
         files=lambda wildcards: [path.as_posix() for path in study.parameter_files(RUNS[wildcards.run][0], SCALE)],
     output:
-        trained="outputs/runs/{run}/trained.json",
+        trained=touch("outputs/runs/{run}/trained"),
         table="outputs/tables/02_{run}.csv",
         notebook=f"{NOTEBOOKS}/02_train/{{run}}.ipynb",
+    log: f"{NOTEBOOKS}/02_train/{{run}}.unfinished.ipynb"
+    benchmark: f"{NOTEBOOKS}/02_train/{{run}}.tsv"
+    message: "02_train {wildcards.run}"
     params:
         data=DATA,
         data_state=DATA_STATE,
@@ -122,19 +137,22 @@ rule train:
         mem_mb=TRAINING_MB,
     priority: lambda wildcards: 20 if wildcards.run in ANALYSED + FINALS else 10
     shell:
-        JOB + " --gpu --train -f {input.files:q} -r data {params.data:q} -r run_name {wildcards.run:q}"
+        JOB + " --gpu --set-aside -f {input.files:q} -r data {params.data:q} -r run_name {wildcards.run:q}"
         " -p seed {params.seed} -p keep_checkpoint false"
 
 
 rule evaluate:
     input:
         notebook="notebooks/03_evaluate.ipynb",
-        trained="outputs/runs/{run}/trained.json",
+        trained="outputs/runs/{run}/trained",
         training=f"{NOTEBOOKS}/02_train/{{run}}.ipynb",
     output:
         scores="outputs/runs/{run}/scores.json",
         tables=expand("outputs/tables/03_{{run}}_{table}.csv", table=["summary", "classes", "curves", "mistakes"]),
         notebook=f"{NOTEBOOKS}/03_evaluate/{{run}}.ipynb",
+    log: f"{NOTEBOOKS}/03_evaluate/{{run}}.unfinished.ipynb"
+    benchmark: f"{NOTEBOOKS}/03_evaluate/{{run}}.tsv"
+    message: "03_evaluate {wildcards.run}"
     priority: 40
     shell:
         JOB + " -r run_dir outputs/runs/{wildcards.run:q}"
@@ -147,11 +165,14 @@ for analysis, names in ANALYSES.items():
             analysis[3:]
         input:
             notebook=f"notebooks/{analysis}.ipynb",
-            trained="outputs/runs/{run}/trained.json",
+            trained="outputs/runs/{run}/trained",
             training=f"{NOTEBOOKS}/02_train/{{run}}.ipynb",
         output:
             tables=[f"outputs/tables/{analysis[:2]}_{{run}}_{name}.csv" for name in names],
             notebook=f"{NOTEBOOKS}/{analysis}/{{run}}.ipynb",
+        log: f"{NOTEBOOKS}/{analysis}/{{run}}.unfinished.ipynb"
+        benchmark: f"{NOTEBOOKS}/{analysis}/{{run}}.tsv"
+        message: f"{analysis} {{wildcards.run}}"
         priority: 30
         shell:
             JOB + " -r run_dir outputs/runs/{wildcards.run:q}"
@@ -160,11 +181,14 @@ for analysis, names in ANALYSES.items():
 rule predict_test:
     input:
         notebook="notebooks/07_predict_test.ipynb",
-        trained="outputs/runs/{run}/trained.json",
+        trained="outputs/runs/{run}/trained",
         training=f"{NOTEBOOKS}/02_train/{{run}}.ipynb",
     output:
         submission=[f"outputs/{file}" for file in SUBMISSION] if HAS_TESTS else [],
         notebook=f"{NOTEBOOKS}/07_predict_test/{{run}}.ipynb",
+    log: f"{NOTEBOOKS}/07_predict_test/{{run}}.unfinished.ipynb"
+    benchmark: f"{NOTEBOOKS}/07_predict_test/{{run}}.tsv"
+    message: "07_predict_test {wildcards.run}"
     resources:
         gpu=min(1, GPUS),
     priority: 30
@@ -179,12 +203,16 @@ rule tables:
         evaluations=expand(f"{NOTEBOOKS}/03_evaluate/{{run}}.ipynb", run=SCORED),
     output:
         tables=expand("outputs/tables/{table}.csv", table=[*REPORT_TABLES, *REPORT_FIGURES, "08_verdicts"]),
+        page=f"outputs/{STUDY}.html",
         notebook=f"{NOTEBOOKS}/08_report_tables.ipynb",
+    log: f"{NOTEBOOKS}/08_report_tables.unfinished.ipynb"
+    benchmark: f"{NOTEBOOKS}/08_report_tables.tsv"
+    message: "08_report_tables"
     params:
         study=STUDY,
         seeds=SEEDS,
     shell:
-        JOB + " -r runs_dir outputs/runs -r study {params.study:q} -p seeds {params.seeds}"
+        JOB + " --page {output.page:q} -r runs_dir outputs/runs -r study {params.study:q} -p seeds {params.seeds}"
 
 
 rule findings:
@@ -195,6 +223,9 @@ rule findings:
     output:
         table="outputs/tables/findings.csv",
         notebook=f"{NOTEBOOKS}/09_findings.ipynb",
+    log: f"{NOTEBOOKS}/09_findings.unfinished.ipynb"
+    benchmark: f"{NOTEBOOKS}/09_findings.tsv"
+    message: "09_findings"
     params:
         study=STUDY,
         seeds=SEEDS,
@@ -202,15 +233,6 @@ rule findings:
         gpu=min(1, GPUS),
     shell:
         JOB + " --gpu -r runs_dir outputs/runs -r study {params.study:q} -p seeds {params.seeds}"
-
-
-rule page:
-    input:
-        f"{NOTEBOOKS}/08_report_tables.ipynb",
-    output:
-        f"outputs/{STUDY}.html",
-    shell:
-        PACKAGE + " page {input:q} {output:q}"
 
 
 rule all:
@@ -226,4 +248,3 @@ rule all:
         expand(rules.predict_test.output, run=FINALS),
         rules.tables.output,
         rules.findings.output,
-        rules.page.output,

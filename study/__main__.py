@@ -1,0 +1,198 @@
+"""`make study` and `make plan`: check what was asked for, hold the lock, call Snakemake.
+
+    python -m study run|plan --data drawn --scale quick --seeds 1
+
+Everything ends with this process, SIGKILL included (``cellseg_helpers.jobs``); the same command
+goes on from there.
+"""
+
+import argparse
+import importlib.util
+import io
+import os
+import re
+import signal
+import sys
+import textwrap
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from cellseg_helpers import jobs
+from cellseg_helpers.config import ROOT, resolve_path
+from study.runs import run_keys, settings, study_name
+
+LOCK = ROOT / "outputs/.study.lock"
+
+
+class StudyError(ValueError):
+    """A study that cannot start, as a sentence for the user."""
+
+
+def run_study(data: str, scale: str, seeds: int, profile: str = "", cores: int = 0) -> bool:
+    """Run every job that is missing or out of date; after a failure, make the tables of the runs
+    that succeeded.
+
+    Args:
+        data: "drawn" or a folder that holds ``train/``.
+        scale: quick, sample or full.
+        seeds: every training is done with the seeds 0 to ``seeds`` - 1.
+        profile: a folder under ``profiles/`` with Snakemake's options for a cluster; "" runs here.
+        cores: processors to use, or, with a profile, jobs at the same time; 0: all, or as many as
+            the profile says.
+
+    Returns:
+        Whether every job succeeded.
+
+    Raises:
+        StudyError: the study cannot start.
+    """
+    options, begun = _options(data, scale, seeds, profile, cores), time.time()
+    name = study_name(scale, data)
+    if not (lock := jobs.hold(LOCK)):
+        process = LOCK.read_text()
+        raise StudyError(
+            f"another study runs in this folder (process {process}); wait for it or stop it"
+        )
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+
+    succeeded = _snakemake([*options, "--quiet", "host", "reason"])
+    if not succeeded and any((ROOT / "outputs/runs").glob(f"{name}-*/scores.json")):
+        print("\nThe tables of the runs that succeeded; an empty cell has its reason.", flush=True)
+        rules = ["tables", "findings"]
+        partial = [*options, "partial=1", "--quiet", "host", "reason", "--allowed-rules", *rules]
+        _snakemake([*partial, "--", *rules])
+    logs, notebooks = ROOT / "outputs/logs" / name, ROOT / "outputs/notebooks" / name
+    _write_times(logs, ROOT / "outputs" / f"{name}-times.csv")
+    if succeeded:
+        print(f"\nThe reports' tables, as a page: outputs/{name}.html")
+        print(f"Time and memory of each job:    outputs/{name}-times.csv")
+        print(f"Executed notebooks:             outputs/notebooks/{name}")
+        return True
+    print("\nWhat does not depend on these failures is done:")
+    for log in sorted(logs.rglob("*.ipynb")):
+        if log.stat().st_mtime >= begun and not (notebooks / log.relative_to(logs)).exists():
+            print(f"- {_job_name(log, logs)}: {jobs.describe_failure(log)}")
+    print("The same command goes on from here.", flush=True)
+    return False
+
+
+def plan_study(data: str, scale: str, seeds: int, profile: str = "", cores: int = 0) -> bool:
+    """List every job that ``run_study`` would run, and why, in a line each."""
+    options, told = _options(data, scale, seeds, profile, cores), io.StringIO()
+    with redirect_stderr(told), redirect_stdout(told):
+        succeeded = _snakemake([*options, "--dry-run", "--quiet", "host"])
+    planned = re.findall(r"^Job \d+: (.+)\nReason: (.+)$", told.getvalue(), re.MULTILINE)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `make plan | head`
+    if not succeeded or not planned:
+        print(told.getvalue().strip())
+        return succeeded
+    print(f"{len(planned)} jobs would run:")
+    for name, reason in sorted(planned):
+        print(f"{name:<60}  {textwrap.shorten(reason, 100, placeholder=' ...')}")
+    return True
+
+
+def _options(data: str, scale: str, seeds: int, profile: str, cores: int) -> list[str]:
+    """Snakemake's options; the last one is ``--config``, to which values can be added."""
+    if seeds < 1:
+        raise StudyError(f"SEEDS is {seeds}, but must be at least 1")
+    if cores < 0:
+        raise StudyError(f"JOBS is {cores}, but must be at least 1, or 0 for all")
+    source = resolve_path(data)
+    is_coco = source.suffix == ".json" and source.is_file()
+    if data != "drawn" and not is_coco and not (source / "train").is_dir():
+        raise StudyError(
+            f"DATA={data} is no folder that holds train/; README.md says what must be in it"
+        )
+    for key in run_keys():
+        try:
+            settings(key, scale, data, 0)
+        except ValueError as error:
+            raise StudyError(f"run {key}: {error}") from None
+    options = ["--snakefile", ROOT / "Snakefile", "--directory", ROOT]
+    options += ["--workflow-profile", ROOT / "profiles/default"]
+    if profile:
+        _check_profile(profile)
+        options += ["--profile", ROOT / "profiles" / profile, *(["--jobs", cores] if cores else [])]
+    else:
+        options += ["--cores", cores or len(os.sched_getaffinity(0))]
+        options += ["--resources", f"gpu={len(jobs.gpus())}", f"mem_mb={jobs.memory_mb()}"]
+    options += ["--config", f"data={data}", f"scale={scale}", f"seeds={seeds}"]
+    return [str(option) for option in options]
+
+
+def _check_profile(profile: str) -> None:
+    file = ROOT / "profiles" / profile / "config.yaml"
+    if not file.exists():
+        raise StudyError(
+            f"PROFILE={profile} has no {file.relative_to(ROOT)}; "
+            "`make study PROFILE=slurm` is for Slurm"
+        )
+    plugin = f"snakemake-executor-plugin-{yaml.safe_load(file.read_text())['executor']}"
+    if not importlib.util.find_spec(plugin.replace("-", "_")):
+        raise StudyError(
+            f"PROFILE={profile} needs {plugin}, which is not installed; install it: "
+            ".venv/bin/uv pip install --python .venv/bin/python --constraints requirements.txt "
+            f"--group {profile}"
+        )
+
+
+def _snakemake(options: list[str]) -> bool:
+    from snakemake import cli
+
+    try:
+        cli.main(options)
+    except SystemExit as ended:
+        return not ended.code
+    return True
+
+
+def _job_name(log: Path, logs: Path) -> str:
+    """``02_train <run>``, or ``01_explore_data`` for a notebook that runs once."""
+    return " ".join(log.relative_to(logs).with_suffix("").parts)
+
+
+def _write_times(logs: Path, table: Path) -> None:
+    """One table of what Snakemake measured of each job (``benchmark``); prints its sums."""
+    files = sorted(logs.rglob("*.tsv"))
+    if not files:
+        return
+    times = pd.concat([pd.read_csv(file, sep="\t").tail(1) for file in files], ignore_index=True)
+    times.insert(0, "job", [_job_name(file, logs) for file in files])
+    times.to_csv(table, index=False)
+    notebook = times.job.str.split().str[0].rename("notebook")
+    sums = times.groupby(notebook).agg(
+        jobs=("s", "size"),
+        minutes=("s", lambda seconds: seconds.sum() / 60),
+        cpu_minutes=("cpu_time", lambda seconds: seconds.sum() / 60),
+        most_MB=("max_rss", "max"),
+    )
+    print(f"\n{sums.round(1).to_string()}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m study", description="The five reports' study.")
+    parser.add_argument("command", choices=["run", "plan"])
+    parser.add_argument("--data", default="drawn")
+    parser.add_argument("--scale", default="quick")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--profile", default="")
+    parser.add_argument("--jobs", dest="cores", type=int, default=0)
+    given = vars(parser.parse_args(arguments))
+    if "MAKELEVEL" in os.environ:
+        jobs.end_with(os.getppid())
+    try:
+        return not {"run": run_study, "plan": plan_study}[given.pop("command")](**given)
+    except StudyError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
