@@ -2,8 +2,8 @@
 
     snakemake --cores 4 --config data=drawn scale=quick seeds=1        the same by hand; profiles/default holds the options
 
-One papermill run a job (cellseg_helpers/jobs.py). The notebook of a job that failed is its `log`, beside the executed ones
-(*.unfinished.ipynb); its time and memory are its `benchmark` (*.tsv). A job runs again when
+One papermill run a job (cellseg_helpers/jobs.py). A job's notebook so far is its `log`, also after a failure; it
+becomes an output when every cell has run. Times and memory are its `benchmark`. A job runs again when
 
 - an output is missing, or a job that it depends on has run;
 - the content of a parameter file or of its notebook changed, the images did (by name, size and time), or a value of the
@@ -34,7 +34,7 @@ SCALE = config.get("scale", "quick")
 SEEDS = int(config.get("seeds", 1))
 STUDY = study.study_name(SCALE, DATA)
 RUNS = {study.run_name(STUDY, key, seed): (key, seed) for key in study.run_keys(SCALE) for seed in range(SEEDS)}
-NOTEBOOKS = f"outputs/notebooks/{STUDY}"
+NOTEBOOKS, LOGS = f"outputs/notebooks/{STUDY}", f"outputs/logs/{STUDY}"
 PARTIAL = config.get("partial", False)  # tables of what is there, after a failure
 SCORED = [run for run in RUNS if not PARTIAL or os.path.exists(f"outputs/runs/{run}/scores.json")]
 GPUS = len(jobs.gpus())
@@ -64,7 +64,7 @@ DATA_STATE = "drawn" if DATA == "drawn" else state_of(FOLDER)
 SUBMISSION = ["tables/07_{run}_submission.csv", "tables/07_{run}_images.csv", "submissions/{run}/test-results.zip"]
 
 os.environ["STUDY_PROCESS"] = str(os.getpid())  # the jobs' parent: they end with it
-JOB = f"exec {shlex.quote(sys.executable)} -m cellseg_helpers.jobs {{input.notebook}} {{output.notebook:q}}"
+JOB = f"exec {shlex.quote(sys.executable)} -m cellseg_helpers.jobs {{input.notebook}} {{log:q}} {{output.notebook:q}}"
 
 
 def stop(number, frame):
@@ -92,8 +92,8 @@ rule explore:
     output:
         tables=expand("outputs/tables/01_{table}.csv", table=["data_summary", "classes", "patients"]),
         notebook=f"{NOTEBOOKS}/01_explore_data.ipynb",
-    log: f"{NOTEBOOKS}/01_explore_data.unfinished.ipynb"
-    benchmark: f"{NOTEBOOKS}/01_explore_data.tsv"
+    log: f"{LOGS}/01_explore_data.ipynb"
+    benchmark: f"{LOGS}/01_explore_data.tsv"
     message: "01_explore_data"
     params:
         data=DATA,
@@ -108,8 +108,8 @@ rule overview:
         notebook="notebooks/00_overview.ipynb",
     output:
         notebook=f"{NOTEBOOKS}/00_overview.ipynb",
-    log: f"{NOTEBOOKS}/00_overview.unfinished.ipynb"
-    benchmark: f"{NOTEBOOKS}/00_overview.tsv"
+    log: f"{LOGS}/00_overview.ipynb"
+    benchmark: f"{LOGS}/00_overview.tsv"
     message: "00_overview"
     priority: 90
     shell:
@@ -124,8 +124,8 @@ rule train:
         trained=touch("outputs/runs/{run}/trained"),
         table="outputs/tables/02_{run}.csv",
         notebook=f"{NOTEBOOKS}/02_train/{{run}}.ipynb",
-    log: f"{NOTEBOOKS}/02_train/{{run}}.unfinished.ipynb"
-    benchmark: f"{NOTEBOOKS}/02_train/{{run}}.tsv"
+    log: f"{LOGS}/02_train/{{run}}.ipynb"
+    benchmark: f"{LOGS}/02_train/{{run}}.tsv"
     message: "02_train {wildcards.run}"
     params:
         data=DATA,
@@ -150,8 +150,8 @@ rule evaluate:
         scores="outputs/runs/{run}/scores.json",
         tables=expand("outputs/tables/03_{{run}}_{table}.csv", table=["summary", "classes", "curves", "mistakes"]),
         notebook=f"{NOTEBOOKS}/03_evaluate/{{run}}.ipynb",
-    log: f"{NOTEBOOKS}/03_evaluate/{{run}}.unfinished.ipynb"
-    benchmark: f"{NOTEBOOKS}/03_evaluate/{{run}}.tsv"
+    log: f"{LOGS}/03_evaluate/{{run}}.ipynb"
+    benchmark: f"{LOGS}/03_evaluate/{{run}}.tsv"
     message: "03_evaluate {wildcards.run}"
     priority: 40
     shell:
@@ -170,8 +170,8 @@ for analysis, names in ANALYSES.items():
         output:
             tables=[f"outputs/tables/{analysis[:2]}_{{run}}_{name}.csv" for name in names],
             notebook=f"{NOTEBOOKS}/{analysis}/{{run}}.ipynb",
-        log: f"{NOTEBOOKS}/{analysis}/{{run}}.unfinished.ipynb"
-        benchmark: f"{NOTEBOOKS}/{analysis}/{{run}}.tsv"
+        log: f"{LOGS}/{analysis}/{{run}}.ipynb"
+        benchmark: f"{LOGS}/{analysis}/{{run}}.tsv"
         message: f"{analysis} {{wildcards.run}}"
         priority: 30
         shell:
@@ -186,8 +186,8 @@ rule predict_test:
     output:
         submission=[f"outputs/{file}" for file in SUBMISSION] if HAS_TESTS else [],
         notebook=f"{NOTEBOOKS}/07_predict_test/{{run}}.ipynb",
-    log: f"{NOTEBOOKS}/07_predict_test/{{run}}.unfinished.ipynb"
-    benchmark: f"{NOTEBOOKS}/07_predict_test/{{run}}.tsv"
+    log: f"{LOGS}/07_predict_test/{{run}}.ipynb"
+    benchmark: f"{LOGS}/07_predict_test/{{run}}.tsv"
     message: "07_predict_test {wildcards.run}"
     resources:
         gpu=min(1, GPUS),
@@ -205,8 +205,8 @@ rule tables:
         tables=expand("outputs/tables/{table}.csv", table=[*REPORT_TABLES, *REPORT_FIGURES, "08_verdicts"]),
         page=f"outputs/{STUDY}.html",
         notebook=f"{NOTEBOOKS}/08_report_tables.ipynb",
-    log: f"{NOTEBOOKS}/08_report_tables.unfinished.ipynb"
-    benchmark: f"{NOTEBOOKS}/08_report_tables.tsv"
+    log: f"{LOGS}/08_report_tables.ipynb"
+    benchmark: f"{LOGS}/08_report_tables.tsv"
     message: "08_report_tables"
     params:
         study=STUDY,
@@ -223,8 +223,8 @@ rule findings:
     output:
         table="outputs/tables/findings.csv",
         notebook=f"{NOTEBOOKS}/09_findings.ipynb",
-    log: f"{NOTEBOOKS}/09_findings.unfinished.ipynb"
-    benchmark: f"{NOTEBOOKS}/09_findings.tsv"
+    log: f"{LOGS}/09_findings.ipynb"
+    benchmark: f"{LOGS}/09_findings.tsv"
     message: "09_findings"
     params:
         study=STUDY,

@@ -185,7 +185,7 @@ def test_failures_are_named_in_a_sentence_and_the_other_jobs_go_on(tree):
     assert failures[3].startswith(
         "- 02_train quick-drawn-c-final-seed0: ValueError: the loss is not finite is not"
     )
-    failed = "outputs/notebooks/quick-drawn/02_train/quick-drawn-c-final-seed0.unfinished.ipynb"
+    failed = "outputs/logs/quick-drawn/02_train/quick-drawn-c-final-seed0.ipynb"
     assert f"... (all of it in {failed})" in said.stderr and (tree / failed).exists()
     assert "Traceback" not in said.stdout + said.stderr
     assert re.search(r"01_explore_data +1 +\d", said.stdout)  # time of each notebook's jobs
@@ -196,11 +196,11 @@ def test_failures_are_named_in_a_sentence_and_the_other_jobs_go_on(tree):
     assert not other.exists() and (other.parent / f"{other.name}.old-1" / "settings.json").exists()
 
 
-def test_a_job_that_was_killed_is_a_failure_too(tmp_path):
-    output = tmp_path / "note.ipynb"
-    write_notebook(output, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    assert "Kernel died" in jobs.run(output, tmp_path / "out.ipynb", {})
-    said = jobs.describe_failure(tmp_path / "out.unfinished.ipynb")
+def test_a_job_whose_kernel_was_killed_is_a_failure_too(tmp_path):
+    notebook, log, output = (tmp_path / f"{name}.ipynb" for name in ("note", "log", "out"))
+    write_notebook(notebook, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert "Kernel died" in jobs.run(notebook, log, output, {}) and not output.exists()
+    said = jobs.describe_failure(log)
     assert said == "it was ended from outside, perhaps because memory ran out"
 
 
@@ -237,15 +237,15 @@ open(f"../{run_dir}/scores.json", "w").close()
 
 
 def test_a_job_writes_its_notebook_whole_or_not_at_all(tmp_path):
-    notebook, output = tmp_path / "note.ipynb", tmp_path / "out" / "note.ipynb"
+    notebook, log = tmp_path / "note.ipynb", tmp_path / "log" / "note.ipynb"
+    output = tmp_path / "out" / "note.ipynb"
     (tmp_path / "first.yaml").write_text("x: 1\ny: [1, 2]\n")
     (tmp_path / "second.yaml").write_text("x: 2\n")
     write_notebook(notebook, "assert os.path.exists(running)\nprint(x, y, repr(z), n)")
-    running = str(output.with_suffix(".unfinished.ipynb"))
     options = ["-f", str(tmp_path / "first.yaml"), str(tmp_path / "second.yaml")]
     options += ["-r", "z", "1", "-p", "n", "3", "--page", str(tmp_path / "note.html")]
-    command = ("cellseg_helpers.jobs", str(notebook), str(output), "-r", "running")
-    assert call(ROOT, *command, running, *options).returncode == 0
+    command = ("cellseg_helpers.jobs", str(notebook), str(log), str(output), "-r", "running")
+    assert call(ROOT, *command, str(log), *options).returncode == 0
     (shown,) = nbformat.read(output, 4).cells[-1].outputs
     assert shown.text == "2 [1, 2] '1' 3\n"
     assert sorted(path.name for path in output.parent.iterdir()) == [".note.lock", "note.ipynb"]
@@ -254,18 +254,15 @@ def test_a_job_writes_its_notebook_whole_or_not_at_all(tmp_path):
 
     said = call(ROOT, *command, "nowhere")
     assert said.returncode == 1
-    assert "note failed: AssertionError (all of it in " in said.stderr.splitlines()[-1]
+    assert f"note failed: AssertionError (all of it in {log})" in said.stderr.splitlines()[-1]
     assert nbformat.read(output, 4).cells[-1].outputs == [shown]  # the good one stays
-    assert output.with_suffix(".unfinished.ipynb").exists()
 
 
 def test_a_jobs_kernel_looks_for_garbage_more_seldom_and_has_no_names_of_ours(tmp_path):
-    notebook, output = tmp_path / "note.ipynb", tmp_path / "out.ipynb"
-    write_notebook(
-        notebook,
-        "print({'gc', 'end_with'} & set(globals()))\nimport gc\nprint(gc.get_threshold()[0])",
-    )
-    assert call(ROOT, "cellseg_helpers.jobs", str(notebook), str(output)).returncode == 0
+    notebook, log, output = (tmp_path / f"{name}.ipynb" for name in ("note", "log", "out"))
+    names = "{'gc', 'end_with', 'end_forks_too'} & set(globals())"
+    write_notebook(notebook, f"print({names})\nimport gc\nprint(gc.get_threshold()[0])")
+    assert jobs.run(notebook, log, output, {}) == ""
     (shown,) = nbformat.read(output, 4).cells[-1].outputs
     assert shown.text == "set()\n10000\n"
 
