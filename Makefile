@@ -19,8 +19,11 @@ study: install nbdime
 plan: install
 	@exec $(BIN)/python -m study plan $(STUDY)
 
-## The whole test suite, the notebooks' committed outputs included; a process for each processor, a file at a time.
+## Form and floors (ruff, import-linter), then every test, doctest and notebook output; a process for each processor, a file at a time.
 test: install
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest --nbval --nbval-current-env --numprocesses auto --maxprocesses 8 --dist loadfile
 
 ## Speed and memory beside torchvision, pycocotools and tifffile, into outputs/bench.csv. DATA: real images in the HW3 layout.
