@@ -9,6 +9,7 @@ import pytest
 from scenes import disc, result, truth_of
 
 from cellseg_helpers import resampling
+from cellseg_helpers.cells import Cells
 from study import verdicts
 from study.verdicts import CANNOT_TELL, HOLDS, NO_DIFFERENCE, OPPOSITE, Side
 
@@ -34,7 +35,7 @@ def train(rng, recall, seed_sd):
             result(image, 1, rng.uniform(0.3, 1), mask) for mask in PLACES if rng.random() < chance
         ]
         found.append(result(image, 1, rng.uniform(0, 0.7), NOTHING_THERE))
-    return resampling.bootstrap_ap50(TRUTH, found, WEIGHTS)
+    return resampling.bootstrap_ap50(TRUTH, Cells.from_coco(found), WEIGHTS)
 
 
 def judged(base, other, expected=1, **options):
