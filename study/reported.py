@@ -4,6 +4,7 @@ detections. No torch.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,25 +97,14 @@ def refine(cells: Cells) -> Cells:
     return postprocess.close_masks(filled, 1)
 
 
-def above(score_threshold: float, cells: Cells) -> Cells:
-    """The cells that score at least ``score_threshold``."""
-    return cells[cells.scores >= score_threshold]
-
-
-def _class_thresholds(cells: Cells) -> Cells:
-    return postprocess.apply_class_thresholds(cells, E_THRESHOLDS)
-
-
-def _adjust_scores(cells: Cells) -> Cells:
-    return postprocess.adjust_scores_by_size(cells, E_SIZE_FACTORS)
-
-
+_cut = partial(postprocess.apply_class_thresholds, score_thresholds=E_THRESHOLDS)
+_lift_small = partial(postprocess.adjust_scores_by_size, factors=E_SIZE_FACTORS)
 VARIANTS: dict[str, Callable[[Cells], Cells]] = {
     "all detections": lambda cells: cells,
-    "score ≥ 0.2": lambda cells: above(0.2, cells),
-    "score ≥ 0.5": lambda cells: above(0.5, cells),
+    "score ≥ 0.2": lambda cells: cells[cells.scores >= 0.2],
+    "score ≥ 0.5": lambda cells: cells[cells.scores >= 0.5],
     "no box at the border": borders.drop_border_detections,
-    "class thresholds": _class_thresholds,
-    E_BOTH: lambda cells: refine(_class_thresholds(_adjust_scores(cells))),
-    "score ≥ 0.5 + refinement": lambda cells: refine(above(0.5, _adjust_scores(cells))),
+    "class thresholds": _cut,
+    E_BOTH: lambda cells: refine(_cut(_lift_small(cells))),
+    "score ≥ 0.5 + refinement": lambda cells: refine(VARIANTS["score ≥ 0.5"](_lift_small(cells))),
 }

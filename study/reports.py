@@ -32,7 +32,6 @@ from study.reported import (
     VARIANTS,
     Comparison,
     Row,
-    above,
     column,
 )
 from study.runs import Study, Trained, differences, parameter_files
@@ -507,7 +506,7 @@ def _image_and_map(shown: Shown, images: list[CellImage], run: Run, cells: Cells
 
 def _border_cells(shown: Shown, images: list[CellImage], run: Run, cells: Cells) -> None:
     """The image with the most predictions at its border."""
-    predicted = above(DISPLAYED_THRESHOLD, run.detections)
+    predicted = run.detections[run.detections.scores >= DISPLAYED_THRESHOLD]
     margin = borders.BORDER_MARGIN_PX
     at_border = predicted[borders.near_border(predicted, margin, by="mask")]
     number = int(np.bincount(at_border.image_ids, minlength=2)[1:].argmax()) + 1

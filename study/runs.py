@@ -142,7 +142,6 @@ class Study:
         self.runs_dir, self.study, self.seeds = runs_dir, study, seeds
         self._runs: dict[tuple[str, int], Trained | str] = {}
         self._values: dict[tuple[str, str], np.ndarray] = {}
-        self._images: dict[str, tuple[list[CellImage], str]] = {}
 
     def trained(self, key: str) -> list[Trained]:
         """The finished runs of a key by seed, all on the data, split and scale of the first."""
@@ -174,11 +173,8 @@ class Study:
         """The validation images of a key's first run and a sentence on where they are from; no
         images if they, or the run, are missing.
         """
-        if key not in self._images:
-            trained = self.first(key)
-            none = [], f"No pictures: {self.missing(key)}."
-            self._images[key] = images_of_run(trained.run) if trained else none
-        return self._images[key]
+        trained = self.first(key)
+        return images_of_run(trained.run) if trained else ([], f"No pictures: {self.missing(key)}.")
 
     def _of_key(self, key: str) -> list[Trained | str]:
         """For each seed the run, or why it is missing."""

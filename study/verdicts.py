@@ -23,50 +23,30 @@ VISIBLE = 0.01  # a report that gives two digits sees no smaller change
 
 
 class Estimate(NamedTuple):
-    """A score, or a difference of two, over S trainings.
+    """A score, or a difference of two, over S trainings."""
 
-    Attributes:
-        value: mean.
-        seed_sd: standard deviation; NaN for one training.
-        low, high: 95 % interval; NaN for fewer than five images (or patients).
-    """
-
-    value: float
-    seed_sd: float
-    low: float
+    value: float  # mean
+    seed_sd: float  # standard deviation; NaN for one training
+    low: float  # of the 95 % interval; NaN for fewer than five images (or patients)
     high: float
 
 
 class Side(NamedTuple):
-    """One side of a comparison.
+    """One side of a comparison; both have the same seeds and the same bootstrap samples."""
 
-    Attributes:
-        label: as the sentence names it.
-        values: for each training (seed) the score and its B bootstrap values, float64 [1 + B].
-            Both sides have the same seeds and the same bootstrap samples.
-        reported: score in the report, or None.
-    """
-
-    label: str
-    values: Sequence[np.ndarray]
-    reported: float | None = None
+    label: str  # as the sentence names it
+    values: Sequence[np.ndarray]  # per seed the score, then B bootstrap values: float64 [1 + B]
+    reported: float | None = None  # score in the report
 
 
 class Verdict(NamedTuple):
-    """What the numbers say about a claim.
+    """What the numbers say about a claim."""
 
-    Attributes:
-        word: one of ``WORDS``.
-        base, other: mean scores of the two sides; NaN if a side is missing.
-        difference: other - base, paired.
-        sentence: claim, word, numbers and reason.
-    """
-
-    word: str
-    base: float
+    word: str  # one of ``WORDS``
+    base: float  # mean score; NaN if a side is missing
     other: float
-    difference: Estimate
-    sentence: str
+    difference: Estimate  # other - base, paired
+    sentence: str  # claim, word, numbers and reason
 
 
 def estimate(values: Sequence[np.ndarray], units: int) -> Estimate:
@@ -74,15 +54,14 @@ def estimate(values: Sequence[np.ndarray], units: int) -> Estimate:
 
     How it works: 1. One training: the interval of its bootstrap values (``resampling.interval``);
     it knows nothing of other seeds. 2. Several: the variance of the mean is V = V_units + s^2 / S.
-    V_units is the bootstrap variance of the mean times n / (n - 1) for n units; s is the standard
-    deviation of the trainings' scores. 3. The interval is mean +- t sqrt(V), with the degrees of
-    freedom of Welch and Satterthwaite from n - 1 and S - 1 (Satterthwaite, "An approximate
-    distribution of estimates of variance components", 1946).
+    V_units is the bootstrap variance of the mean times n / (n - 1); s is the standard deviation of
+    the trainings' scores. 3. The interval is mean +- t sqrt(V), with Welch's and Satterthwaite's
+    degrees of freedom from n - 1 and S - 1 (Satterthwaite, "An approximate distribution of
+    estimates of variance components", 1946).
 
     Args:
-        values: for each training the score and its bootstrap values, float64 [1 + B], of the same
-            samples.
-        units: number n of images (or patients) that the samples draw from.
+        values: as of ``Side``.
+        units: number n of images (or patients) that the bootstrap samples draw from.
     """
     trainings = np.stack(values)
     mean, seeds = trainings.mean(0), len(trainings)
@@ -119,10 +98,8 @@ def judge(
 
     Args:
         claim: a statement, without full stop.
-        base: what the other side is compared with.
-        other: the other side.
-        units: number of images (or patients) that the bootstrap samples draw from.
-        unit: ``images`` or ``patients``.
+        base, other: what is compared.
+        units, unit: number of ``images`` or ``patients`` that the bootstrap samples draw from.
         expected: 1: the claim says that ``other`` scores higher, -1: lower, 0: no change.
         same_weights: both sides are the same trainings, only their detections are treated
             differently.
@@ -149,25 +126,22 @@ def judge(
 
 def not_asked(claim: str, reason: str) -> Verdict:
     """The verdict if a side of the comparison is missing."""
-    nothing = [math.nan] * 4
-    sentence = f"{claim}: {NOT_ASKED}. Reason: {reason}."
-    return Verdict(NOT_ASKED, math.nan, math.nan, Estimate(*nothing), sentence)
+    nan, sentence = math.nan, f"{claim}: {NOT_ASKED}. Reason: {reason}."
+    return Verdict(NOT_ASKED, nan, nan, Estimate(nan, nan, nan, nan), sentence)
 
 
-def _decide(
-    difference: Estimate, best: float, units: str, expected: int, metric: str
-) -> tuple[str, str]:
+def _decide(found: Estimate, best: float, units: str, expected: int, metric: str) -> Sequence[str]:
     """The verdict's word, and the reason in a sentence."""
-    value, _, low, high = difference
+    value, _, low, high = found
     if best < LEAST_SCORE:
-        reason = f"Neither model finds cells yet ({metric} under {LEAST_SCORE:g})"
-        return CANNOT_TELL, f"{reason}, so this scale cannot tell."
+        least = f"{metric} under {LEAST_SCORE:g}"
+        return CANNOT_TELL, f"Neither model finds cells yet ({least}), so this scale cannot tell."
     if math.isnan(low):
         return CANNOT_TELL, f"{units} are too few for an interval."
     reach, beyond_zero = max(abs(low), abs(high)), low > 0 or high < 0
     if max(abs(value), reach) < ALIKE:
-        same = NO_DIFFERENCE if expected else HOLDS
-        return same, f"The scores differ by less than {ALIKE:.4f}."
+        word = NO_DIFFERENCE if expected else HOLDS
+        return word, f"The scores differ by less than {ALIKE:.4f}."
     if expected and not beyond_zero:
         return CANNOT_TELL, "0 lies inside the interval."
     if expected:
