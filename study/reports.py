@@ -20,20 +20,8 @@ from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.cache import CellImage, DataError
 from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.runs import Run, annotations_of_run
-from study import tables, verdicts
-from study.reported import (
-    E_BOTH,
-    E_GRID,
-    E_THRESHOLDS,
-    LOSSES,
-    SCORE_TABLES,
-    SYSTEMS,
-    TABLES,
-    VARIANTS,
-    Comparison,
-    Row,
-    column,
-)
+from study import reported, tables, verdicts
+from study.reported import TABLES, Comparison, Row
 from study.runs import Study, Trained, differences, parameter_files
 
 NOTHING_FOUND = "no detection scores as high as the threshold"
@@ -62,26 +50,14 @@ HISTORY = ["epoch", "loss", "validation_loss", "validation_ap50"]
 
 @dataclass
 class Shown:
-    """A table or figure of a report, rebuilt.
+    """A table or figure of a report, rebuilt."""
 
-    Attributes:
-        key: such as ``A-T2``.
-        title: of it.
-        sentences: what a reader has to know.
-        table: all columns, for the CSV; the first names the rows. None for a figure without
-            numbers.
-        page: the columns that a reader sees, or None.
-        reasons: column of scores -> why a cell of it is empty; '' takes the row's ``missing``.
-        figure: the picture, or None.
-        judged: the report's conclusions, each with what was found.
-    """
-
-    key: str
+    key: str  # such as ``A-T2``
     title: str
-    sentences: list[str] = field(default_factory=list)
-    table: pd.DataFrame | None = None
-    page: pd.DataFrame | None = None
-    reasons: dict[str, str] = field(default_factory=dict)
+    sentences: list[str] = field(default_factory=list)  # what a reader has to know
+    table: pd.DataFrame | None = None  # all columns, for the CSV; the first names the rows
+    page: pd.DataFrame | None = None  # the columns that a reader sees
+    reasons: dict[str, str] = field(default_factory=dict)  # column -> why a cell of it is empty
     figure: Figure | None = None
     judged: list[tuple[Comparison, verdicts.Verdict]] = field(default_factory=list)
 
@@ -129,7 +105,10 @@ def build(study: Study, key: str) -> Shown:
 
 def build_all(study: Study) -> dict[str, list[Shown]]:
     """Every table and figure of each report (A to E), in the report's order."""
-    return {report: [build(study, key) for key in TABLES if key[0] == report] for report in SYSTEMS}
+    return {
+        report: [build(study, key) for key in TABLES if key[0] == report]
+        for report in reported.SYSTEMS
+    }
 
 
 def overview(parts: Sequence[Shown]) -> pd.DataFrame:
@@ -170,7 +149,7 @@ def verdict_table(parts: Sequence[Shown]) -> pd.DataFrame:
 
 def describe(study: Study) -> str:
     """Markdown: what the study's runs are, and what their scores can be worth."""
-    keys = sorted({row.run for table in SCORE_TABLES.values() for row in table.rows})
+    keys = sorted({row.run for table in reported.SCORE_TABLES.values() for row in table.rows})
     found = [trained.run.settings for key in keys for trained in study.trained(key)]
     each = f"{study.seeds} seed{'s' if study.seeds > 1 else ''} each"
     text = f"{len(found)} of {len(keys) * study.seeds} runs of {study.study} ({each}) "
@@ -259,7 +238,9 @@ def _score_table(shown: Shown, study: Study) -> None:
             )
             for row in (first, second)
         ]
-        _judge(shown, compared, sides, base, base.scores, same_weights=first.run == second.run)
+        _add_verdict(
+            shown, compared, sides, base, base.scores, same_weights=first.run == second.run
+        )
 
 
 def _reproduced(row: Row, trained: list[Trained], values: dict[int, np.ndarray]) -> dict[str, Any]:
@@ -278,7 +259,7 @@ def _scores(estimate: verdicts.Estimate) -> dict[str, float]:
     return dict(zip(SCORES, (estimate.value, estimate.seed_sd, low, high), strict=True))
 
 
-def _judge(
+def _add_verdict(
     shown: Shown,
     compared: Comparison,
     sides: list[verdicts.Side],
@@ -302,21 +283,20 @@ def _of_runs(study: Study, trained: list[Trained]) -> dict[str, Any]:
     if len(trained) > 1:
         seeds = ",".join(str(one.seed) for one in trained)
         folder = f"{folder.removesuffix(str(first.seed))}{{{seeds}}}"
-    values = (
-        f"{first.scores.units} {first.scores.unit}",
-        len(trained),
-        Path(first.run.settings["data"]).name,
-        f"{first.run.split['kind']}, validation side",
-        first.scores.max_dets,
-        first.run.settings["scale"],
-        Path(first.run.settings["weights"]).name,
-        float(np.mean([len(history) for history in histories])),
-        float(np.mean([history["train_minutes"].iloc[-1] for history in histories])),
-        first.finished["parameters"],
-        max(history["peak_memory_bytes"].max() for history in histories) / 1e9,
-        f"{study.runs_dir}/{folder}",
-    )
-    return dict(zip(RUN_COLUMNS, values, strict=True))
+    return {
+        "interval_over": f"{first.scores.units} {first.scores.unit}",
+        "seeds": len(trained),
+        "data": Path(first.run.settings["data"]).name,
+        "split": f"{first.run.split['kind']}, validation side",
+        "maxDets": first.scores.max_dets,
+        "scale": first.run.settings["scale"],
+        "weights": Path(first.run.settings["weights"]).name,
+        "epochs": float(np.mean([len(history) for history in histories])),
+        "minutes": float(np.mean([history["train_minutes"].iloc[-1] for history in histories])),
+        "parameters": first.finished["parameters"],
+        "peak_memory_GB": max(history["peak_memory_bytes"].max() for history in histories) / 1e9,
+        "run_dir": f"{study.runs_dir}/{folder}",
+    }
 
 
 # ------------------------------------------------------------------------------------------------
@@ -327,7 +307,7 @@ def _table_of_the_system(shown: Shown, study: Study) -> None:
     """A table, with or without figure. The builder fills in what a run measured; without a run the
     reported values stand alone.
     """
-    key, about, run = shown.key, TABLES[shown.key], SYSTEMS[shown.key[0]]
+    key, about, run = shown.key, TABLES[shown.key], reported.SYSTEMS[shown.key[0]]
     builder, columns = BUILDERS[key]
     trained = study.trained(run) if key in MEANS_OVER_SEEDS else study.trained(run)[:1]
     shown.table = about.frame if about.columns else None
@@ -346,10 +326,10 @@ def _table_of_the_system(shown: Shown, study: Study) -> None:
         shown.sentences.append(f"Nothing of {run}: {missing}.")
     if shown.table is None:
         return
-    told = {name: of_runs.get(name) for name in RUN_COLUMNS}
-    told |= {name: shown.table[name] for name in RUN_COLUMNS if name in shown.table}
+    columns_of_runs = {name: of_runs.get(name) for name in RUN_COLUMNS}
+    columns_of_runs |= {name: shown.table[name] for name in RUN_COLUMNS if name in shown.table}
     measured = shown.table.drop(columns=RUN_COLUMNS, errors="ignore")
-    shown.table = measured.assign(run=run, **told, missing=missing)
+    shown.table = measured.assign(run=run, **columns_of_runs, missing=missing)
     for name, reason in shown.reasons.items():
         shown.table.loc[shown.table[name].isna(), "missing"] = reason
     if columns:
@@ -372,7 +352,7 @@ def _coco_lines(shown: Shown, trained: list[Trained]) -> None:
 
 
 def _reported_losses(shown: Shown) -> None:
-    shown.figure = plots.losses_beside_reported(None, LOSSES[shown.key])
+    shown.figure = plots.losses_beside_reported(None, reported.LOSSES[shown.key])
 
 
 def _losses(shown: Shown, trained: list[Trained]) -> None:
@@ -383,7 +363,9 @@ def _losses(shown: Shown, trained: list[Trained]) -> None:
     shown.table["seed_sd"] = by_seed.std().to_numpy()
     shown.reasons = {"reproduced": f"the run has {len(trained[0].run.history)} epochs"}
     if shown.figure:
-        shown.figure = plots.losses_beside_reported(trained[0].run.history, LOSSES[shown.key])
+        shown.figure = plots.losses_beside_reported(
+            trained[0].run.history, reported.LOSSES[shown.key]
+        )
 
 
 def _data_set(shown: Shown, trained: list[Trained]) -> None:
@@ -403,12 +385,12 @@ def _augmentation(shown: Shown, trained: list[Trained]) -> None:
 
 
 def _full_scale_settings(shown: Shown) -> None:
-    full = RunConfig.from_yaml(*parameter_files(SYSTEMS["D"], "full")).to_dict()
+    full = RunConfig.from_yaml(*parameter_files(reported.SYSTEMS["D"], "full")).to_dict()
     shown.table["full scale"] = shown.table.pop("name").map(full)
 
 
 def _settings(shown: Shown, trained: list[Trained]) -> None:
-    names = column(shown.key, "name")
+    names = reported.column(shown.key, "name")
     shown.table["this run"] = [trained[0].run.settings.get(name) for name in names]
 
 
@@ -419,18 +401,18 @@ def _class_thresholds(shown: Shown, trained: list[Trained]) -> None:
     halves = [resampling.halve(one.run.truth, one.run.detections, HALVING_SEED) for one in trained]
     _, (truth, _), sentence = halves[0]
     limit, draw = metrics.dense_max_dets(truth)[-1], resampling.draw_units(truth)
-    fixed = dict(zip(CLASS_NAMES, E_THRESHOLDS.values(), strict=True))
+    fixed = dict(zip(CLASS_NAMES, reported.E_THRESHOLDS.values(), strict=True))
     found, ones, of_one, of_classes = [], [], [], []
     for choosing, judging, _ in halves:
         choosing, judging = metrics.match_detections(*choosing), metrics.match_detections(*judging)
-        chosen = thresholds.choose_thresholds(choosing, E_GRID)
+        chosen = thresholds.choose_thresholds(choosing, reported.E_GRID)
         ways = {"reported": fixed, "chosen": chosen}
         scores = thresholds.threshold_table(judging, ways, limit).set_index(["strategy", "class"])
         wide = scores.unstack("strategy").loc[list(CLASS_NAMES)]
         measured = [("precision", "reported"), ("recall", "reported")]
         measured += [(name, "chosen") for name in ("score_threshold", "precision", "recall")]
         found.append(wide[measured].to_numpy(float))
-        sweep = thresholds.sweep(choosing, E_GRID, limit).query("`class` == 'all'")
+        sweep = thresholds.sweep(choosing, reported.E_GRID, limit).query("`class` == 'all'")
         ones.append(float(sweep["score_threshold"].iloc[int(sweep["F1"].fillna(0).argmax())]))
         for way, values in ((ones[-1], of_one), (chosen, of_classes)):
             counted = resampling.count_scores(thresholds.keep_scores(judging, way), draw.weights)
@@ -446,12 +428,12 @@ def _class_thresholds(shown: Shown, trained: list[Trained]) -> None:
     (compared,) = TABLES[shown.key].comparisons
     label = f"{compared.base}, {', '.join(f'{one:g}' for one in dict.fromkeys(ones))}"
     sides = [verdicts.Side(label, of_one), verdicts.Side(compared.other, of_classes)]
-    _judge(shown, compared, sides, trained[0], draw, same_weights=True, metric="F1")
+    _add_verdict(shown, compared, sides, trained[0], draw, same_weights=True, metric="F1")
 
 
 def _threshold_sweep(shown: Shown, trained: list[Trained]) -> None:
     matches = metrics.match_detections(trained[0].run.truth, trained[0].run.detections)
-    shown.table = thresholds.sweep(matches, E_GRID, trained[0].scores.max_dets)
+    shown.table = thresholds.sweep(matches, reported.E_GRID, trained[0].scores.max_dets)
     shown.figure = plots.threshold_sweep(shown.table)
     shown.reasons = {"precision": NOTHING_FOUND, "recall": NO_SUCH_CELL}
     rows = shown.table.pivot(index="score_threshold", columns="class")
@@ -488,9 +470,9 @@ def _score_histogram(shown: Shown, trained: list[Trained]) -> None:
 
 def _picture(shown: Shown, study: Study) -> None:
     """A figure of the validation images; without them the sentence that says why."""
-    images, sentence = study.images(SYSTEMS[shown.key[0]])
+    images, sentence = study.images(reported.SYSTEMS[shown.key[0]])
     if images:
-        run = study.first(SYSTEMS[shown.key[0]]).run
+        run = study.first(reported.SYSTEMS[shown.key[0]]).run
         PICTURES[shown.key](shown, images, run, Cells.from_coco(run.truth["annotations"]))
     shown.sentences = [*(shown.sentences if images else []), sentence]
 
@@ -528,19 +510,15 @@ def _border_cells(shown: Shown, images: list[CellImage], run: Run, cells: Cells)
 
 def _predictions(shown: Shown, images: list[CellImage], run: Run, cells: Cells) -> None:
     """The image with the most predictions; of several, the one with the most cells."""
-    predicted = VARIANTS[E_BOTH](run.detections)
-    numbers = range(1, len(images) + 1)
-    number = max(
-        numbers,
-        key=lambda number: (
-            (predicted.image_ids == number).sum(),
-            (cells.image_ids == number).sum(),
-        ),
-    )
-    of_image = [found[found.image_ids == number] for found in (cells, predicted)]
-    shown.figure = plots.truth_beside_predictions(
-        [images[number - 1]], [of_image[0]], [of_image[1]], min(E_THRESHOLDS.values())
-    )
+    predicted = reported.VARIANTS[reported.E_BOTH](run.detections)
+    counts = [
+        np.bincount(found.image_ids, minlength=len(images) + 1) for found in (predicted, cells)
+    ]
+    by_image = np.transpose(counts)[1:].tolist()
+    number = by_image.index(max(by_image)) + 1
+    of_image = [[found[found.image_ids == number]] for found in (cells, predicted)]
+    least = min(reported.E_THRESHOLDS.values())
+    shown.figure = plots.truth_beside_predictions([images[number - 1]], *of_image, least)
 
 
 PICTURES: dict[str, Callable[[Shown, list[CellImage], Run, Cells], None]] = {
@@ -549,20 +527,23 @@ PICTURES: dict[str, Callable[[Shown, list[CellImage], Run, Cells], None]] = {
     "C-Fig1": _image_and_map,
     "E-Fig2": _predictions,
 }
-E_PAGE = ["scale", "weights"]
+SCALE_COLUMNS = ["scale", "weights"]
 # Each with the columns that a reader sees beside the rows' names; none: the figure says it all.
 BUILDERS: dict[str, tuple[Callable[[Shown, list[Trained]], None], list[str]]] = {
     "A-Fig3": (_curves, []),
     "B-T1": (_coco_lines, SCORE_PAGE),
-    "B-T2": (_losses, ["reported", "reproduced", *E_PAGE]),
+    "B-T2": (_losses, ["reported", "reproduced", *SCALE_COLUMNS]),
     "B-Fig1": (_score_histogram, []),
     "C-T1": (_data_set, ["reported", "here"]),
-    "C-Fig3": (_losses, ["reported", "reproduced", *E_PAGE]),
+    "C-Fig3": (_losses, ["reported", "reproduced", *SCALE_COLUMNS]),
     "D-T1": (_augmentation, ["reported", "here"]),
     "D-T2": (_settings, ["reported", "full scale", "this run"]),
     "D-Fig2": (_curves, []),
     "E-Fig1": (_curves, []),
-    "E-T3": (_class_thresholds, [*TABLES["E-T3"].columns[1:], *TABLES["E-T3"].measured, *E_PAGE]),
+    "E-T3": (
+        _class_thresholds,
+        [*TABLES["E-T3"].columns[1:], *TABLES["E-T3"].measured, *SCALE_COLUMNS],
+    ),
     "E-sweep": (_threshold_sweep, []),
 }
 MEANS_OVER_SEEDS = {"B-T1", "B-T2", "C-Fig3", "E-T3"}  # all else is of the first seed
