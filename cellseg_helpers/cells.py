@@ -204,11 +204,11 @@ def encode_mask(mask: BoxMask, height: int, width: int) -> dict[str, Any]:
             f"{height} x {width} px image"
         )
     step = rows + (rows < height)
-    line = np.zeros((columns, step), bool)
-    line[:, :rows] = mask.mask.T
-    changes = np.flatnonzero(np.diff(line.ravel(), prepend=False, append=False))
-    column, row = np.divmod(changes, max(step, 1))
-    counts = np.diff((x0 + column) * height + y0 + row, prepend=0, append=height * width)
+    line = np.zeros(columns * step + 2, bool)  # an empty pixel at either end
+    line[1:-1].reshape(columns, step)[:, :rows] = mask.mask.T
+    column, row = np.divmod(np.flatnonzero(line[1:] != line[:-1]), max(step, 1))
+    ends = np.concatenate([[0], (x0 + column) * height + y0 + row, [height * width]])
+    counts = ends[1:] - ends[:-1]
     run_lengths = counts[: -1 if counts[-1] == 0 else None].tolist()
     size = [height, width]
     rle = coco_mask.frPyObjects({"size": size, "counts": run_lengths}, height, width)

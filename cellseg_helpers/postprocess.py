@@ -210,8 +210,11 @@ def _change_masks(
     """Cells with changed masks: ``change`` gets each (bool [h, w]) with a margin of background."""
     changed = {}
     for row, (mask, x0, y0) in enumerate(cells.masks):
-        padded = change(np.pad(mask, margin_px))
-        after = padded[margin_px : margin_px + mask.shape[0], margin_px : margin_px + mask.shape[1]]
+        height, width = mask.shape
+        inside = np.s_[margin_px : margin_px + height, margin_px : margin_px + width]
+        plane = np.zeros((height + 2 * margin_px, width + 2 * margin_px), bool)
+        plane[inside] = mask
+        after = change(plane)[inside]
         if (after != mask).any():
             changed[row] = BoxMask.around(after, x0, y0)
     return cells.with_masks(changed)
