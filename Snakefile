@@ -43,7 +43,7 @@ TRAINING_MB = min(2500 if SCALE == "quick" else 8000, jobs.memory_mb())
 ANALYSED = [study.run_name(STUDY, key, 0) for key in ("b/v2_backbone", "e/full")]  # the reports that asked 04 to 06's questions
 FINALS = [study.run_name(STUDY, key, 0) for key in study.FINALS]
 ANALYSES = {
-    "04_score_thresholds": ["strategies", "sweep", "reported", "chosen", "gain", "flattery", "calibration", "counting"],
+    "04_score_thresholds": ["strategies", "sweep", "reported", "chosen", "gain", "optimism", "calibration", "counting"],
     "05_border_cells": ["contact", "filter", "dropped"],
     "06_postprocessing": ["phases", "steps", "effects", "total"],
 }

@@ -158,7 +158,7 @@ def choose_thresholds(
     }
 
 
-def flattery(
+def optimism(
     matches: Matches,
     score_thresholds: Sequence[float],
     score_threshold: float,
@@ -170,7 +170,7 @@ def flattery(
 
     The images are halved at random many times; the thresholds of best F1 are chosen on one half,
     and their gain over the shared threshold is measured on that half (claimed) and on the other
-    (real). A gain that is claimed and not real is flattery: the choice followed the chance in its
+    (real). A gain that is claimed and not real is optimism: the choice followed the chance in its
     own images.
 
     Args:
@@ -181,8 +181,8 @@ def flattery(
         seed: of the halvings.
 
     Returns:
-        By class, ``all`` first (its counts added over the classes): claimed, real, flattery (their
-        means over the halvings), low, high (the middle 95 % of the flattery), halvings (choices
+        By class, ``all`` first (its counts added over the classes): claimed, real, optimism (their
+        means over the halvings), low, high (the middle 95 % of the optimism), halvings (choices
         made where both halves hold the class).
 
     Raises:
@@ -190,7 +190,7 @@ def flattery(
     """
     if len(matches.image_ids) < 2 or halvings < 1 or not len(score_thresholds):
         raise ValueError(
-            f"flattery needs two images, one halving and one threshold at least, not {len(matches.image_ids)} images, "
+            f"optimism needs two images, one halving and one threshold at least, not {len(matches.image_ids)} images, "
             f"{halvings} halvings and {len(score_thresholds)} thresholds"
         )
     images = len(matches.image_ids)
@@ -210,7 +210,7 @@ def flattery(
         means = gains.mean(0) if len(gains) else np.full(3, np.nan)
         ends = np.percentile(gains[:, 2], [2.5, 97.5]) if len(gains) else (np.nan, np.nan)
         rows[name] = (*means, *ends, len(gains))
-    columns = ["claimed", "real", "flattery", "low", "high", "halvings"]
+    columns = ["claimed", "real", "optimism", "low", "high", "halvings"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("class")
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from scenes import disc, result, truth_of
 
+from cellseg_helpers.cells import Cells
 from cellseg_helpers.postprocess import mask_nms
 from cellseg_helpers.resampling import halve
 from study import ablation
@@ -29,7 +30,7 @@ def scene(images: int = 12):
             detections.append(result(image_id, class_id, float(rng.uniform(0.6, 1)), mask))
             detections.append(result(image_id, 3 - class_id, float(rng.uniform(0.55, 0.6)), mask))
         detections.append(result(image_id, 1, float(rng.uniform(0.05, 0.2)), disc(100, 80, 6)))
-    return truth_of(cells, images), detections
+    return truth_of(cells, images), Cells.from_coco(detections)
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +39,14 @@ def halves():
 
 
 def drop_above(detections, score):
-    return [row for row in detections if row["score"] < score]
+    return detections[detections.scores < score]
 
 
 def test_a_step_that_helps_is_carried_on_and_one_that_harms_is_not(halves):
     steps = [
         Step("doubles", mask_nms, [0.9, 0.5]),
         Step("harm", drop_above, [0.8]),
-        Step("nothing", lambda detections, _: list(detections), [None]),
+        Step("nothing", lambda detections, _: detections, [None]),
         Step("needed", drop_above, [0.99], required=True),
     ]
     found = ablate(*halves, steps, 200, 0)
@@ -69,7 +70,7 @@ def test_the_best_option_is_that_of_the_choosing_half(halves):
     choosing, judging = halves
     harmful_first = Step(
         "cut",
-        lambda detections, score: [row for row in detections if row["score"] >= score],
+        lambda detections, score: detections[detections.scores >= score],
         [0.99, 0.6, 0.0],
     )
     found = ablate(choosing, judging, [harmful_first], 10, 0)
@@ -121,7 +122,7 @@ def test_size_aware_scores_help_where_small_cells_score_too_low():
     cells = [(image_id, 1, mask) for image_id in range(1, 13) for mask in small]
     detections = [result(image_id, 1, 0.30, mask) for image_id, _, mask in cells]
     detections += [result(image_id, 1, 0.32, large) for image_id in range(1, 13)]
-    choosing, judging, _ = halve(truth_of(cells, 12), detections, 0)
+    choosing, judging, _ = halve(truth_of(cells, 12), Cells.from_coco(detections), 0)
     steps = steps_of_report_e([(0.02, 1.5)], [0.1, 0.31, 0.4], [1], [1.0], [0.5], [0.25])[:3]
     found = ablate(choosing, judging, steps, 50, 0)
     assert found.steps["carried"].tolist() == [False, False, True]
@@ -140,6 +141,6 @@ def test_size_aware_scores_help_where_small_cells_score_too_low():
 
 
 def test_inputs_are_left_alone(halves):
-    before = [dict(row) for row in halves[0].detections]
+    before = halves[0].detections.to_coco()
     ablation.ablate(*halves, [Step("doubles", mask_nms, [0.5])], 5, 0)
-    assert halves[0].detections == before
+    assert halves[0].detections.to_coco() == before

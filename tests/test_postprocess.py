@@ -1,14 +1,11 @@
-import copy
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pycocotools import mask as coco_mask
 from scipy import ndimage
 from skimage import measure, morphology
 
-from cellseg_helpers import postprocess
+from cellseg_helpers.cells import BoxMask, Cells
 from cellseg_helpers.postprocess import (
     adjust_scores_by_size,
     apply_class_thresholds,
@@ -23,22 +20,19 @@ from cellseg_helpers.postprocess import (
 
 HEIGHT, WIDTH = 60, 80
 MARGIN_PX = 30  # around the image, so that the oracles never see an edge
-REPORT_E = [(0.01, 1.15), (0.05, 1.10)]
+SIZE_FACTORS = [(0.01, 1.15), (0.05, 1.10)]
 
 
-def detection(mask, score=0.9, class_id=1, image_id=1, **extra):
-    """A COCO result whose box is a model's: not the mask's."""
-    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    segmentation = {"size": list(mask.shape), "counts": rle["counts"].decode()}
-    box = [0.25, 0.5, 7.75, 9.5]
-    return {
-        "image_id": image_id,
-        "category_id": class_id,
-        "score": score,
-        "bbox": box,
-        "segmentation": segmentation,
-        **extra,
-    }
+def detection(mask, score=0.9, class_id=1, image_id=1):
+    """One cell with a model's box: not the mask's."""
+    box = np.array([[0.25, 0.5, 8, 10]])
+    tight = [BoxMask.around(np.asarray(mask, bool))]
+    return Cells.of_image(*mask.shape, [class_id], tight, [score], box, image_id)
+
+
+def rows_of(*parts):
+    """All cells of some parts as COCO results, to compare."""
+    return Cells.concatenate(parts).to_coco()
 
 
 def disc(x, y, radius=10):
@@ -56,18 +50,17 @@ def drawn(*rows):
     return np.array([[pixel == "#" for pixel in row] for row in rows])
 
 
-def masks_of(detections):
-    return [coco_mask.decode(result["segmentation"]).astype(bool) for result in detections]
-
-
-def tight_box(mask):
-    ys, xs = np.nonzero(mask)
-    return [xs.min(), ys.min(), xs.max() + 1 - xs.min(), ys.max() + 1 - ys.min()]
+def masks_of(cells):
+    """bool [H, W] of each cell."""
+    planes = [np.zeros(size, bool) for size in cells.sizes]
+    for plane, (mask, x0, y0) in zip(planes, cells.masks, strict=True):
+        plane[y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]] = mask
+    return planes
 
 
 def random_blobs(seed, count=150):
-    """Detections in images of several sizes: blobs with holes, bays and pieces, many at the edge;
-    1-px, full, empty masks.
+    """Detections in images of several sizes, numbered by their class ids from 1: blobs with holes,
+    bays and pieces, many at the edge; 1-px, full, empty masks.
     """
     rng = np.random.default_rng(seed)
     found = []
@@ -85,8 +78,8 @@ def random_blobs(seed, count=150):
         if number % 40 == 5:
             mask = np.full(shape, number % 80 == 5)
         score = float(rng.choice([0.2, 0.4, 0.6, rng.random()]))
-        found.append(detection(mask, score, int(rng.integers(1, 5)), image_id, number=number))
-    return found
+        found.append(detection(mask, score, number + 1, image_id))
+    return Cells.concatenate(found)
 
 
 def largest_component(mask):
@@ -128,8 +121,10 @@ REFINEMENTS = {
     **{f"smooth {s}": (lambda rows, s=s: smooth_masks(rows, s), blurred(s)) for s in (0.5, 1, 2.5)},
 }
 STEPS = {
-    "adjust": lambda rows: adjust_scores_by_size(rows, REPORT_E),
-    "class thresholds": lambda rows: apply_class_thresholds(rows, {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.0}),
+    "adjust": lambda rows: adjust_scores_by_size(rows, SIZE_FACTORS),
+    "class thresholds": lambda rows: apply_class_thresholds(
+        rows, {number: (0.1, 0.5, 0.3, 0.0)[number % 4] for number in range(1, 151)}
+    ),
     "nms": lambda rows: mask_nms(rows, 0.3),
     "resolve": lambda rows: resolve_overlaps(rows, 0.3),
     **{name: step for name, (step, _) in REFINEMENTS.items()},
@@ -140,33 +135,28 @@ MASK_STEPS = [name for name in STEPS if name not in ("adjust", "class thresholds
 @pytest.mark.parametrize("name", STEPS)
 def test_each_step_leaves_its_input_and_the_order_alone(name):
     found = random_blobs(0)
-    before = copy.deepcopy(found)
     results = STEPS[name](found)
-    assert found == before
-    numbers = [result["number"] for result in results]
-    assert numbers == sorted(numbers) and len(set(numbers)) == len(numbers)
-    for result in results:
-        old = found[result["number"]]
-        assert set(result) == set(old)
-        assert (result["image_id"], result["category_id"]) == (old["image_id"], old["category_id"])
-        if result["segmentation"] == old["segmentation"]:
-            assert result["bbox"] == old["bbox"]
-            assert name == "adjust" or result is old
-        else:
-            assert result["bbox"] == tight_box(masks_of([result])[0])
-            assert result["score"] == old["score"]
+    assert rows_of(found) == rows_of(random_blobs(0))
+    assert (np.diff(results.labels) > 0).all()
+    old = found[results.labels - 1]
+    assert (results.image_ids == old.image_ids).all() and (results.sizes == old.sizes).all()
+    same = [new == before for new, before in zip(results.to_rles(), old.to_rles(), strict=True)]
+    changed = np.logical_not(same)
+    assert (results.boxes[same] == old.boxes[same]).all()
+    assert (results.boxes[changed] == results.mask_boxes[changed]).all()
+    assert name == "adjust" or (results.scores == old.scores).all()
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_no_detections_give_none(name):
-    assert STEPS[name]([]) == []
+    assert len(STEPS[name](Cells.empty())) == 0
 
 
 @pytest.mark.parametrize("name", MASK_STEPS)
 def test_empty_masks_are_dropped(name):
     empty, full = detection(block(0, 0, 0, 0), 0.8), detection(block(2, 3, 40, 50), 0.7)
-    assert len(STEPS[name]([empty, full, empty])) == 1
-    assert STEPS[name]([empty]) == []
+    assert len(STEPS[name](empty + full + empty)) == 1
+    assert len(STEPS[name](empty)) == 0
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -174,51 +164,24 @@ def test_empty_masks_are_dropped(name):
 def test_refinement_equals_the_oracle_on_a_large_canvas(name, seed):
     found = random_blobs(seed)
     step, oracle = REFINEMENTS[name]
-    expected = {
-        row["number"]: on_large_canvas(oracle)(mask)
-        for row, mask in zip(found, masks_of(found), strict=True)
-    }
+    expected = [on_large_canvas(oracle)(mask) for mask in masks_of(found)]
     results = step(found)
-    assert [result["number"] for result in results] == [
-        number for number, mask in expected.items() if mask.any()
-    ]
-    for result, mask in zip(results, masks_of(results), strict=True):
-        assert np.array_equal(mask, expected[result["number"]])
-        assert result["segmentation"] == detection(mask)["segmentation"]
-
-
-@pytest.mark.parametrize("name", [*REFINEMENTS, "nms", "resolve"])
-def test_batches_and_stacks_make_no_difference(name, monkeypatch):
-    found = random_blobs(3)
-    expected = STEPS[name](found)
-    monkeypatch.setattr(postprocess, "MASKS_PER_BATCH", 7)
-    monkeypatch.setattr(postprocess, "PIXELS_PER_STACK", 2_000)
-    assert STEPS[name](found) == expected
+    assert results.labels.tolist() == [n for n, mask in enumerate(expected, 1) if mask.any()]
+    for number, mask in zip(results.labels, masks_of(results), strict=True):
+        assert np.array_equal(mask, expected[number - 1])
 
 
 def test_small_boxes_score_more():
-    def box(width, height, score=0.5):
-        return {
-            "score": score,
-            "bbox": [3.0, 4.0, width, height],
-            "segmentation": {"size": [100, 100], "counts": ""},
-        }
-
-    found = [
-        box(9.9, 10),
-        box(10, 10),
-        box(10, 49.9),
-        box(20, 25),
-        box(60, 70),
-        box(5, 5, 0.9),
-        box(10, 20, 0.95),
-    ]
-    adjusted = adjust_scores_by_size(found, REPORT_E)
-    assert [row["score"] for row in adjusted] == pytest.approx([0.575, 0.55, 0.55, 0.5, 0.5, 1, 1])
-    assert max(row["score"] for row in adjusted) == 1
-    assert [row["bbox"] for row in adjusted] == [row["bbox"] for row in found]
-    assert adjust_scores_by_size(found, []) == found
-    assert adjust_scores_by_size(found, [[1, 0.5]])[3]["score"] == 0.25
+    sides = np.array([(9.9, 10), (10, 10), (10, 49.9), (20, 25), (60, 70), (5, 5), (10, 20)])
+    scores = [0.5, 0.5, 0.5, 0.5, 0.5, 0.9, 0.95]
+    masks = [BoxMask(np.ones((1, 1), bool), 0, 0)] * 7
+    boxes = np.hstack([np.tile([3.0, 4.0], (7, 1)), sides + [3.0, 4.0]])
+    found = Cells.of_image(100, 100, [1] * 7, masks, scores, boxes)
+    adjusted = adjust_scores_by_size(found, SIZE_FACTORS)
+    assert adjusted.scores.tolist() == pytest.approx([0.575, 0.55, 0.55, 0.5, 0.5, 1, 1])
+    assert adjusted.scores.max() == 1 and (adjusted.boxes == found.boxes).all()
+    assert (adjust_scores_by_size(found, []).scores == scores).all()
+    assert adjust_scores_by_size(found, [[1, 0.5]]).scores[3] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -240,14 +203,14 @@ def test_size_factors_are_checked(factors):
         ValueError,
         match=r"factors is .*; it must be pairs whose shares rise from above 0 to at most 1",
     ):
-        adjust_scores_by_size([], factors)
+        adjust_scores_by_size(Cells.empty(), factors)
 
 
 def test_each_class_has_its_own_threshold():
     scores = [(1, 0.49), (1, 0.5), (2, 0.1), (2, 0.9), (4, 0.0)]
-    found = [{"category_id": class_id, "score": score} for class_id, score in scores]
+    found = Cells.concatenate(detection(disc(20, 30), score, k) for k, score in scores)
     kept = apply_class_thresholds(found, {1: 0.5, 2: 0.89, 3: 1, 4: 0})
-    assert kept == [found[1], found[3], found[4]]
+    assert rows_of(kept) == rows_of(found[[1, 3, 4]])
     with pytest.raises(
         ValueError,
         match=r"score_thresholds has nothing for class 4, of which there are .*; it has \[1, 2\]",
@@ -274,83 +237,76 @@ def three_cells():
 
 def test_one_cell_found_thrice():
     """The merged mask is two discs of equal size: IoU 1/2, not above it."""
-    merged, good, shifted, cut, elsewhere = found = three_cells()
-    assert mask_nms(found, 0.5) == [merged, good, cut, elsewhere]
-    assert mask_nms(found, 0.49) == [good, cut, elsewhere]
-    assert mask_nms(found, 0.9) == found
-    assert mask_nms(found, 1) == found
-    assert mask_nms(found[:3], 0) == [good]
+    merged, good, shifted, cut, elsewhere = three_cells()
+    found = Cells.concatenate(three_cells())
+    assert rows_of(mask_nms(found, 0.5)) == rows_of(merged, good, cut, elsewhere)
+    assert rows_of(mask_nms(found, 0.49)) == rows_of(good, cut, elsewhere)
+    assert rows_of(mask_nms(found, 0.9)) == rows_of(found)
+    assert rows_of(mask_nms(found, 1)) == rows_of(found)
+    assert rows_of(mask_nms(found[:3], 0)) == rows_of(good)
 
 
 def test_merged_cell_keeps_its_own_half():
-    merged, good, shifted, cut, elsewhere = found = three_cells()
+    merged, good, shifted, cut, elsewhere = three_cells()
+    found = Cells.concatenate(three_cells())
     results = resolve_overlaps(found, 0.5)
-    assert results[1:] == [good, cut, elsewhere]
+    assert rows_of(results[1:]) == rows_of(good, cut, elsewhere)
     assert np.array_equal(masks_of(results)[0], disc(45, 30))
-    assert results[0]["bbox"] == [35, 20, 21, 21]
-    assert resolve_overlaps(found, 0.501) == [good, cut, elsewhere]
+    assert results.boxes[0].tolist() == [35, 20, 35 + 21, 20 + 21]
+    assert rows_of(resolve_overlaps(found, 0.501)) == rows_of(good, cut, elsewhere)
     assert len(resolve_overlaps(found, 0)) == 5
 
 
 def test_cut_cell_stays_at_the_edge():
     """Closing as scipy does it by default would take the edge's pixels away."""
-    found = [
-        detection(disc(79, 58)),
-        detection(disc(0, 0, 4)),
-        detection(disc(0, 30) & ~disc(3, 30, 1)),
-    ]
+    masks = disc(79, 58), disc(0, 0, 4), disc(0, 30) & ~disc(3, 30, 1)
+    found = Cells.concatenate(map(detection, masks))
     closed = close_masks(found, 3)
-    assert closed[:2] == found[:2]
+    assert rows_of(closed[:2]) == rows_of(found[:2])
     assert np.array_equal(masks_of(closed)[2], disc(0, 30))
     assert np.array_equal(masks_of(fill_holes(found))[2], disc(0, 30))
-    assert masks_of(smooth_masks([detection(disc(0, 30))], 1))[0][22:39, 0].all()
+    assert masks_of(smooth_masks(detection(disc(0, 30)), 1))[0][22:39, 0].all()
 
 
 def test_opening_rounds_corners_also_at_the_edge():
-    (opened,) = masks_of(open_masks([detection(block(0, 0, 5, 4))], 1))
+    (opened,) = masks_of(open_masks(detection(block(0, 0, 5, 4)), 1))
     assert opened[:4, :5].tolist() == drawn(".###.", "#####", "#####", ".###.").tolist()
     assert opened.sum() == 16
 
 
 def test_what_is_too_small_vanishes():
-    found = [
-        detection(block(9, 9, 10, 10)),
-        detection(block(20, 20, 30, 30)),
-        detection(block(0, 5, 40, 6)),
-    ]
-    assert [result["bbox"] for result in open_masks(found, 1)] == [[20, 20, 10, 10]]
+    masks = block(9, 9, 10, 10), block(20, 20, 30, 30), block(0, 5, 40, 6)
+    found = Cells.concatenate(map(detection, masks))
+    assert open_masks(found, 1).boxes.tolist() == [[20, 20, 30, 30]]
     assert len(smooth_masks(found, 2)) == 1
-    assert open_masks(found, 6) == []
+    assert len(open_masks(found, 6)) == 0
 
 
 def test_only_enclosed_background_is_filled():
     bay = drawn(
         "#.###", "#.#.#", "##.##", "#####"
     )  # the top bay is closed by the image's edge only; two holes touch diagonally
-    (filled,) = masks_of(fill_holes([detection(bay)]))
+    (filled,) = masks_of(fill_holes(detection(bay)))
     assert filled.tolist() == drawn("#.###", "#.###", "#####", "#####").tolist()
 
 
 def test_diagonal_neighbours_are_one_component_and_of_equal_ones_the_leftmost_stays():
     mask = drawn(".....##", "#......", ".#.....", ".....#.")
-    (kept,) = masks_of(keep_largest_component([detection(mask)]))
+    (kept,) = masks_of(keep_largest_component(detection(mask)))
     assert kept.tolist() == drawn(".......", "#......", ".#.....", ".......").tolist()
 
 
 @pytest.mark.parametrize("step", [open_masks, close_masks, smooth_masks])
 def test_lengths_are_checked_and_zero_changes_nothing(step):
-    found = [
-        row
-        for row, mask in zip(random_blobs(4), masks_of(random_blobs(4)), strict=True)
-        if mask.any()
-    ]
-    assert step(found, 0) == found
+    found = random_blobs(4)
+    found = found[found.area_px > 0]
+    assert rows_of(step(found, 0)) == rows_of(found)
     name = "sigma_px" if step is smooth_masks else "radius_px"
     for value in (-1, float("nan"), float("inf")):
         with pytest.raises(
             ValueError, match=f"{name} is {value}; it must be a finite number of pixels, at least 0"
         ):
-            step([], value)
+            step(Cells.empty(), value)
 
 
 @pytest.mark.parametrize(
@@ -359,17 +315,14 @@ def test_lengths_are_checked_and_zero_changes_nothing(step):
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_shares_are_checked(step, name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}; it must be at least 0 and at most 1"):
-        step([], value)
+        step(Cells.empty(), value)
 
 
 def by_score(found):
     """Rows of each image by descending score, earlier first."""
     return [
-        sorted(
-            (i for i, row in enumerate(found) if row["image_id"] == image_id),
-            key=lambda i: (-found[i]["score"], i),
-        )
-        for image_id in {row["image_id"] for row in found}
+        sorted(np.flatnonzero(found.image_ids == image_id), key=lambda i: (-found.scores[i], i))
+        for image_id in set(found.image_ids.tolist())
     ]
 
 
@@ -387,20 +340,16 @@ def test_nms_equals_the_naive_one(seed, iou_threshold):
             ]
             if not any(iou > iou_threshold for iou in ious):
                 kept.add(row)
-    assert mask_nms(found, iou_threshold) == [found[row] for row in sorted(kept)]
+    assert rows_of(mask_nms(found, iou_threshold)) == rows_of(found[sorted(kept)])
 
 
 def test_nms_of_many_detections_in_one_image():
-    """A grid of 1,600 cells, each found twice; pycocotools has to be asked in more than one batch."""
-    cells = [(x, y) for y in range(0, 160, 4) for x in range(0, 160, 4)]
-    mask = np.zeros((2, 160, 160), bool)
-    found = []
-    for number, (x, y) in enumerate(cells):
-        mask[:] = False
-        mask[0, y : y + 3, x : x + 3] = mask[1, y : y + 2, x : x + 3] = True
-        found += [detection(mask[1], 0.5), detection(mask[0], 0.6, number=number)]
-    assert mask_nms(found, 0.6) == found[1::2]
-    assert mask_nms(found, 0.7) == found
+    """A grid of 1,600 cells, each found twice."""
+    corners = [(x, y) for y in range(0, 160, 4) for x in range(0, 160, 4)]
+    masks = [BoxMask(np.ones((h, 3), bool), x, y) for x, y in corners for h in (2, 3)]
+    found = Cells.of_image(160, 160, [1] * 3200, masks, np.tile([0.5, 0.6], 1600))
+    assert rows_of(mask_nms(found, 0.6)) == rows_of(found[1::2])
+    assert rows_of(mask_nms(found, 0.7)) == rows_of(found)
 
 
 @settings(deadline=None, max_examples=30)
@@ -418,25 +367,25 @@ def test_each_pixel_has_one_owner(seed, min_visible_share):
                 expected[row] = left
                 taken |= left
     results = resolve_overlaps(found, min_visible_share)
-    assert [result["number"] for result in results] == sorted(expected)
-    for result, mask in zip(results, masks_of(results), strict=True):
-        assert np.array_equal(mask, expected[result["number"]])
-    for image_id in {result["image_id"] for result in results}:
-        together = sum(
-            mask.astype(int)
-            for mask in masks_of([row for row in results if row["image_id"] == image_id])
+    assert (results.labels - 1).tolist() == sorted(expected)
+    for number, mask in zip(results.labels, masks_of(results), strict=True):
+        assert np.array_equal(mask, expected[number - 1])
+    for image_id in set(results.image_ids.tolist()):
+        assert sum(map(int, results.area_px[results.image_ids == image_id])) == (
+            np.any(masks_of(results[results.image_ids == image_id]), axis=0).sum()
         )
-        assert together.max() == 1
 
 
 def test_crossed_bar_keeps_its_longer_end_and_the_shorter_is_free():
     """The top bar wins; what it cuts off from the second belongs to the third, which lies below it."""
-    found = [
-        detection(block(10, 20, 40, 24), 0.6),  # the bar that is crossed
-        detection(block(20, 10, 24, 40), 0.9),
-        detection(block(8, 20, 20, 24), 0.3),  # on its shorter end
-        detection(block(38, 20, 42, 24), 0.2),  # half of it on its longer end
-    ]
+    found = Cells.concatenate(
+        [
+            detection(block(10, 20, 40, 24), 0.6),  # the bar that is crossed
+            detection(block(20, 10, 24, 40), 0.9),
+            detection(block(8, 20, 20, 24), 0.3),  # on its shorter end
+            detection(block(38, 20, 42, 24), 0.2),  # half of it on its longer end
+        ]
+    )
     results = masks_of(resolve_overlaps(found, 0.5))
     expected = [
         block(24, 20, 40, 24),
@@ -445,23 +394,19 @@ def test_crossed_bar_keeps_its_longer_end_and_the_shorter_is_free():
         block(40, 20, 42, 24),
     ]
     assert all(np.array_equal(mask, other) for mask, other in zip(results, expected, strict=True))
-    union = np.any(masks_of(found), axis=0)
-    assert np.array_equal(np.any(results, axis=0), union)
+    assert np.array_equal(np.any(results, axis=0), np.any(masks_of(found), axis=0))
 
 
 def test_a_dropped_cell_hides_nothing():
     top, hidden, below = block(0, 0, 20, 20), block(5, 5, 22, 20), block(18, 5, 40, 20)
-    found = [detection(top, 0.9), detection(hidden, 0.8), detection(below, 0.7)]
+    found = detection(top, 0.9) + detection(hidden, 0.8) + detection(below, 0.7)
     results = masks_of(resolve_overlaps(found, 0.5))
     assert len(results) == 2
     assert np.array_equal(results[1], below & ~top)
 
 
 def test_equal_scores_go_to_the_earlier():
-    found = [
-        detection(block(0, 0, 10, 10), 0.5),
-        detection(block(5, 0, 15, 10), 0.5),
-        detection(block(5, 0, 15, 10), 0.5),
-    ]
-    assert mask_nms(found, 0.5) == found[:2]
-    assert [mask.sum() for mask in masks_of(resolve_overlaps(found, 0))] == [100, 50]
+    masks = block(0, 0, 10, 10), block(5, 0, 15, 10), block(5, 0, 15, 10)
+    found = Cells.concatenate(detection(mask, 0.5) for mask in masks)
+    assert rows_of(mask_nms(found, 0.5)) == rows_of(found[:2])
+    assert resolve_overlaps(found, 0).area_px.tolist() == [100, 50]

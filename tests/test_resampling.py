@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scenes import CLASS_NAMES, disc, result, truth_of
 
 from cellseg_helpers import resampling
+from cellseg_helpers.cells import Cells
 from cellseg_helpers.metrics import (
     count_matches,
     dense_max_dets,
@@ -41,7 +44,7 @@ def scene(images: int = 12, seed: int = 0, shift: float = 2.0, missed: float = 0
         detections.append(
             result(image_id, int(rng.integers(1, 4)), float(rng.uniform(0, 0.7)), disc(60, 50, 5))
         )
-    return truth_of(cells, images), detections
+    return truth_of(cells, images), Cells.from_coco(detections)
 
 
 def of_patients(truth, names):
@@ -63,7 +66,7 @@ def test_halves_hold_every_image_once_and_no_patient_twice():
     )
     for half, images in zip((first, second), ids, strict=True):
         assert (
-            {row["image_id"] for row in half.detections}
+            set(half.detections.image_ids.tolist())
             == images
             == {row["image_id"] for row in half.truth["annotations"]}
         )
@@ -106,7 +109,7 @@ def test_the_first_scores_are_those_of_the_images_themselves():
 
 def test_panoptic_quality_of_a_known_scene():
     truth = truth_of([(1, 1, MASKS[0]), (1, 1, MASKS[1])])
-    detections = [result(1, 1, 0.9, MASKS[0]), result(1, 1, 0.8, MASKS[4])]
+    detections = Cells.from_coco([result(1, 1, 0.9, MASKS[0]), result(1, 1, 0.8, MASKS[4])])
     scores = resampling.resampled_scores(truth, detections, resampling.draw_images(1, 0, 0)).values
     assert scores["PQ", "epithelial"] == scores["PQ", "all"] == [1 / (1 + 0.5 + 0.5)]
     assert np.isnan(scores["PQ", "lymphocyte"]).all()
@@ -202,14 +205,17 @@ def test_a_class_in_one_image_has_no_interval():
     )
     weights = resampling.draw_images(12, 300, 0)
     before = resampling.resampled_scores(lone, detections, weights)
-    after = resampling.resampled_scores(lone, [*detections, result(1, 4, 0.9, MASKS[5])], weights)
+    more = Cells.from_coco([result(1, 4, 0.9, MASKS[5])])
+    after = resampling.resampled_scores(lone, detections + more, weights)
     row = resampling.compare(before, after).set_index(["metric", "of"]).loc["recall", "macrophage"]
     assert row["difference"] == 1 and np.isnan(row["low"]) and row["verdict"] == "cannot tell"
 
 
 def test_nothing_found_is_no_error():
     truth = scene()[0]
-    scores = resampling.resampled_scores(truth, [], resampling.draw_images(12, 5, 0)).values
+    scores = resampling.resampled_scores(
+        truth, Cells.empty(), resampling.draw_images(12, 5, 0)
+    ).values
     assert (scores["AP50", "all"] == 0).all() and np.isnan(scores["precision", "all"]).all()
 
 
@@ -259,7 +265,7 @@ def test_damaged_scores_are_refused(tmp_path, text):
 
 def test_the_12_lines_of_the_images_themselves_are_cocos():
     truth, detections = scene()
-    detections = [row | {"score": round(row["score"], 1)} for row in detections]  # equal scores too
+    detections = replace(detections, scores=detections.scores.round(1))  # equal scores too
     lines = resampling.bootstrap_summary(
         truth, detections, resampling.draw_images(12, 3, 0), (1, 2, 100)
     )
@@ -289,7 +295,9 @@ def test_the_12_lines_of_a_bootstrap_sample_are_cocos_of_its_images_written_out(
     ]
     summary = summarize(
         score_coco(
-            truth | {"images": images, "annotations": cells}, written_out(detections), (1, 2, 100)
+            truth | {"images": images, "annotations": cells},
+            Cells.from_coco(written_out(detections.to_coco())),
+            (1, 2, 100),
         )
     )
     lines = resampling.bootstrap_summary(truth, detections, weights, (1, 2, 100))

@@ -4,6 +4,7 @@ import pytest
 from scenes import CLASS_NAMES, disc, result, truth_of
 
 from cellseg_helpers import thresholds
+from cellseg_helpers.cells import Cells
 from cellseg_helpers.metrics import average_precision, count_matches, match_detections
 
 FAR = [disc(x, y, 6) for y in (15, 45, 75) for x in (15, 45, 75, 95)]
@@ -27,7 +28,7 @@ def simulated(
                     detections.append(result(image_id, class_id, float(right(rng)), FAR[place]))
             else:
                 detections.append(result(image_id, class_id, float(wrong(rng)), FAR[place]))
-    return truth_of(cells, images), detections
+    return truth_of(cells, images), Cells.from_coco(detections)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,7 @@ def test_kept_matches_are_the_matches_of_the_kept_detections(scene, matches):
     truth, detections = scene
     limits = {"epithelial": 0.3, "lymphocyte": 0.6, "neutrophil": 0.0, "macrophage": 1.0}
     kept = thresholds.keep_scores(matches, limits)
-    left = [
-        row for row in detections if row["score"] >= limits[CLASS_NAMES[row["category_id"] - 1]]
-    ]
+    left = detections[detections.scores >= np.array(list(limits.values()))[detections.labels - 1]]
     again = match_detections(truth, left)
     assert 0 < len(left) < len(detections)
     pd.testing.assert_frame_equal(kept.detections.reset_index(drop=True), again.detections)
@@ -110,7 +109,8 @@ def test_the_best_threshold_of_a_known_scene():
     cells = [(1, 1, FAR[0]), (1, 1, FAR[1]), (1, 2, FAR[2])]
     found = [(1, 0.9, 0), (1, 0.6, 1), (1, 0.4, 4), (1, 0.3, 5), (2, 0.2, 2), (2, 0.05, 7)]
     matches = match_detections(
-        truth_of(cells), [result(1, k, score, FAR[place]) for k, score, place in found]
+        truth_of(cells),
+        Cells.from_coco([result(1, k, score, FAR[place]) for k, score, place in found]),
     )
     best = thresholds.choose_thresholds(matches, [0.7, 0.1, 0.5, 0.3])
     for_all = 0.5  # F1 4/5; 0.1: 6/8
@@ -133,7 +133,7 @@ def test_the_best_count_is_the_nearest_per_image():
     detections = [
         result(i, 1, s, FAR[4 + n]) for i, many in scores.items() for n, s in enumerate(many)
     ]
-    matches = match_detections(truth_of(cells, 2), detections)
+    matches = match_detections(truth_of(cells, 2), Cells.from_coco(detections))
     # 0.3: 3 and 1 for 1 and 2 cells; 0.5: 2 and 1; 0.85: 1 and 0
     assert thresholds.choose_thresholds(matches, [0.3, 0.5, 0.85], "count")["epithelial"] == 0.5
     counts = thresholds.cell_counts(
@@ -149,8 +149,8 @@ def test_the_best_count_is_the_nearest_per_image():
 def test_choosing_on_noise_flatters_and_gains_nothing():
     """Scores that say nothing: what a choice claims on its own images is chance."""
     truth, detections = simulated(8, 3, *[lambda rng: rng.uniform(0, 1)] * 2)
-    table = thresholds.flattery(match_detections(truth, detections), GRID, 0.1, 200, 0)
-    assert (table.loc[["epithelial", "lymphocyte"], "flattery"] > 0.005).all()
+    table = thresholds.optimism(match_detections(truth, detections), GRID, 0.1, 200, 0)
+    assert (table.loc[["epithelial", "lymphocyte"], "optimism"] > 0.005).all()
     assert (table.loc[["epithelial", "lymphocyte"], "real"] < 0.005).all()
     assert table.loc["macrophage"].isna()["claimed"] and table.loc["macrophage", "halvings"] == 0
 
@@ -159,14 +159,14 @@ def test_a_real_gain_is_found_on_both_halves():
     truth, detections = simulated(
         40, 4, lambda rng: rng.uniform(0.55, 1), lambda rng: rng.uniform(0, 0.45)
     )
-    table = thresholds.flattery(match_detections(truth, detections), GRID, 0.1, 100, 0)
+    table = thresholds.optimism(match_detections(truth, detections), GRID, 0.1, 100, 0)
     row = table.loc["epithelial"]
-    assert row["claimed"] > 0.15 and row["real"] > 0.15 and abs(row["flattery"]) < 0.02
+    assert row["claimed"] > 0.15 and row["real"] > 0.15 and abs(row["optimism"]) < 0.02
 
 
-def test_flattery_equals_choosing_and_judging_by_hand(matches):
+def test_optimism_equals_choosing_and_judging_by_hand(matches):
     """One halving, both directions, written out."""
-    table = thresholds.flattery(matches, GRID, 0.5, 1, 5)
+    table = thresholds.optimism(matches, GRID, 0.5, 1, 5)
     order = np.random.default_rng(5).permuted(np.arange(30)[None], axis=1)[0]
     halves = [[i + 1 for i in range(30) if (order[i] < 15) == side] for side in (True, False)]
 
@@ -192,16 +192,16 @@ def test_flattery_equals_choosing_and_judging_by_hand(matches):
     )
     assert table.loc["all", "halvings"] == 2
     with pytest.raises(
-        ValueError, match="flattery needs two images, one halving and one threshold at least"
+        ValueError, match="optimism needs two images, one halving and one threshold at least"
     ):
-        thresholds.flattery(matches, GRID, 0.5, 0, 0)
+        thresholds.optimism(matches, GRID, 0.5, 0, 0)
 
 
 def test_separation_is_the_chance_to_rank_right():
     found = [(0.9, 0), (0.6, 5), (0.6, 1), (0.2, 6)]
     matches = match_detections(
         truth_of([(1, 1, FAR[0]), (1, 1, FAR[1])]),
-        [result(1, 1, score, FAR[place]) for score, place in found],
+        Cells.from_coco([result(1, 1, score, FAR[place]) for score, place in found]),
     )
     table = thresholds.separation(matches)
     assert table.loc["epithelial"].tolist() == [2, 2, (1 + 1 + 0.5 + 1) / 4]
@@ -211,7 +211,7 @@ def test_separation_is_the_chance_to_rank_right():
 def test_scores_that_are_probabilities_are_calibrated_and_others_not():
     rng = np.random.default_rng(0)
     score = rng.uniform(0, 1, 40_000)
-    table = match_detections(truth_of([(1, 1, FAR[0])]), [result(1, 1, 0.5, FAR[0])])
+    table = match_detections(*simulated(1, 0))
     rows = pd.DataFrame({"score": score, "matched": rng.random(len(score)) < score, "class_id": 1})
     honest = thresholds.reliability(table._replace(detections=rows), 10)
     proud = thresholds.reliability(table._replace(detections=rows.assign(score=np.sqrt(score))), 10)
@@ -224,16 +224,18 @@ def test_scores_that_are_probabilities_are_calibrated_and_others_not():
 
 def test_bins_hold_their_lower_edge():
     detections = [result(1, 1, score, FAR[n]) for n, score in enumerate((0.0, 0.2, 0.5, 1.0))]
-    table = thresholds.reliability(match_detections(truth_of([(1, 1, FAR[0])]), detections), 2)
+    table = thresholds.reliability(
+        match_detections(truth_of([(1, 1, FAR[0])]), Cells.from_coco(detections)), 2
+    )
     assert table[table["class"] == "all"][
         ["bin", "detections", "matched_share"]
     ].to_numpy().tolist() == [[0, 2, 0.5], [0.5, 2, 0]]
     with pytest.raises(ValueError, match="bins is 0"):
-        thresholds.reliability(match_detections(truth_of([]), []), 0)
+        thresholds.reliability(match_detections(truth_of([]), Cells.empty()), 0)
 
 
 def test_nothing_to_score_is_no_error():
-    matches = match_detections(truth_of([], images=2), [])
+    matches = match_detections(truth_of([], images=2), Cells.empty())
     assert (
         thresholds.threshold_table(matches, {"keep all": 0}, 100)["detections"].tolist() == [0] * 5
     )
@@ -241,7 +243,7 @@ def test_nothing_to_score_is_no_error():
     assert thresholds.expected_calibration_error(thresholds.reliability(matches)).empty
     assert thresholds.separation(matches)["AUROC"].isna().all()
     assert set(thresholds.choose_thresholds(matches, GRID).values()) == {0.1}
-    assert thresholds.flattery(matches, GRID, 0.5, 3, 0)["halvings"].tolist() == [0] * 5
+    assert thresholds.optimism(matches, GRID, 0.5, 3, 0)["halvings"].tolist() == [0] * 5
     assert (
         thresholds.counting_error(thresholds.cell_counts(matches, 0.5))["mean_error"].tolist()
         == [0] * 4
