@@ -1,15 +1,14 @@
-import copy
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from cellseg_helpers.borders import border_contact, drop_border_detections, near_border
-from cellseg_helpers.cells import CLASS_NAMES
+from cellseg_helpers.cells import CLASS_NAMES, BoxMask, Cells
 from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.drawn import draw_tissue
-from cellseg_helpers.data.labels import encode_box_mask
 
 CLEAR = ["epithelial", "lymphocyte"]  # the frequent classes
 
@@ -18,32 +17,21 @@ def image_of(image_id: int, width: int, height: int) -> dict:
     return {"id": image_id, "file_name": f"image{image_id}", "height": height, "width": width}
 
 
-def cell_of(image: dict, mask: np.ndarray, x: int, y: int, class_id: int = 1) -> dict | None:
-    """The part of a mask that shows in the image when it stands at (x, y); None where it does not."""
-    part = mask[max(-y, 0) : max(image["height"] - y, 0), max(-x, 0) : max(image["width"] - x, 0)]
-    if not part.any():
-        return None
-    rows, columns = np.flatnonzero(part.any(axis=1)), np.flatnonzero(part.any(axis=0))
-    part = part[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    x, y = int(max(x, 0) + columns[0]), int(max(y, 0) + rows[0])
-    rle = encode_box_mask(part, x, y, image["height"], image["width"])
-    box = [x, y, part.shape[1], part.shape[0]]
-    return {
-        "image_id": image["id"],
-        "category_id": class_id,
-        "bbox": box,
-        "area": int(part.sum()),
-        "segmentation": rle,
-    }
+def cell_of(image: dict, mask: np.ndarray, x: int, y: int, class_id: int = 1) -> Cells:
+    """What shows in the image of a mask that stands at (x, y): one cell, or none."""
+    height, width = image["height"], image["width"]
+    part = mask[max(-y, 0) : max(height - y, 0), max(-x, 0) : max(width - x, 0)]
+    tight = [BoxMask.around(part, max(x, 0), max(y, 0))] if part.any() else []
+    return Cells.of_image(height, width, [class_id] * len(tight), tight, image_id=image["id"])
 
 
-def everywhere(image: dict, width: int, height: int) -> list[dict]:
+def everywhere(image: dict, width: int, height: int) -> Cells:
     """A box of this size, in turn at every position at which any of it shows."""
     mask = np.ones((height, width), bool)
     places = itertools.product(
         range(-width + 1, image["width"]), range(-height + 1, image["height"])
     )
-    return [cell_of(image, mask, x, y) for x, y in places]
+    return Cells.concatenate(cell_of(image, mask, x, y) for x, y in places)
 
 
 def disc(radius: int) -> np.ndarray:
@@ -55,7 +43,7 @@ DISCS = {radius: disc(radius) for radius in range(5, 17)}
 
 def scatter(
     seed: int, images: int = 6, side: int = 160, mean: float = 35
-) -> tuple[list[dict], list[dict]]:
+) -> tuple[Cells, list[dict]]:
     """Discs thrown at random on planes that are larger than the images, and what shows of them in
     the images.
     """
@@ -70,22 +58,18 @@ def scatter(
             cells.append(
                 cell_of(frame, DISCS[radius], x - radius, y - radius, class_id=1 + (radius > 10))
             )
-    return [cell for cell in cells if cell], frames
+    return Cells.concatenate(cells), frames
 
 
-def without_cut_cells(cells: list[dict], images: list[dict]) -> list[dict]:
-    sides = {image["id"]: (image["width"], image["height"]) for image in images}
-    return [
-        cell
-        for cell in cells
-        if min(cell["bbox"][:2]) > 0
-        and all(cell["bbox"][i] + cell["bbox"][2 + i] < sides[cell["image_id"]][i] for i in (0, 1))
-    ]
+def without_cut_cells(cells: Cells) -> Cells:
+    inside = (cells.boxes[:, :2] > 0) & (cells.boxes[:, 2:] < cells.sizes[:, ::-1])
+    return cells[inside.all(1)]
 
 
-def as_detections(cells: list[dict]) -> list[dict]:
-    """COCO results whose own boxes say nothing about the border."""
-    return [{**cell, "score": 0.9, "bbox": [20.5, 20.5, 5.0, 5.0]} for cell in cells]
+def as_detections(cells: Cells) -> Cells:
+    """Cells whose own boxes say nothing about the border."""
+    boxes = np.tile([20.5, 20.5, 25.5, 25.5], (len(cells), 1))
+    return replace(cells, scores=np.full(len(cells), 0.9), boxes=boxes)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +125,7 @@ def test_a_single_cell_is_weighted_by_hand():
     image = image_of(1, 20, 10)
     cell = cell_of(image, np.ones((3, 4), bool), 8, 4)
     for min_visible_px, weight in ((1, 23 * 12 / 90 - 1), (3, 19 * 8 / 90 - 1)):
-        contact = border_contact([cell], [image], inset_px=1, min_visible_px=min_visible_px).loc[
+        contact = border_contact(cell, [image], inset_px=1, min_visible_px=min_visible_px).loc[
             "epithelial"
         ]
         assert contact[["cells", "at_border", "ratio", "low"]].tolist() == [1, 0, 0, 0]
@@ -153,10 +137,8 @@ def test_a_single_cell_is_weighted_by_hand():
 def test_slivers_do_not_count():
     image = image_of(1, 100, 100)
     bar = np.ones((12, 12), bool)
-    cells = [
-        cell_of(image, bar, x, y)
-        for x, y in ((-10, 50), (-9, 50), (50, 98), (50, 97), (97, 97), (98, 97))
-    ]
+    places = (-10, 50), (-9, 50), (50, 98), (50, 97), (97, 97), (98, 97)
+    cells = Cells.concatenate(cell_of(image, bar, x, y) for x, y in places)
     assert border_contact(cells, [image])["at_border"]["all"] == 3
     assert border_contact(cells, [image], min_visible_px=1)["at_border"]["all"] == 6
 
@@ -165,15 +147,15 @@ def test_small_images_are_left_out():
     cells, images = scatter(0)
     small = image_of(99, 95, 400)
     extra = cell_of(small, disc(8), 30, 30)
-    with_small = border_contact([*cells, extra], [*images, small])
+    with_small = border_contact(cells + extra, [*images, small])
     assert with_small.equals(border_contact(cells, images))
-    assert border_contact([*cells, extra], [*images, small], inset_px=31)["cells"]["all"] == len(
+    assert border_contact(cells + extra, [*images, small], inset_px=31)["cells"]["all"] == len(
         cells
     ) + 1 - slivers(cells)
 
 
-def slivers(cells: list[dict]) -> int:
-    return sum(min(cell["bbox"][2:]) < 3 for cell in cells)
+def slivers(cells: Cells) -> int:
+    return ((cells.boxes[:, 2:] - cells.boxes[:, :2]).min(1) < 3).sum()
 
 
 def test_cells_that_ignore_the_border_are_there_as_by_chance():
@@ -197,12 +179,14 @@ def test_the_table_finds_no_effect_where_there_is_none_and_the_planted_one():
         neutral.loc["all", numbers].astype(float), neutral.loc[list(CLASS_NAMES), numbers].sum()
     )
 
-    planted = border_contact(without_cut_cells(cells, images), images)
+    planted = border_contact(without_cut_cells(cells), images)
     assert (planted.loc[["all", *CLEAR], "verdict"] == "fewer than by chance").all()
     assert (planted["at_border"] == 0).all() and (planted.loc[["all", *CLEAR], "ratio"] == 0).all()
     np.testing.assert_array_equal(planted["expected"], neutral["expected"])
 
-    doubled = [*cells, *(cell for cell in cells if cell not in without_cut_cells(cells, images))]
+    cut = near_border(cells)
+    assert len(cells[~cut]) == len(without_cut_cells(cells))
+    doubled = cells + cells[cut]
     assert border_contact(doubled, images).loc["all", "verdict"] == "more than by chance"
 
 
@@ -210,9 +194,7 @@ def test_the_virtual_border_does_not_see_the_planted_effect():
     cells, images = scatter(5, images=60)
     for inset_px in (8, 32):  # narrower and wider than a cell
         neutral = border_contact(cells, images, virtual=True, inset_px=inset_px)
-        planted = border_contact(
-            without_cut_cells(cells, images), images, virtual=True, inset_px=inset_px
-        )
+        planted = border_contact(without_cut_cells(cells), images, virtual=True, inset_px=inset_px)
         assert planted.equals(neutral)
         assert (
             planted.loc["all", "ratio"] == pytest.approx(1, abs=0.15)
@@ -237,9 +219,8 @@ def test_dispersion_adds_up_squares_of_images():
     """
     images = [image_of(1, 120, 120), image_of(2, 120, 120)]
     square = np.ones((10, 10), bool)
-    cells = [cell_of(images[0], square, 55, 50 + k) for k in range(6)] + [
-        cell_of(images[1], square, 28, 50)
-    ] * 8
+    inside = [cell_of(images[0], square, 55, 50 + k) for k in range(6)]
+    cells = Cells.concatenate([*inside, *[cell_of(images[1], square, 28, 50)] * 8])
     weight = (120 - 64 + 10 - 6 + 1) ** 2 / (120 - 64 - 11) ** 2 - 1
     expected = ((6 * weight) ** 2 + 8**2) / (6 * weight * (1 + weight))
     for virtual in (False, True):
@@ -275,46 +256,50 @@ def cut_out_tissue(rng: np.random.Generator) -> dict:
 
 def test_drawn_tissue_leaves_out_border_cells_unless_asked():
     truth = tissue(False, np.random.default_rng(0))
-    contact = border_contact(truth["annotations"], truth["images"])
+    contact = border_contact(Cells.from_coco(truth["annotations"]), truth["images"])
     assert (contact.loc[["all", *CLEAR], "verdict"] == "fewer than by chance").all()
     assert (contact["at_border"] == 0).all() and contact.loc["all", "expected"] > 150
-    control = border_contact(truth["annotations"], truth["images"], virtual=True)
+    control = border_contact(Cells.from_coco(truth["annotations"]), truth["images"], virtual=True)
     assert (control.loc[["all", *CLEAR], "verdict"] == "as by chance").all()
     assert control.loc["all", "ratio"] == pytest.approx(1, abs=0.2)
 
     windows = cut_out_tissue(np.random.default_rng(0))
-    assert border_contact(windows["annotations"], windows["images"]).loc[
+    assert border_contact(Cells.from_coco(windows["annotations"]), windows["images"]).loc[
         "all", "ratio"
     ] == pytest.approx(1, abs=0.2)
     for virtual in (False, True):
-        contact = border_contact(windows["annotations"], windows["images"], virtual=virtual)
+        contact = border_contact(
+            Cells.from_coco(windows["annotations"]), windows["images"], virtual=virtual
+        )
         assert (contact.loc[["all", *CLEAR], "verdict"] == "as by chance").all()
 
 
 def test_detections_are_taken_by_their_masks():
     cells, images = scatter(3, images=12)
-    for some in (cells, without_cut_cells(cells, images)):
+    for some in (cells, without_cut_cells(cells)):
         assert border_contact(as_detections(some), images).equals(border_contact(some, images))
 
 
 def test_one_class_no_cells_no_images():
     cells, images = scatter(2)
-    one = border_contact([{**cell, "category_id": 4} for cell in cells], images)
+    one = border_contact(replace(cells, labels=np.full(len(cells), 4)), images)
     assert one.loc["all"].equals(one.loc["macrophage"]) and one.loc["all", "cells"] > 100
     for table in (
         one.drop(["all", "macrophage"]),
-        border_contact([], images),
-        border_contact([], []),
+        border_contact(Cells.empty(), images),
+        border_contact(Cells.empty(), []),
     ):
         assert (table[["cells", "at_border", "expected", "low", "high"]] == 0).all(axis=None)
         assert table["ratio"].isna().all() and (table["verdict"] == "cannot tell").all()
-    empty = {**cells[0], "segmentation": encode_box_mask(np.zeros((0, 0), bool), 0, 0, 160, 160)}
-    assert border_contact([*cells, empty], images).equals(border_contact(cells, images))
+    empty = replace(cells[:1], masks=[BoxMask(np.zeros((0, 0), bool), 0, 0)])
+    assert border_contact(cells + empty, images).equals(border_contact(cells, images))
 
 
 def test_cells_at_the_border_alone_tell_nothing():
     image = image_of(1, 100, 100)
-    contact = border_contact([cell_of(image, disc(8), -8, 40)] * 5, [image]).loc["epithelial"]
+    contact = border_contact(Cells.concatenate([cell_of(image, disc(8), -8, 40)] * 5), [image]).loc[
+        "epithelial"
+    ]
     assert (
         contact["at_border"] == 5
         and contact["expected"] == 0
@@ -324,9 +309,10 @@ def test_cells_at_the_border_alone_tell_nothing():
 
 def test_bad_input_is_refused():
     cells, images = scatter(0, images=1)
-    for change, message in (({"image_id": 7}, "image 7"), ({"category_id": 5}, r"\[1, 2, 5\]")):
+    for change, message in (({"image_ids": 7}, "image 7"), ({"labels": 5}, r"\[1, 2, 5\]")):
+        wrong = replace(cells[:1], **{name: np.array([value]) for name, value in change.items()})
         with pytest.raises(ValueError, match=message):
-            border_contact([*cells, {**cells[0], **change}], images)
+            border_contact(cells + wrong, images)
     for settings, message in (
         ({"border_margin_px": -1}, "border_margin_px is -1"),
         ({"inset_px": 0}, "inset_px is 0"),
@@ -335,9 +321,9 @@ def test_bad_input_is_refused():
         with pytest.raises(ValueError, match=message):
             border_contact(cells, images, **settings)
     with pytest.raises(ValueError, match="by is 'polygon'"):
-        near_border(cells, images, by="polygon")
-    with pytest.raises(ValueError, match="image 7"):
-        drop_border_detections([{**cells[0], "image_id": 7}], images)
+        near_border(cells, by="polygon")
+    with pytest.raises(ValueError, match="border_margin_px is -1"):
+        near_border(cells, -1)
 
 
 IMAGE = image_of(4, 100, 80)
@@ -361,58 +347,43 @@ PLACES = [
 @pytest.mark.parametrize("border_margin_px", [0, 1, 2])
 @pytest.mark.parametrize("by", ["box", "mask"])
 def test_the_filter_drops_what_touches_each_edge(border_margin_px, by):
-    detections = [
-        {**cell_of(IMAGE, np.ones((12, 10), bool), x, y), "score": 0.5} for x, y in PLACES
-    ]
+    box = np.ones((12, 10), bool)
+    detections = Cells.concatenate(cell_of(IMAGE, box, x, y) for x, y in PLACES)
     expected = [gap <= border_margin_px for gap in (0, 1, 2, 3)] * 4
-    near = near_border(detections, [image_of(3, 9, 9), IMAGE], border_margin_px, by)
+    near = near_border(detections, border_margin_px, by)
     assert near.dtype == bool and near.tolist() == expected
-    kept = drop_border_detections(detections, [IMAGE], border_margin_px, by)
-    assert kept == [
-        detection for detection, dropped in zip(detections, expected, strict=True) if not dropped
-    ]
+    left = drop_border_detections(detections, border_margin_px, by)
+    assert left.to_coco() == detections[np.logical_not(expected)].to_coco()
 
 
 def test_boxes_and_masks_may_differ_at_the_border():
-    inner = cell_of(IMAGE, disc(6), 40, 30)
-    at_edge = cell_of(IMAGE, disc(6), 100 - 13, 30)
-    detections = [
-        {**inner, "bbox": [0.0, 30.0, 20.0, 12.0]},
-        {**at_edge, "bbox": [86.9, 30.1, 13.0999, 12.0]},
-    ]
-    before = copy.deepcopy(detections)
-    assert near_border(detections, [IMAGE], 0, "box").tolist() == [
-        True,
-        False,
-    ]  # the second ends at 99.9999
-    assert near_border(detections, [IMAGE], 1, "box").tolist() == [True, True]
-    assert near_border(detections, [IMAGE], 0, "mask").tolist() == [False, True]
-    assert drop_border_detections(detections, [IMAGE]) == detections[1:]
-    assert drop_border_detections(detections, [IMAGE], by="mask") == detections[:1]
-    assert detections == before
+    cells = cell_of(IMAGE, disc(6), 40, 30) + cell_of(IMAGE, disc(6), 100 - 13, 30)
+    boxes = np.array([[0.0, 30, 20, 42], [86.9, 30.1, 99.9999, 42.1]])  # the mask's 40 and 100
+    detections = replace(cells, boxes=boxes)
+    before = detections.to_coco()
+    assert near_border(detections, 0, "box").tolist() == [True, False]
+    assert near_border(detections, 1, "box").tolist() == [True, True]
+    assert near_border(detections, 0, "mask").tolist() == [False, True]
+    assert drop_border_detections(detections).to_coco() == before[1:]
+    assert drop_border_detections(detections, by="mask").to_coco() == before[:1]
+    assert detections.to_coco() == before
 
 
 def test_the_filter_takes_no_detections_and_empty_masks():
-    assert near_border([], [IMAGE]).tolist() == [] and drop_border_detections([], []) == []
-    empty = {
-        "image_id": 4,
-        "bbox": [5.0, 5, 9, 9],
-        "segmentation": encode_box_mask(np.zeros((0, 0), bool), 0, 0, 80, 100),
-    }
-    assert not near_border([empty], [IMAGE], 2, "mask").any()
+    assert near_border(Cells.empty()).tolist() == []
+    assert len(drop_border_detections(Cells.empty())) == 0
+    nothing = BoxMask(np.zeros((0, 0), bool), 0, 0)
+    empty = Cells.of_image(80, 100, [1], [nothing], boxes=np.array([[5.0, 5, 14, 14]]))
+    assert not near_border(empty, 2, "mask").any()
 
 
 def test_an_excess_is_told_where_none_would_be_as_by_chance():
     """Eight cells at the border and one inside: far more than chance, of which the interval reaches
     down to 0.
     """
-    images = [{"id": 1, "file_name": "a", "height": 200, "width": 200}]
+    image = image_of(1, 200, 200)
     places = [(0, y) for y in range(20, 180, 20)] + [(100, 100)]
-    mask = np.ones((8, 8), bool)
-    cells = [
-        {"image_id": 1, "category_id": 1, "segmentation": encode_box_mask(mask, x, y, 200, 200)}
-        for x, y in places
-    ]
-    table = border_contact(cells, images)
+    cells = Cells.concatenate(cell_of(image, np.ones((8, 8), bool), x, y) for x, y in places)
+    table = border_contact(cells, [image])
     assert table.loc["epithelial", "low"] == 0 and table.loc["epithelial", "at_border"] == 8
     assert table.loc["epithelial", "verdict"] == "more than by chance"
