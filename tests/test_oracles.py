@@ -37,6 +37,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_iou, masks_to_boxes
 from torchvision.transforms import v2
 
+from cellseg_helpers.cells import Cells
 from cellseg_helpers.data import hw3 as readers
 from cellseg_helpers.data.augment import RECIPES, augment
 from cellseg_helpers.data.coco_reading import CocoAnnotation, CocoImage, draw_label_maps
@@ -294,7 +295,7 @@ def test_coco_scores_equal_pycocotools(images, seed):
     truth, detections = coco_data(images, seed)
     detections = [row | {"score": round(row["score"], 1)} for row in detections]  # equal scores too
     found, expected = (
-        score_coco(truth, detections, (1, 3, 100)),
+        score_coco(truth, Cells.from_coco(detections), (1, 3, 100)),
         by_pycocotools(truth, detections, (1, 3, 100)).eval,
     )
     for values, key in (
@@ -308,6 +309,7 @@ def test_coco_scores_equal_pycocotools(images, seed):
 @on_data_sets
 def test_bootstrap_scores_equal_pycocotools_on_images_written_out(images, seed):
     truth, detections = coco_data(images, seed)
+    detections = Cells.from_coco(detections)
     weights = draw_images(len(images), 1, seed)
     lines, ap50 = (
         bootstrap_summary(truth, detections, weights, (1, 10, 100)),
@@ -412,13 +414,13 @@ def test_refined_masks_equal_those_of_scipy_and_skimage(name, images):
     """Masks of images of several sizes in one list, each by itself on a canvas that no mask leaves."""
     step, oracle = REFINEMENTS[name]
     masks = [mask for label_maps in images for mask in dense(label_maps)[2].numpy()]
-    refined = step([detection(mask, number=number) for number, mask in enumerate(masks)])
-    expected = {number: on_large_canvas(oracle)(mask) for number, mask in enumerate(masks)}
-    assert [result["number"] for result in refined] == [
-        number for number, mask in expected.items() if mask.any()
-    ]
-    for result, mask in zip(refined, masks_of(refined), strict=True):
-        assert np.array_equal(mask, expected[result["number"]])
+    refined = step(
+        Cells.concatenate(detection(mask, class_id=number) for number, mask in enumerate(masks))
+    )
+    expected = [on_large_canvas(oracle)(mask) for mask in masks]
+    assert refined.labels.tolist() == [n for n, mask in enumerate(expected) if mask.any()]
+    for number, mask in zip(refined.labels, masks_of(refined), strict=True):
+        assert np.array_equal(mask, expected[number])
 
 
 @settings(max_examples=25, deadline=None)
