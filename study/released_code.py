@@ -2,13 +2,9 @@
 differs from their text: measured with torch and torchvision themselves, without any training.
 """
 
-import inspect
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,13 +12,13 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import nn
 from torch.utils.data import Dataset, Subset
-from torchvision.models.detection import FasterRCNN, maskrcnn_resnet50_fpn_v2
+from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import batched_nms
 
-from cellseg_helpers import borders
-from cellseg_helpers.cells import CLASS_NAMES
+from cellseg_helpers import postprocess
+from cellseg_helpers.cells import CLASS_NAMES, Cells
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.cache import CellDataset, CellImage, DataError
 from cellseg_helpers.data.coco import to_coco
@@ -33,8 +29,7 @@ from cellseg_helpers.engine import image_statistics, validation_loss
 from cellseg_helpers.model.build import channel_statistics, has_v2_heads, rebuild_model
 from study import runs as study_runs
 from study.reported import E_SIZE_FACTORS
-
-Detections = list
+from study.runs import Study
 
 # Cells and images
 
@@ -53,11 +48,6 @@ def cell_table(dataset: Iterable[CellImage]) -> pd.DataFrame:
         image = {"image": index, "image_height_px": height, "image_width_px": width}
         parts.append(table.assign(**{"class": names}, **image))
     return pd.concat(parts, ignore_index=True)
-
-
-def as_uint8(ids: Sequence[int]) -> np.ndarray:
-    """Ids cast to uint8, which keeps the remainder of a division by 256."""
-    return np.asarray(ids).astype(np.uint8)
 
 
 def components_of_cells(dataset: Iterable[CellImage]) -> pd.DataFrame:
@@ -254,7 +244,7 @@ def augmented_images(images: Sequence[np.ndarray]) -> pd.DataFrame:
 
 def shared_patients(
     patients: Sequence[str | None], validation_fraction: float, draws: int = 1000
-) -> dict[str, float] | None:
+) -> tuple[float | None, str]:
     """How patients fall in random splits by image.
 
     Args:
@@ -263,25 +253,22 @@ def shared_patients(
         draws: number of random splits.
 
     Returns:
-        patients: their number; both_sides: how many of them have images on both sides; seen_share:
-        share of validation images whose patient also has a training image; both are means over the
-        draws. None where a patient is unknown.
+        The share of validation images whose patient also has a training image, mean over the draws,
+        and a sentence; None and the reason where a patient is unknown.
     """
     if None in patients or not len(patients):
-        return None
+        return None, "the patients of the images are unknown"
     names, codes = np.unique(np.array(patients, str), return_inverse=True)
     held = int(np.clip(round(validation_fraction * len(codes)), 1, len(codes) - 1))
     rng = np.random.default_rng(0)
-    both, seen = [], []
-    for _ in range(draws):
-        validation, training = np.split(rng.permutation(codes), [held])
-        both.append(len(np.intersect1d(validation, training)))
-        seen.append(np.isin(validation, training).mean())
-    return {
-        "patients": len(names),
-        "both_sides": float(np.mean(both)),
-        "seen_share": float(np.mean(seen)),
-    }
+    splits = [np.split(rng.permutation(codes), [held]) for _ in range(draws)]
+    both = np.mean([len(np.intersect1d(*sides)) for sides in splits])
+    seen = float(np.mean([np.isin(*sides).mean() for sides in splits]))
+    return seen, (
+        f"In random splits that hold out {validation_fraction:.0%} of the images, {both:.1f} of "
+        f"{len(names)} patients (mean) are on both sides; {seen:.0%} of the validation images are "
+        "of a patient with training images."
+    )
 
 
 # Model
@@ -543,64 +530,52 @@ def default_model() -> nn.Module:
 
 # Detections
 
-EDGE_PX = 0.01  # a box that ends this near an edge touches it
 
-
-def default_nms_thresholds() -> dict[str, float]:
-    """torchvision's: ``rpn_nms_thresh`` of the proposals, ``box_nms_thresh`` of the detections."""
-    default = inspect.signature(FasterRCNN).parameters
-    return {name: default[name].default for name in ("rpn_nms_thresh", "box_nms_thresh")}
-
-
-def drop_near_edge(detections: Detections, images: list[dict[str, Any]]) -> Detections:
-    """Report B's border filter with a tolerance: a box that ends within ``EDGE_PX`` of an edge
-    touches it.
+def box_nms(detections: Cells, iou_threshold: float) -> Cells:
+    """The detections that torchvision's box NMS, within each image and class, leaves, in their
+    order.
     """
-    return borders.drop_border_detections(detections, EDGE_PX)
+    groups = detections.image_ids * (len(CLASS_NAMES) + 1) + detections.labels
+    arrays = (torch.from_numpy(array) for array in (detections.boxes, detections.scores, groups))
+    return detections[np.sort(batched_nms(*arrays, iou_threshold).numpy())]
 
 
-def box_nms(detections: Detections, iou_threshold: float) -> Detections:
-    """The detections that torchvision's box NMS, within each image and class, leaves at this
-    threshold, in their order.
+def images_at_limit(study: Study, key: str) -> tuple[int | None, str]:
+    """How many images have as many detections as the run's model may leave, so that it may have
+    found more; a sentence. None and the reason if the run is missing.
     """
-    if not detections:
-        return []
-    x, y, width, height = torch.tensor(
-        [detection["bbox"] for detection in detections], dtype=torch.float64
-    ).unbind(1)
-    scores = torch.tensor([detection["score"] for detection in detections], dtype=torch.float64)
-    groups = torch.tensor(
-        [
-            detection["image_id"] * (len(CLASS_NAMES) + 1) + detection["category_id"]
-            for detection in detections
-        ]
-    )
-    kept = batched_nms(torch.stack([x, y, x + width, y + height], 1), scores, groups, iou_threshold)
-    return [detections[row] for row in sorted(kept.tolist())]
-
-
-def size_factors(detections: Detections) -> pd.Series:
-    """The share of detections that get each factor of report E's size-aware scores; 1.0: unchanged."""
-    shares = [
-        math.prod(detection["bbox"][2:]) / math.prod(detection["segmentation"]["size"])
-        for detection in detections
-    ]
-    factors = [
-        next((factor for limit, factor in E_SIZE_FACTORS if share < limit), 1.0) for share in shares
-    ]
-    counts = pd.Series(factors, dtype=float).value_counts(normalize=True)
-    return (
-        counts.reindex([*(factor for _, factor in E_SIZE_FACTORS), 1.0], fill_value=0.0)
-        .rename("share")
-        .rename_axis("factor")
+    if not (trained := study.first(key)):
+        return None, study.missing(key)
+    found, settings = trained.run.detections, trained.run.settings
+    limit, images = settings["detections_per_image"], len(trained.run.truth["images"])
+    full = int((np.unique(found.image_ids, return_counts=True)[1] >= limit).sum())
+    least, lowest = settings["box_score_thresh"], found.scores.min(initial=1)
+    return full, (
+        f"{key} drops scores under {least:g} and leaves at most {limit} detections an image: the "
+        f"lowest of {len(found)} scores is {lowest:.3f}, and {full} of {images} images are at the "
+        "limit. No histogram shows what was dropped."
     )
 
 
-def images_at_limit(detections: Detections, detections_per_image: int) -> int:
-    """How many images have as many detections as the model keeps of one, so that more may have been
-    found.
+def raised_scores(study: Study, key: str) -> tuple[float | None, str]:
+    """The share of a run's detections with a score that report E's size-aware factors raise; a
+    sentence. None and the reason if the run or its detections are missing.
     """
-    return sum(
-        number >= detections_per_image
-        for number in Counter(detection["image_id"] for detection in detections).values()
+    if not (trained := study.first(key)):
+        return None, study.missing(key)
+    if not len(trained.run.detections):
+        return None, f"{key} has no detections"
+    factors = size_factors(trained.run.detections)
+    listed = [f"{share:.0%} get a factor of {factor:g}" for factor, share in factors.items()]
+    return 1 - factors.loc[1.0], (
+        f"Of the detections of {key}, {', '.join(listed)}. Where most cells are small, this does "
+        "much the same as lower thresholds."
     )
+
+
+def size_factors(detections: Cells) -> pd.Series:
+    """The share of detections for each factor of report E's size-aware scores; 1.0: unchanged."""
+    halves = np.full(len(detections), 0.5)  # no factor raises them to the limit of 1
+    adjusted = postprocess.adjust_scores_by_size(replace(detections, scores=halves), E_SIZE_FACTORS)
+    shares = pd.Series(adjusted.scores / halves).value_counts(normalize=True)
+    return shares.reindex([*(factor for _, factor in E_SIZE_FACTORS), 1.0], fill_value=0.0)

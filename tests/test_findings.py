@@ -9,14 +9,16 @@ import pytest
 import torch
 from scenes import disc, result, truth_of
 
-from cellseg_helpers import plots, resampling
+from cellseg_helpers import borders, plots, resampling
+from cellseg_helpers.cells import BoxMask, Cells
 from cellseg_helpers.config import ROOT
 from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.model.build import build_model
 from cellseg_helpers.runs import RunError
-from study import findings, released_code, reports, verdicts
+from study import findings, released_code, reported, verdicts
 from study import runs as study_runs
+from study.findings import FINDINGS
 
 STUDY = "quick-drawn"
 
@@ -45,11 +47,12 @@ def truth():
 
 def found_in(truth, lose=(), score=0.9):
     """A right detection for each cell but those of some images."""
-    return [
+    rows = [
         result(cell["image_id"], cell["category_id"], score, cell["segmentation"])
         for cell in truth["annotations"]
         if cell["image_id"] not in lose
     ]
+    return Cells.from_coco(rows)
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def runs_dir(tmp_path, truth):
         files = {
             "settings": config.to_dict() | changes,
             "truth": truth,
-            "detections": detections,
+            "detections": detections.to_coco(),
             "finished": {
                 "epochs": 5,
                 "stopped_early": False,
@@ -81,33 +84,29 @@ def runs_dir(tmp_path, truth):
 
 class TestRegistry:
     def test_has_all_differences_in_their_order(self):
-        assert len(findings.FINDINGS) == len(findings.BY_KEY) == 21
-        assert [finding.report for finding in findings.FINDINGS] == ["B"] * 6 + ["C"] * 4 + [
-            "B, C, E"
-        ] + ["E"] * 10
+        letters = ["B"] * 6 + ["C"] * 4 + ["B, C, E"] + ["E"] * 10
+        assert [finding.report for finding in FINDINGS.values()] == letters
 
-    def test_names_runs_of_the_study_that_differ(self):
-        for finding in findings.FINDINGS:
-            assert (finding.as_reported is None) == (finding.as_released is None)
-            if finding.as_reported:
-                one, two = (
-                    study_runs.settings(key, "full", "drawn", 0)
-                    for key in (finding.as_reported, finding.as_released)
-                )
-                assert one.differences(two.to_dict())
+    @pytest.mark.parametrize("key", [key for key in FINDINGS if FINDINGS[key].as_reported])
+    def test_names_runs_of_the_study_that_differ(self, key):
+        runs = FINDINGS[key].as_reported, FINDINGS[key].as_released
+        one, two = (study_runs.settings(run, "full", "drawn", 0) for run in runs)
+        assert one.differences(two.to_dict()) and FINDINGS[key].change
 
     def test_uses_every_variant_of_the_findings(self):
-        used = {
-            run
-            for finding in findings.FINDINGS
-            for run in (finding.as_reported, finding.as_released)
-        }
+        used = {finding.as_reported for finding in FINDINGS.values()}
+        used |= {finding.as_released for finding in FINDINGS.values()}
         assert {key for key in study_runs.run_keys() if "+" in key} <= used
 
-    def test_heading(self):
-        text = findings.heading("e-anchors")
-        assert text.startswith("## Report E: anchors\n") and "`e/base` as released" in text
-        assert "Runs" not in findings.heading("c-half")
+    def test_notebook_has_a_section_for_each(self):
+        cells = json.loads((ROOT / "notebooks" / "09_findings.ipynb").read_text())["cells"]
+        text = "".join("".join(cell["source"]) + "\n" for cell in cells)
+        titles = [line[4:].lower() for line in text.splitlines() if line.startswith("### ")]
+        assert titles == [finding.title.lower() for finding in FINDINGS.values()]
+
+    def test_table_of_a_report(self):
+        html = findings.differences_of("B, C, E").data
+        assert "boxes short of their cells" in html and "miss the last pixel row" in html
 
 
 class TestModel:
@@ -154,7 +153,7 @@ class TestModel:
 
     def test_plateau(self):
         assert released_code.plateau_rates([1.0] * 6, 0.1, 0.5, 3) == [0.1] * 4 + [0.05] * 2
-        assert released_code.plateau_rates(reports.LOSSES["C-Fig3"], 0.005, 0.1, 3) == [0.005] * 10
+        assert released_code.plateau_rates(reported.LOSSES["C-Fig3"], 0.005, 0.1, 3) == [0.005] * 10
 
     def test_normalised_values(self):
         image = np.zeros((3, 2, 2), np.uint8)
@@ -226,9 +225,6 @@ class TestAnchorsAndProposals:
 
 
 class TestCells:
-    def test_uint8(self):
-        assert released_code.as_uint8([1, 255, 256, 257, 512]).tolist() == [1, 255, 0, 1, 0]
-
     def test_ids_lost_and_shared(self):
         row = released_code.components_of_cells(
             [cell_image(ids_in_squares(1, 256, 257, 512, 3))]
@@ -326,190 +322,186 @@ class TestImages:
         assert table.loc["two objects"].tolist() == [8, 8, 2, 0]
 
     def test_shared_patients(self):
-        assert released_code.shared_patients(["a", None], 0.5) is None
-        apart = released_code.shared_patients(["a", "b", "c", "d"], 0.25)
-        assert apart == {"patients": 4, "both_sides": 0, "seen_share": 0}
-        together = released_code.shared_patients(["a"] * 5 + ["b"] * 5, 0.2)
-        assert (together["patients"], together["seen_share"]) == (2, 1)
-        assert 1 < together["both_sides"] < 2
+        unknown, why = released_code.shared_patients(["a", None], 0.5)
+        assert unknown is None and "unknown" in why
+        seen, sentence = released_code.shared_patients(["a", "b", "c", "d"], 0.25)
+        assert seen == 0 and "0.0 of 4 patients" in sentence
+        seen, sentence = released_code.shared_patients(["a"] * 5 + ["b"] * 5, 0.2)
+        both = float(sentence.split("images, ")[1].split(" of 2 patients")[0])
+        assert seen == 1 and 1 < both < 2
+
+
+def boxes_at(*rows):
+    """Detections in images of 100 x 100 px: rows of (image_id, class_id, score, x, side) with
+    square boxes at y 20.
+    """
+    image_ids, labels, scores, x, side = np.array(rows, float).T
+    return Cells(
+        image_ids=image_ids.astype(int),
+        sizes=np.full((len(rows), 2), 100),
+        labels=labels.astype(int),
+        scores=scores,
+        boxes=np.column_stack([x, np.full(len(rows), 20), x + side, 20 + side]),
+        masks=[BoxMask(np.ones((1, 1), bool), 0, 0)] * len(rows),
+    )
 
 
 class TestDetections:
     def test_box_nms_within_image_and_class(self):
-        def box(image_id, class_id, score, x):
-            return {
-                "image_id": image_id,
-                "category_id": class_id,
-                "score": score,
-                "bbox": [x, 0, 10, 10],
-            }
-
-        found = [
-            box(1, 1, 0.5, 0),
-            box(1, 1, 0.9, 2),
-            box(1, 2, 0.5, 0),
-            box(2, 1, 0.5, 0),
-            box(1, 1, 0.4, 40),
-        ]  # IoU 2/3
-        assert released_code.box_nms(found, 0.5) == found[1:]
-        assert released_code.box_nms(found, 0.7) == found
-        assert released_code.box_nms([], 0.5) == []
+        found = boxes_at(
+            (1, 1, 0.5, 0, 10),
+            (1, 1, 0.9, 2, 10),  # IoU 2/3 with the first
+            (1, 2, 0.5, 0, 10),
+            (2, 1, 0.5, 0, 10),
+            (1, 1, 0.4, 40, 10),
+        )
+        assert released_code.box_nms(found, 0.5).boxes.tolist() == found.boxes[1:].tolist()
+        assert len(released_code.box_nms(found, 0.7)) == len(found)
+        assert len(released_code.box_nms(Cells.empty(), 0.5)) == 0
 
     def test_defaults(self):
-        assert released_code.default_nms_thresholds() == {
-            "rpn_nms_thresh": 0.7,
-            "box_nms_thresh": 0.5,
-        }
+        model = released_code.default_model()
+        assert (model.rpn.nms_thresh, model.roi_heads.nms_thresh) == (0.7, 0.5)
 
     def test_size_factors(self):
-        found = [
-            {"bbox": [0, 0, side, side], "segmentation": {"size": [100, 100]}}
-            for side in (5, 9, 15, 50)
-        ]
+        found = boxes_at(*((1, 1, 0.95, 0, side) for side in (5, 9, 15, 50)))
         assert released_code.size_factors(found).to_dict() == {1.15: 0.5, 1.10: 0.25, 1.0: 0.25}
 
-    def test_images_at_limit(self):
-        assert released_code.images_at_limit([{"image_id": i} for i in (1, 1, 2)], 2) == 1
+    def test_near_edge(self):
+        found = boxes_at(*((1, 1, 0.9, x, 10) for x in (0, 0.005, 1)))
+        assert borders.drop_border_detections(found, 0.01).boxes[:, 0].tolist() == [1]
 
-    def test_near_edge(self, truth):
-        found = found_in(truth)[:3]
-        for detection, x in zip(found, (0, 0.005, 1), strict=True):
-            detection["bbox"] = [x, 20, 10, 10]
-        assert released_code.drop_near_edge(found, truth["images"]) == found[2:]
+
+@pytest.fixture
+def measures(runs_dir):
+    """``measures()`` opens the runs that were written so far."""
+    return lambda: findings.Measures(study_runs.Study(runs_dir.path, STUDY))
+
+
+def compare_runs(measures, key):
+    found = measures()
+    found.compare_runs(key)
+    (row,) = found.rows
+    return row
 
 
 class TestPairs:
-    def test_effect_of_the_released_code(self, runs_dir, truth):
+    def test_effect_of_the_released_code(self, runs_dir, truth, measures):
         runs_dir.write("e/full", found_in(truth))
         runs_dir.write("e/base", found_in(truth, lose=(1, 2, 3, 4, 5, 6)))
-        found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "e-anchors")
-        assert found.effect < -0.7 and found.high < 0 and found.verdict == findings.LOWER
-        assert (found.base, found.other, found.seeds) == ("e/full", "e/base", 1)
-        assert found.context == {
-            "data": "drawn",
-            "split": "patient, validation side",
-            "maxDets": 100,
-            "scale": "quick",
-            "weights": "none",
-        }
-        assert "as reported, e/full" in found.sentence
-
-    def test_same_detections(self, runs_dir, truth):
-        for key in ("e/full", "e/base"):
-            runs_dir.write(key, found_in(truth))
-        found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "e-anchors")
-        assert (found.effect, found.verdict) == (0, findings.NO_CHANGE)
-
-    def test_missing_run(self, runs_dir, truth):
-        runs_dir.write("e/full", found_in(truth))
-        found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "e-anchors")
-        assert math.isnan(found.effect) and found.verdict == verdicts.NOT_ASKED
-        assert found.empty_because == "no run quick-drawn-e-base-seed0"
-
-    def test_scale_that_sets_both_alike(self, runs_dir, truth):
-        for key in ("c/final", "c/final+coco_weights"):
-            runs_dir.write(key, found_in(truth))
-        found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "c-weights")
-        assert (
-            found.empty_because
-            == "the quick scale gives both runs weights 'none': it cannot test this pair"
+        row = compare_runs(measures, "e-anchors")
+        assert row["effect"] < -0.7 and row["high"] < 0 and row["verdict"] == findings.LOWER
+        assert (row["base"], row["as_reported"], row["as_released"]) == (
+            "e/full",
+            "e/full",
+            "e/base",
+        )
+        context = {"data": "drawn", "split": "patient, validation side", "maxDets": 100}
+        context |= {"scale": "quick", "weights": "none", "seeds": 1}
+        assert {name: row[name] for name in context} == context
+        assert "as reported, e/full" in row["sentence"]
+        assert row["summary"] == (
+            "With anchors of 32 to 512 px instead of 8 to 128 px, AP50 goes from 1.000 to 0.257: "
+            "**lower as released**."
         )
 
-    def test_scale_that_leaves_some_of_the_differences_says_so(self, runs_dir, truth):
+    def test_same_detections(self, runs_dir, truth, measures):
+        for key in ("e/full", "e/base"):
+            runs_dir.write(key, found_in(truth))
+        row = compare_runs(measures, "e-anchors")
+        assert (row["effect"], row["verdict"]) == (0, findings.NO_CHANGE)
+
+    def test_missing_run(self, runs_dir, truth, measures):
+        runs_dir.write("e/full", found_in(truth))
+        row = compare_runs(measures, "e-anchors")
+        assert math.isnan(row["effect"]) and row["verdict"] == verdicts.NOT_ASKED
+        assert row["empty_because"] == "no run quick-drawn-e-base-seed0"
+
+    def test_scale_that_sets_both_alike(self, runs_dir, truth, measures):
+        for key in ("c/final", "c/final+coco_weights"):
+            runs_dir.write(key, found_in(truth))
+        assert compare_runs(measures, "c-weights")["empty_because"] == (
+            "the quick scale gives both runs weights 'none': it cannot test this pair"
+        )
+
+    def test_scale_that_leaves_some_of_the_differences_says_so(self, runs_dir, truth, measures):
         for key in ("b/v2_backbone", "b/v2_backbone+all_images"):
             folder = runs_dir.write(key, found_in(truth))
         split = json.loads((folder / "split.json").read_text())
         (folder / "split.json").write_text(json.dumps(split | {"kind": "all"}))
-        found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "b-training-images")
-        assert (
-            found.verdict == findings.NO_CHANGE
-        )  # though of another split: the pair is meant to be
-        assert (
-            "make no visible difference (the quick scale leaves no difference in epochs): holds here"
-            in found.sentence
-        )
+        row = compare_runs(measures, "b-training-images")
+        # the two are of other splits, but that is what the pair is about
+        assert row["verdict"] == findings.NO_CHANGE
+        told = "(the quick scale leaves no difference in epochs), the score does not change visibly"
+        assert f"{told}: holds here" in row["sentence"]
 
-    def test_scale_that_leaves_no_difference_trains_no_pair(self, runs_dir, truth):
-        left_out = {
-            key for key in study_runs.run_keys() if not study_runs.differs_from_base(key, "quick")
-        }
-        assert (
-            left_out
-            == {"c/final+coco_weights", "c/final+batch2_10_epochs"}
-            == set(study_runs.run_keys()) - set(study_runs.run_keys("quick"))
-        )
-        assert (
-            set(study_runs.run_keys("full"))
-            == set(study_runs.run_keys("sample"))
-            == set(study_runs.run_keys())
-        )
+    def test_scale_that_leaves_no_difference_trains_no_pair(self, runs_dir, truth, measures):
+        every = set(study_runs.run_keys())
+        left_out = {key for key in every if not study_runs.differs_from_base(key, "quick")}
+        assert left_out == {"c/final+coco_weights", "c/final+batch2_10_epochs"}
+        assert set(study_runs.run_keys("quick")) == every - left_out
+        assert set(study_runs.run_keys("full")) == set(study_runs.run_keys("sample")) == every
         runs_dir.write("c/final", found_in(truth))
-        found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "c-weights")
-        assert found.empty_because == (
-            "c/final+coco_weights is not trained at the quick scale, which gives it all the settings of c/final"
+        assert compare_runs(measures, "c-weights")["empty_because"] == (
+            "c/final+coco_weights is not trained at the quick scale, which gives it all the "
+            "settings of c/final"
         )
 
-    def test_runs_that_differ_in_more(self, runs_dir, truth):
+    def test_runs_that_differ_in_more(self, runs_dir, truth, measures):
         runs_dir.write("e/full", found_in(truth))
         runs_dir.write("e/base", found_in(truth), epochs=9)
-        found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "e-anchors")
-        assert found.empty_because == "the two runs also differ in epochs"
+        row = compare_runs(measures, "e-anchors")
+        assert row["empty_because"] == "the two runs also differ in epochs"
 
-    def test_other_validation_images(self, runs_dir, truth):
+    def test_other_validation_images(self, runs_dir, truth, measures):
         runs_dir.write("e/full", found_in(truth))
         folder = runs_dir.write("e/base", found_in(truth))
         other = json.loads(json.dumps(truth))
         other["images"][0]["file_name"] = "another"
         (folder / "truth.json").write_text(json.dumps(other))
         resampling.save_scores(resampling.score_run(other, found_in(truth)), folder / "scores.json")
-        found = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "e-anchors")
-        assert "the two runs are of other validation images" in found.empty_because
+        row = compare_runs(measures, "e-anchors")
+        assert "the two runs are of other validation images" in row["empty_because"]
 
-    def test_two_ways_to_treat_detections(self, runs_dir, truth):
-        runs_dir.write(
-            "c/final",
-            found_in(truth, lose=(1, 2, 3, 4)) + found_in(truth, lose=(5, 6, 7, 8), score=0.3),
-        )
-        ways = (
-            ("all", reports.VARIANTS["all detections"]),
-            ("score ≥ 0.5", reports.VARIANTS["score ≥ 0.5"]),
-        )
-        study = reports.Study(runs_dir.path, STUDY)
-        found = findings.compare_detections(study, "c-half", "c/final", "Nothing changes", *ways)
-        assert found.verdict == findings.LOWER and found.effect == pytest.approx(-0.495, abs=0.01)
-        f1 = findings.compare_detections(
-            study, "c-half", "c/final", "Nothing changes", *ways, metric="F1"
-        )
-        assert f1.effect == pytest.approx(2 / 3 - 1)
-        missing = findings.compare_detections(
-            study, "c-half", "c/flip_colour_rotation", "Nothing changes", *ways
-        )
-        assert missing.empty_because == "no run quick-drawn-c-flip_colour_rotation-seed0"
 
-    def test_thresholds_on_the_other_half(self, runs_dir, truth):
-        noise = [result(i, 1, 0.3, disc(90, 70, 6)) for i in range(1, 9)]
+class TestOfDetections:
+    def test_two_ways_to_treat_detections(self, runs_dir, truth, measures):
+        right = found_in(truth, lose=(1, 2, 3, 4))
+        runs_dir.write("c/final", right + found_in(truth, lose=(5, 6, 7, 8), score=0.3))
+        ways = {name: reported.VARIANTS[name] for name in ("all detections", "score ≥ 0.5")}
+        found = measures()
+        found.compare_detections("c-half", "c/final", ways)
+        found.compare_detections("c-half", "c/final", ways, metric="F1")
+        found.compare_detections("c-half", "c/flip_colour_rotation", ways)
+        ap50, f1, missing = found.rows
+        assert ap50["verdict"] == findings.LOWER
+        assert ap50["effect"] == pytest.approx(-0.495, abs=0.01)
+        assert f1["effect"] == pytest.approx(2 / 3 - 1)
+        assert missing["empty_because"] == "no run quick-drawn-c-flip_colour_rotation-seed0"
+
+    def test_thresholds_on_the_other_half(self, runs_dir, truth, measures):
+        noise = Cells.from_coco([result(i, 1, 0.3, disc(90, 70, 6)) for i in range(1, 9)])
         runs_dir.write("e/full", found_in(truth) + noise)
-        found = findings.compare_thresholds(
-            reports.Study(runs_dir.path, STUDY), "e-thresholds", "e/full"
-        )
-        assert found.measure == "F1" and found.effect == pytest.approx(2 * 8 / (2 * 8 + 4) - 1)
-        assert "4 images to choose on and 4 images to judge on" in found.sentence
+        found = measures()
+        found.compare_thresholds("e-thresholds", "e/full")
+        (row,) = found.rows
+        assert row["measure"] == "F1" and row["effect"] == pytest.approx(2 * 8 / (2 * 8 + 4) - 1)
+        assert "4 images to choose on and 4 images to judge on" in row["sentence"]
 
     def test_limit_of_detections(self, runs_dir, truth):
         runs_dir.write("b/v2_backbone", found_in(truth), detections_per_image=2)
-        found = findings.measure_limit(
-            reports.Study(runs_dir.path, STUDY), "b-threshold", "b/v2_backbone"
-        )
-        assert found.effect == 8 and "8 of 8 images" in found.sentence and "0.900" in found.sentence
+        study = study_runs.Study(runs_dir.path, STUDY)
+        full, sentence = released_code.images_at_limit(study, "b/v2_backbone")
+        assert full == 8 and "8 of 8 images" in sentence and "0.900" in sentence
+        missing = None, "no run quick-drawn-e-full-seed0"
+        assert released_code.images_at_limit(study, "e/full") == missing
+        assert released_code.raised_scores(study, "e/full") == missing
 
     def test_raised_scores(self, runs_dir, truth):
         runs_dir.write("e/full", found_in(truth))
-        found = findings.measure_size_factors(
-            reports.Study(runs_dir.path, STUDY), "e-scores", "e/full"
-        )
-        assert (
-            found.effect == 1 and "100% get a factor of 1.1," in found.sentence
-        )  # 22 x 22 of 90 x 110 px
+        study = study_runs.Study(runs_dir.path, STUDY)
+        raised, sentence = released_code.raised_scores(study, "e/full")
+        assert raised == 1 and "100% get a factor of 1.1," in sentence  # 22 x 22 of 90 x 110 px
 
 
 class TestTrainingImages:
@@ -519,35 +511,33 @@ class TestTrainingImages:
         the next four.
         """
         dataset = open_dataset("drawn")
-        folder = runs_dir.write("b/v2_backbone", [])
+        folder = runs_dir.write("b/v2_backbone", Cells.empty())
         truth = findings.to_coco([dataset[0], dataset[1]])
-        split = {
-            "kind": "random",
-            "train": dataset.image_ids[2:6],
-            "validation": dataset.image_ids[:2],
-            "warning": "",
-        }
+        sides = {"train": dataset.image_ids[2:6], "validation": dataset.image_ids[:2]}
+        split = {"kind": "random", **sides, "warning": ""}
         (folder / "truth.json").write_text(json.dumps(truth))
         (folder / "split.json").write_text(json.dumps(split))
-        resampling.save_scores(resampling.score_run(truth, []), folder / "scores.json")
-        return reports.Study(runs_dir.path, STUDY).first("b/v2_backbone"), dataset
+        scores = resampling.score_run(truth, Cells.empty())
+        resampling.save_scores(scores, folder / "scores.json")
+        return study_runs.Study(runs_dir.path, STUDY).first("b/v2_backbone"), dataset
 
     def test_needs_weights_once(self, trained, monkeypatch):
         run, dataset = trained
         with pytest.raises(RunError, match="^quick-drawn-b-v2_backbone-seed0 has no weights"):
             findings.training_detections(run, dataset)
         asked = []
-        monkeypatch.setattr(
-            findings, "predict_run", lambda run_dir, images: asked.append(images) or []
-        )
+
+        def predict(run_dir, images):
+            asked.append(images)
+            return Cells.empty()
+
+        monkeypatch.setattr(findings, "predict_run", predict)
         truth, detections = findings.training_detections(run, dataset)
-        assert [image["file_name"] for image in truth["images"]] == [
-            dataset.image_ids[2],
-            dataset.image_ids[5],
-        ]
-        assert detections == [] and np.array_equal(asked[0][1], dataset[5].image)
+        names = [image["file_name"] for image in truth["images"]]
+        assert names == [dataset.image_ids[2], dataset.image_ids[5]]
+        assert len(detections) == 0 and np.array_equal(asked[0][1], dataset[5].image)
         monkeypatch.undo()
-        assert findings.training_detections(run, dataset) == (truth, [])
+        assert findings.training_detections(run, dataset)[0] == truth
 
     def test_other_data(self, trained):
         run, dataset = trained
@@ -555,70 +545,74 @@ class TestTrainingImages:
         with pytest.raises(RunError, match="trained on other images"):
             findings.training_detections(run, other)
 
-    def test_difference_from_unseen_images(self, runs_dir, truth, monkeypatch):
+    def test_difference_from_unseen_images(self, runs_dir, truth, measures, monkeypatch):
         runs_dir.write("b/v2_backbone", found_in(truth, lose=(1, 2, 3, 4, 5, 6)))
-        monkeypatch.setattr(
-            findings, "training_detections", lambda trained, dataset: (truth, found_in(truth))
-        )
-        study = reports.Study(runs_dir.path, STUDY)
-        found = findings.compare_with_training_images(
-            study, "b-training-images", "b/v2_backbone", None
-        )
-        assert found.verdict == findings.HIGHER and found.low > 0
-        assert found.context["split"] == "patient, training minus validation side"
-        assert "AP50 1.000 on 8 training images" in found.sentence
+        seen = truth, found_in(truth)
+        monkeypatch.setattr(findings, "training_detections", lambda trained, dataset: seen)
+        found = measures()
+        found.compare_with_training_images("b-training-images", "b/v2_backbone")
+        (row,) = found.rows
+        assert row["verdict"] == findings.HIGHER and row["low"] > 0
+        assert row["split"] == "patient, training minus validation side"
+        assert "AP50 1.000 on 8 training images" in row["sentence"]
 
 
 class TestTable:
-    def test_needs_every_finding(self):
-        with pytest.raises(ValueError, match="no measurement of b-heads, b-cells"):
-            findings.findings_table([])
+    def test_needs_every_finding(self, measures):
+        with pytest.raises(ValueError, match="no measure of b-heads, b-cells"):
+            measures().table()
 
-    def test_rows_in_the_order_of_the_registry(self, runs_dir, truth):
+    def test_rows_in_the_order_of_the_registry(self, runs_dir, truth, measures):
         runs_dir.write("e/full", found_in(truth))
         runs_dir.write("e/base", found_in(truth))
-        pair = findings.compare_runs(reports.Study(runs_dir.path, STUDY), "e-anchors")
-        others = [
-            findings.missing(finding.key, "AP50", "detections", "x", "c/final")
-            for finding in reversed(findings.FINDINGS)
-        ]
-        table = findings.findings_table([pair, *others])
-        assert table["finding"].drop_duplicates().tolist() == list(findings.BY_KEY)
-        row = table[
-            (table["finding"] == "e-anchors") & (table["measured_on"] == "training pair")
-        ].iloc[0]
-        assert row[["base", "as_reported", "as_released", "scale", "maxDets"]].tolist() == [
-            "e/full",
-            "e/full",
-            "e/base",
-            "quick",
-            100,
-        ]
+        found = measures()
+        found.compare_runs("e-anchors")
+        for key in reversed(FINDINGS):
+            found.count(key, "AP50", None, "x", on="detections", run="c/final")
+        table = found.table()
+        assert table["finding"].drop_duplicates().tolist() == list(FINDINGS)
+        row = table[table["measured_on"] == "training pair"].iloc[0]
+        names = ["finding", "base", "as_reported", "as_released", "scale", "maxDets"]
+        assert row[names].tolist() == ["e-anchors", "e/full", "e/full", "e/base", "quick", 100]
         empty = table[table["finding"] == "c-half"].iloc[0]
-        assert (
-            math.isnan(empty["effect"])
-            and empty["empty_because"] == "x"
-            and empty["as_reported"] == ""
-        )
+        assert math.isnan(empty["effect"]) and math.isnan(empty["low"])
+        assert (empty["empty_because"], empty["as_reported"], empty["seeds"]) == ("x", "", "")
 
-    def test_outcome(self):
-        shown = findings.measured("b-cells", "cells", 3, True, "Three.")
-        gone = findings.missing("b-cells", "AP50", "detections", "no run x")
-        assert findings.outcome([shown, gone]) == "cells 3 (confirmed here); AP50 (cannot be asked)"
-        assert findings.sentences([shown, gone]).splitlines()[0] == "Three."
+    def test_count(self, runs_dir, truth, measures):
+        runs_dir.write("e/full", found_in(truth))
+        found = measures()
+        found.count("b-cells", "cells", 3, "Three.")
+        found.count("b-cells", "cells", 0, "None.")
+        found.count("b-cells", "levels", 0, "None.", shown=True, on="model")
+        found.count("b-cells", "images", 2, "Two.", on="detections", run="e/full")
+        verdict = [row["verdict"] for row in found.rows]
+        assert verdict == [findings.SHOWN, findings.NOT_SHOWN, findings.SHOWN, findings.SHOWN]
+        assert found.rows[0]["split"] == "all annotated images" and "data" not in found.rows[2]
+        assert found.rows[3]["scale"] == "quick"
+
+    def test_show(self, runs_dir, truth, measures, capsys):
+        for key in ("e/full", "e/base"):
+            runs_dir.write(key, found_in(truth))
+        found = measures()
+        found.count("e-anchors", "levels", 3, "Three.")
+        found.compare_runs("e-anchors")
+        table = findings._readable(pd.DataFrame(found.rows))
+        assert table.index.tolist() == ["levels", "AP50"]
+        assert table["effect"].tolist() == ["3", "+0.000"]
+        assert table["95 % interval"].tolist() == ["", "[+0.000, +0.000]"]
+        found.show("e-anchors")
 
     def test_data_of_no_run(self, tmp_path):
-        dataset, data, sentence = findings.data_of(reports.Study(tmp_path, STUDY))
-        assert (dataset.name, data) == ("drawn", "drawn") and sentence.startswith(
-            "There is no finished run of quick-drawn. Data: 'drawn'"
-        )
+        found = findings.Measures(study_runs.Study(tmp_path, STUDY))
+        assert (found.dataset.name, found.data) == ("drawn", "drawn")
+        start = "There is no finished run of quick-drawn. Data: 'drawn'"
+        assert found.sentence.startswith(start)
 
-    def test_data_that_are_gone(self, runs_dir, truth):
+    def test_data_that_are_gone(self, runs_dir, truth, measures):
         runs_dir.write("e/full", found_in(truth), data="gone")
-        dataset, data, sentence = findings.data_of(reports.Study(runs_dir.path, STUDY))
-        assert (dataset.name, data) == ("drawn", "drawn") and sentence.startswith(
-            "The data of the runs cannot be opened"
-        )
+        found = measures()
+        assert (found.dataset.name, found.data) == ("drawn", "drawn")
+        assert found.sentence.startswith("The data of the runs cannot be opened")
 
 
 def test_figures():
