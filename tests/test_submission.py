@@ -10,20 +10,17 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco_mask
 from scenes import HEIGHT, WIDTH, disc, result, truth_of
 
-from cellseg_helpers.data.rle_check import check_masks
+from cellseg_helpers.cells import Cells
 from cellseg_helpers.submission import check_results, check_submission, write_submission
 
 IMAGES = truth_of([], images=3)["images"]
 SIDES = "x, y, width, height"
 
 
-def detections():
+def detections() -> Cells:
     """Three discs and a large one in image 1, one disc in image 2, none in image 3."""
     cells = [
         (1, 1, 20, 30, 8),
@@ -32,15 +29,17 @@ def detections():
         (1, 4, 60, 70, 15),
         (2, 3, 50, 50, 7),
     ]
-    return [
-        result(image_id, k, 0.9 - 0.1 * row, disc(x, y, r))
-        for row, (image_id, k, x, y, r) in enumerate(cells)
-    ]
+    return Cells.from_coco(
+        [
+            result(image_id, k, 0.9 - 0.1 * row, disc(x, y, r))
+            for row, (image_id, k, x, y, r) in enumerate(cells)
+        ]
+    )
 
 
 def faults_of(change):
     """What is said when ``change`` was made to the third result."""
-    results = detections()
+    results = detections().to_coco()
     change(results[2])
     return check_results(results, IMAGES).faults
 
@@ -49,10 +48,9 @@ def faults_of(change):
 
 
 def test_the_file_is_the_courses_format(tmp_path):
-    extra = [detection | {"note": "not part of the format"} for detection in detections()]
-    json_path, zip_path = write_submission(extra, IMAGES, tmp_path / "new" / "folder")
+    json_path, zip_path = write_submission(detections(), IMAGES, tmp_path / "new" / "folder")
     assert (json_path.name, zip_path.name) == ("test-results.json", "test-results.zip")
-    assert json.loads(json_path.read_text()) == detections()
+    assert json.loads(json_path.read_text()) == detections().to_coco()
     with zipfile.ZipFile(zip_path) as archive:
         assert archive.namelist() == ["test-results.json"] and archive.testzip() is None
         assert archive.read("test-results.json") == json_path.read_bytes()
@@ -70,10 +68,10 @@ def test_the_same_detections_give_the_same_bytes(tmp_path, monkeypatch):
 def test_faulty_detections_are_not_written(tmp_path):
     paths = write_submission(detections(), IMAGES, tmp_path)
     before = [path.read_bytes() for path in paths]
-    faulty = [*detections(), result(9, 1, 1.2, disc(20, 20, 5))]
+    faulty = detections() + Cells.from_coco([result(9, 1, 1.2, disc(20, 20, 5))])
     with pytest.raises(
         ValueError,
-        match="no valid submission:\n  result 5 .*no test image 9.*\n  result 5 .*score is 1.2",
+        match="no valid submission:\n  result 5 .*score is 1.2.*\n  result 5 .*no test image 9",
     ):
         write_submission(faulty, IMAGES, tmp_path)
     assert [path.read_bytes() for path in paths] == before and sorted(tmp_path.iterdir()) == sorted(
@@ -169,9 +167,9 @@ def test_a_zip_without_the_results_says_what_it_holds(tmp_path):
         for name in ("folder/test-results.json", "readme.txt"):
             archive.writestr(name, "[]")
     (fault,) = check_submission(tmp_path / "a.zip", IMAGES).faults
-    assert (
-        fault
-        == "a.zip: it has no test-results.json at its top; it holds folder/test-results.json, readme.txt"
+    assert fault == (
+        "a.zip: it has no test-results.json at its top; "
+        "it holds folder/test-results.json, readme.txt"
     )
 
 
@@ -279,7 +277,8 @@ CASES = {
     ),
     "size_turned": (
         put("segmentation", "size", value=[WIDTH, HEIGHT]),
-        "its mask is 110 x 90 px, its image 90 x 110 px (height x width); height and width are swapped",
+        "its mask is 110 x 90 px, its image 90 x 110 px (height x width); "
+        "height and width are swapped",
     ),
     "no_rle": (
         put("segmentation", "counts", value="a cell"),
@@ -329,12 +328,13 @@ def test_every_fault_has_its_sentence(change, expected):
 
 
 def test_like_faults_are_told_once():
-    results = detections() * 9
+    results = detections().to_coco() * 9
     for row in range(3, 45):
         results[row] = results[row] | {"score": 1 + row}
     results[17] = results[17] | {"category_id": 9}
     assert check_results(results, IMAGES).faults == [
-        "result 3 (image 1): its score is 4; it must be a number between 0 and 1 (and 41 more like it)",
+        "result 3 (image 1): its score is 4; it must be a number between 0 and 1 "
+        "(and 41 more like it)",
         "result 17 (image 1): its category_id is 9; it must be a whole number, 1 to 4",
     ]
 
@@ -358,7 +358,7 @@ def no_box(detection):
 
 
 def test_the_kind_of_the_boxes_is_told():
-    sides = detections() * 40
+    sides = detections().to_coco() * 40
     kind_of = {
         "as they are": sides,
         "corners": [corners(detection) for detection in sides],
@@ -377,42 +377,8 @@ def test_the_kind_of_the_boxes_is_told():
     ]  # fmt: skip
 
 
-masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12))
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.lists(masks, min_size=1, max_size=5))
-def test_boxes_of_masks_equal_pycocotools(stack):
-    rles = [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in stack]
-    boxes, problems = check_masks(
-        [rle["counts"].decode() for rle in rles], [rle["size"] for rle in rles]
-    )
-    assert boxes.tolist() == coco_mask.toBbox(rles).astype(int).tolist()
-    assert [not problem for problem in problems] == [bool(mask.any()) for mask in stack]
-
-
-@settings(deadline=None, max_examples=200)
-@given(
-    st.text([chr(code) for code in range(48, 112)], min_size=1, max_size=8),
-    st.integers(1, 9),
-    st.integers(1, 9),
-)
-def test_what_passes_is_a_whole_mask_also_beside_damaged_ones(counts, height, width):
-    neighbours = [disc(20, 20, 5), disc(60, 40, 9)]
-    texts = [neighbours[0]["counts"], counts, neighbours[1]["counts"]]
-    boxes, problems = check_masks(texts, [[HEIGHT, WIDTH], [height, width], [HEIGHT, WIDTH]])
-    assert (
-        problems[0] == problems[2] == ""
-        and boxes[2].tolist() == coco_mask.toBbox(neighbours[1]).tolist()
-    )
-    if not problems[1]:
-        mask = coco_mask.decode({"size": [height, width], "counts": counts})
-        ys, xs = np.nonzero(mask)
-        assert boxes[1].tolist() == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
-
-
 def test_many_results_are_checked_in_seconds():
-    results = [copy.copy(detection) for detection in detections() * 4000]
+    results = [copy.copy(detection) for detection in detections().to_coco() * 4000]
     started = time.process_time()
     assert check_results(results, IMAGES).summary["results"] == 20_000
     assert time.process_time() - started < 2
