@@ -10,13 +10,13 @@ from ipywidgets import FloatSlider, Image, IntSlider, Layout, ValueWidget, VBox
 from matplotlib.figure import Figure
 
 from cellseg_helpers import plots
+from cellseg_helpers.borders import BORDER_MARGIN_PX, near_border
 from cellseg_helpers.cells import CLASS_NAMES, Cells, mask_iou
 from cellseg_helpers.data.cache import CellDataset, CellImage
 from cellseg_helpers.data.labels import find_instances
 from cellseg_helpers.metrics import Matches
 
 BACKGROUND_IOU = 0.1  # a detection of less IoU lies on no annotated cell (TIDE's value)
-BORDER_MARGIN_PX = 2
 
 
 def interact(draw: Callable[..., Figure], **controls: ValueWidget) -> VBox:
@@ -203,8 +203,6 @@ def confident_mistakes(
         mask_iou(detections[[row]], other).max(initial=0)
         for row, other in zip(wrong.index, others, strict=True)
     ]
-    found = detections[wrong.index.to_numpy()]
-    gaps_px = np.minimum(found.mask_boxes[:, :2], found.sizes[:, ::-1] - found.mask_boxes[:, 2:])
     iou = wrong["iou"].to_numpy()
     largest = np.maximum(iou, np.array(of_other_class, float))
     is_kind = {
@@ -220,6 +218,6 @@ def confident_mistakes(
         "kind": np.select(list(is_kind.values()), list(is_kind), "no annotated cell"),
         "iou": iou,
         "iou_other_class": of_other_class,
-        "at_border": gaps_px.min(axis=1) <= BORDER_MARGIN_PX,
+        "at_border": near_border(detections[wrong.index], BORDER_MARGIN_PX, by="mask"),
     }
     return pd.DataFrame(columns, index=wrong.index).rename_axis("detection")

@@ -390,22 +390,20 @@ def precision_recall(
 
 
 def score_histograms(matches: Matches) -> Figure:
-    """Scores of the detections of each class, matched ones (blue) on top of unmatched ones (grey),
-    of ``metrics.match_detections``.
+    """Scores of the detections of each class: those that match a cell (blue), and on top of them
+    those that do not (grey).
     """
-    import seaborn as sns
-
     fig, axes = _figure(2, 2, 5.6, sharex=True)
+    labels = {"matches an annotated cell": BLUE, "matches none": "0.75"}
     for ax, (class_id, name) in zip(axes.flat, matches.class_names.items(), strict=True):
         found = matches.detections[matches.detections["class_id"] == class_id]
-        style = {"multiple": "stack", "alpha": 1, "linewidth": 0, "legend": False}
-        style |= {"bins": np.linspace(0, 1, 41), "palette": {False: "0.75", True: BLUE}}
-        sns.histplot(found, x="score", hue="matched", hue_order=[True, False], ax=ax, **style)
-        matched = int(found["matched"].sum())
-        ax.set_title(f"{name}: {matched} matched, {len(found) - matched} not")
+        parts = [found.loc[found["matched"] == is_match, "score"] for is_match in (True, False)]
+        ax.hist(parts, np.linspace(0, 1, 41), stacked=True, color=list(labels.values()))
+        ax.set_title(f"{name}: {len(parts[0])} matched, {len(parts[1])} not")
         ax.set(xlim=(0, 1), ylim=(0, max(1, ax.get_ylim()[1])), ylabel="detections")
         ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    labels = {"matches no annotated cell": "0.75", "matches one": BLUE}
+    for ax in axes[1]:
+        ax.set_xlabel("score")
     _legend(fig, [Patch(color=color, label=label) for label, color in labels.items()])
     return fig
 
@@ -425,10 +423,8 @@ def threshold_sweep(table: pd.DataFrame) -> Figure:
     panels = {"col": "variable", "col_wrap": 2, "height": 2.7, "aspect": 1.6}
     lines = {"hue": "class", "palette": ALL_COLORS, "marker": "o", "markersize": 4}
     grid = sns.relplot(rows, x="score_threshold", y="value", kind="line", **panels, **lines)
-    grid.set_titles("{col_name}")
-    grid.set(ylim=(0, 1.02), xlabel="score threshold", ylabel="")
-    plt.close(grid.figure)
-    return grid.figure
+    grid.set_titles("{col_name}").set(ylim=(0, 1.02), xlabel="score threshold", ylabel="")
+    return _closed(grid)
 
 
 def reliability_diagram(table: pd.DataFrame, errors: pd.Series) -> Figure:
@@ -459,29 +455,25 @@ def reliability_diagram(table: pd.DataFrame, errors: pd.Series) -> Figure:
 
 def predicted_against_true_counts(counts: dict[str, pd.DataFrame]) -> Figure:
     """Predicted over annotated cells of each image, one panel a class, one mark for each way to
-    choose the threshold.
+    choose the threshold; the dotted line is equality.
 
     Args:
-        counts: name of the choice -> table of ``thresholds.cell_counts``; at most ``len(MARKS)``.
+        counts: name of the choice -> table of ``thresholds.cell_counts``.
     """
-    fig, axes = _figure(1, 4, 3.4)
-    for ax, (name, colour) in zip(axes, CLASS_COLORS.items(), strict=True):
-        for mark, table in zip(MARKS, counts.values(), strict=False):
-            rows = table[table["class"] == name]
-            face = colour if mark == MARKS[0] else "none"
-            ax.plot(rows["cells"], rows["predicted"], mark, color=face, markeredgecolor=colour)
+    import seaborn as sns
+
+    rows = pd.concat(counts, names=["threshold"]).reset_index("threshold")
+    panels = {"col": "class", "height": 2.6, "aspect": 0.9}
+    panels["facet_kws"] = {"sharex": False, "sharey": False}
+    colours = [BLUE, RED, GREEN, PURPLE][: len(counts)]
+    points = {"hue": "threshold", "style": "threshold", "palette": colours}
+    grid = sns.relplot(rows, x="cells", y="predicted", s=45, **panels, **points)
+    grid.set_titles("{col_name}").set(xlabel="annotated cells", ylabel="predicted cells")
+    for ax in grid.axes.flat:
         ax.axline((0, 0), slope=1, color="0.6", linewidth=0.8, linestyle=":")
-        ax.set_title(name)
-        ax.set_xlabel("annotated cells")
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(4, integer=True))
-    axes[0].set_ylabel("predicted cells")
-    handles = [
-        Line2D([], [], linestyle="", marker=mark, color=face, markeredgecolor="0.4", label=name)
-        for mark, face, name in zip(MARKS, ["0.4"] + ["none"] * 7, counts, strict=False)
-    ]
-    _legend(fig, handles)
-    return fig
+    return _closed(grid)
 
 
 # Sizes, borders and effects
@@ -563,10 +555,10 @@ def border_contact(contacts: dict[str, pd.DataFrame]) -> Figure:
     for ax, (title, table) in zip(axes[0], contacts.items(), strict=True):
         expected = table["expected"].where(table["expected"] > 0)
         low, high = table["low"] / expected, table["high"] / expected
-        ax.barh(range(len(table)), high - low, left=low, height=0.6, color="0.85")
         ax.axvline(1, color="0.5", linewidth=0.8, linestyle=":")
         for y, (name, row) in enumerate(table.iterrows()):
             if row["expected"] > 0:
+                ax.barh(y, high[name] - low[name], left=low[name], height=0.6, color="0.85")
                 ax.plot(row["ratio"], y, "o", color=ALL_COLORS[name])
                 text = f"{row['at_border']} of {row['expected']:.0f}"
                 transform = ax.get_yaxis_transform()
@@ -617,6 +609,13 @@ def _figure(rows: int, columns: int, height_in: float, **options: Any) -> tuple[
     fig.add_artist(Line2D([0, 1], [0, 0], alpha=0))  # a notebook's crop leaves the width as it is
     plt.close(fig)
     return fig, axes
+
+
+def _closed(grid: Any) -> Figure:
+    """The figure of seaborn's grid."""
+    grid.figure.set_dpi(DPI)
+    plt.close(grid.figure)
+    return grid.figure
 
 
 def _image_panels(
