@@ -51,7 +51,6 @@ from cellseg_helpers.engine import (
     to_device,
     train_epoch,
 )
-from cellseg_helpers.model.build import full_precision
 
 SIDES_PX, BATCHES = (512, 1024), (2, 4, 8, 16)
 VARIANTS = {
@@ -263,7 +262,9 @@ def train_reference(model: nn.Module, optimizer, schedule, batches: Watch, mixed
     bfloat16, pixels off, and with them the numbers of the cells by which ``project_masks_on_boxes``
     finds a mask, wrong from 257 on and past the last mask at times.
     """
-    model.rpn.head.register_forward_hook(full_precision)
+    model.rpn.head.register_forward_hook(
+        lambda _, inputs, output: tuple([level.float() for level in levels] for levels in output)
+    )
     model.rpn.anchor_generator.register_forward_pre_hook(
         lambda _, inputs: (
             inputs[0],

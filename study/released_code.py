@@ -26,7 +26,7 @@ from cellseg_helpers.data.hw3 import open_test_images
 from cellseg_helpers.data.labels import connected_components, find_instances
 from cellseg_helpers.devices import make_fabric
 from cellseg_helpers.engine import image_statistics, validation_loss
-from cellseg_helpers.model.build import channel_statistics, has_v2_heads, rebuild_model
+from cellseg_helpers.model.build import channel_statistics, rebuild_model, starts_loaded
 from study import runs as study_runs
 from study.reported import E_SIZE_FACTORS
 from study.runs import Study
@@ -284,7 +284,6 @@ PARTS = {
     "roi_heads.mask_predictor.": "mask predictor",
 }  # a parameter's name begins with one; the first that fits counts
 HEAD_NORMS = "norms in the heads"
-NEW_PREDICTORS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
 
 def model_parts(key: str) -> pd.DataFrame:
@@ -308,20 +307,13 @@ def model_parts(key: str) -> pd.DataFrame:
                 part = HEAD_NORMS
             size = parameter.numel()
             rows.append(
-                (part, size, size * parameter.requires_grad, size * _starts_loaded(name, config))
+                (part, size, size * parameter.requires_grad, size * starts_loaded(name, config))
             )
     columns = ["part", "parameters", "trainable", "loaded"]
     table = pd.DataFrame(rows, columns=columns).groupby("part").sum()
     table = table.reindex([*PARTS.values(), HEAD_NORMS], fill_value=0)
     table.loc["all"] = table.sum()
     return table
-
-
-def _starts_loaded(name: str, config: RunConfig) -> bool:
-    if config.weights == "coco":
-        whole = has_v2_heads(config) == (config.backbone == "resnet50_fpn_v2")
-        return not name.startswith(NEW_PREDICTORS if whole else ("rpn.", "roi_heads."))
-    return config.weights == "imagenet" and name.startswith("backbone.body.")
 
 
 def plateau_rates(

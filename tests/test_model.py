@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
@@ -24,7 +25,7 @@ from cellseg_helpers.data.samples import make_target
 from cellseg_helpers.model import heads as roi_heads
 from cellseg_helpers.model.backbones import resnet_fpn
 from cellseg_helpers.model.build import IMAGENET_MEAN, IMAGENET_STD, build_model, count_parameters
-from cellseg_helpers.model.heads import SeededSampler, first_of_permutation, mask_targets
+from cellseg_helpers.model.heads import SeededSampler, mask_targets
 from cellseg_helpers.model.roi_align import GatherRoIAlign
 
 
@@ -235,20 +236,17 @@ def test_a_sample_is_drawn_from_its_own_seed_whatever_the_batch():
     assert together[0][1].sum() == 16 and together[1][1].sum() == 48
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2**63 - 1), st.integers(0, 3000), st.floats(0, 1))
-def test_first_of_a_permutation_are_torchs(seed, length, share):
-    count = round(share * length)
-    expected = torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:count]
-    assert first_of_permutation(length, count, torch.Generator().manual_seed(seed)).equal(expected)
-
-
-def test_first_of_a_large_permutation():
-    for seed in range(5):
-        ours, theirs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-        assert first_of_permutation(698_368, 257, ours).equal(
-            torch.randperm(698_368, generator=theirs)[:257]
-        )
+@pytest.mark.parametrize("length", [3, 70, 3000])
+def test_a_seeded_sample_is_torchvisions_drawn_after_that_seed(length):
+    labels = torch.randint(-1, 2, (length,))
+    sampler = SeededSampler(64, 0.25)
+    sampler.seeds = [2**63 - 1]
+    before = torch.get_rng_state()
+    found = sampler([labels])
+    assert torch.get_rng_state().equal(before)
+    torch.manual_seed(2**63 - 1)
+    expected = BalancedPositiveNegativeSampler(64, 0.25)([labels])
+    assert all(one[0].equal(other[0]) for one, other in zip(found, expected, strict=True))
 
 
 def test_boxes_stay_float32_under_mixed_precision():

@@ -42,7 +42,7 @@ def test_matching_holds_no_more_ious_at_once_than_a_strip(monkeypatch):
         return box_iou(some, strip)
 
     monkeypatch.setattr(rpn_module, "box_iou", recorded)
-    monkeypatch.setattr(rpn_module, "IOUS_PER_STRIP", 500)
+    monkeypatch.setattr(rpn_module, "ANCHORS_PER_STRIP", 5)
     matcher = Matcher(0.7, 0.3, True)
     assert torch.equal(match_anchors(matcher, boxes, anchors), matcher(box_iou(boxes, anchors)))
     assert max(held) <= 500 and len(held) >= 200

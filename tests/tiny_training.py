@@ -18,6 +18,7 @@ from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
 
 from cellseg_helpers import engine, runs
 from cellseg_helpers.config import RunConfig
@@ -54,25 +55,16 @@ def build_tiny(config: RunConfig, norm: type[nn.Module] = nn.Identity) -> LabelM
     """In place of ``build_model``: the same parts with 16 channels, and without norms unless one is
     given.
     """
+    sizes = tuple((size,) for size in config.anchor_sizes)
     return LabelMapMaskRCNN(
+        config,
         TinyPyramid(norm),
-        None,
-        min_size=config.min_size,
-        max_size=config.max_size,
-        mask_batch_size_per_image=config.mask_batch_size_per_image,
-        normalization=config.normalization,
+        AnchorGenerator(sizes, (config.anchor_ratios,) * 5),
         box_head=TwoMLPHead(CHANNELS * 7**2, 16),
         box_predictor=FastRCNNPredictor(16, 5),
         mask_head=MaskRCNNHeads(CHANNELS, [CHANNELS], 1),
         mask_predictor=MaskRCNNPredictor(CHANNELS, CHANNELS, 5),
-        rpn_anchor_generator=AnchorGenerator(
-            tuple((size,) for size in config.anchor_sizes), (config.anchor_ratios,) * 5
-        ),
-        rpn_batch_size_per_image=config.rpn_batch_size_per_image,
-        rpn_post_nms_top_n_train=config.rpn_post_nms_top_n_train,
-        rpn_post_nms_top_n_test=config.rpn_post_nms_top_n_test,
-        box_batch_size_per_image=config.box_batch_size_per_image,
-        box_detections_per_img=config.detections_per_image,
+        rpn_head=RPNHead(CHANNELS, len(config.anchor_ratios)),
     )
 
 

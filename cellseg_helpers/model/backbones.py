@@ -3,6 +3,7 @@ or partial weights.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,46 +14,46 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
-NO_WEIGHTS = (
-    "num_batches_tracked",
-    "transform.image_mean",
-    "transform.image_std",
-)  # ends of names of tensors that no file gives
+from cellseg_helpers.config import one_line
+
+NO_WEIGHTS = ("num_batches_tracked", "transform.image_mean", "transform.image_std")
 
 
 class LoadReport(NamedTuple):
-    """What a weights file gave a model; names are the model's."""
+    """Which tensors of a model a weights file gave; names are the model's, in ``unused`` the
+    file's.
+    """
 
     source: str
     loaded: list[str]
     random: list[str]
-    unused: list[str]  # in the file, but with no place (or another shape) in the model
+    unused: list[str]  # in the file, but not in the model, or of another shape
 
     def __str__(self) -> str:
         if not self.loaded:
             return f"weights {self.source}: all {len(self.random)} tensors start at random"
-        text = f"weights {self.source}: {len(self.loaded)} tensors loaded, {len(self.random)} stay random"
-        if self.random:
-            text += f" ({_modules(self.random)})"
+        text = f"weights {self.source}: {len(self.loaded)} tensors loaded, "
+        text += f"{len(self.random)} stay random"
+        text += f" ({_modules(self.random)})" if self.random else ""
         return text + (f"; not used from the file: {_modules(self.unused)}" if self.unused else "")
 
 
-def resnet_fpn(name: str, fpn_norm: type[nn.Module] | None = None) -> BackboneWithFPN:
-    """A ResNet or ResNeXt of torchvision with a 256-channel feature pyramid of 5 levels (strides 4
-    to 64), at random weights.
+def resnet_fpn(name: str) -> BackboneWithFPN:
+    """A ResNet or ResNeXt of torchvision, or ``resnet50_fpn_v2``, at random weights, with a feature
+    pyramid of 256 channels and 5 levels (strides 4 to 64); that of ``_v2`` has norms.
     """
-    return _resnet_fpn_extractor(
-        torchvision.models.get_model(name, weights=None), trainable_layers=5, norm_layer=fpn_norm
-    )
+    network = torchvision.models.get_model(name.removesuffix("_fpn_v2"), weights=None)
+    norm = nn.BatchNorm2d if name.endswith("_v2") else None
+    return _resnet_fpn_extractor(network, trainable_layers=5, norm_layer=norm)
 
 
 class SingleMapBackbone(nn.Module):
     """A ResNet without a feature pyramid: one map of 256 channels at stride 16.
 
     The map is C4, the output of ``layer3``, as in the Mask R-CNN without a pyramid of He et al.
-    ("Mask R-CNN", 2017), here followed by a 1x1 convolution to the pyramid's 256 channels, so that
-    RPN and heads are the same with and without a pyramid. (Theirs uses ``layer4`` as the box head;
-    C5, at stride 32, is coarser than most cells.)
+    ("Mask R-CNN", 2017). A 1x1 convolution gives it the pyramid's 256 channels, so that RPN and
+    heads are the same with and without a pyramid. (Theirs uses ``layer4`` as the box head; C5, at
+    stride 32, is coarser than most cells.)
     """
 
     out_channels = 256
@@ -71,92 +72,75 @@ class SingleMapBackbone(nn.Module):
 
 class CBAM(nn.Module):
     """Convolutional block attention, channel then spatial (Woo et al., "CBAM", 2018, equations 1 to
-    3).
+    3), of float [N, C, H, W].
 
     ``F' = Mc(F) * F`` with ``Mc(F) = sigmoid(W1 relu(W0 mean(F)) + W1 relu(W0 max(F)))`` over all
     pixels, and ``F'' = Ms(F') * F'`` with ``Ms(F') = sigmoid(conv7x7([mean(F'), max(F')]))`` over
-    all channels. W0 narrows the channels 16-fold; no layer has a bias. Takes and gives float [N, C,
-    H, W].
+    all channels. W0 narrows the channels 16-fold; no layer has a bias.
     """
 
-    def __init__(self, channels: int, reduction: int = 16, kernel_size: int = 7):
+    def __init__(self, channels: int):
         super().__init__()
         self.channel = nn.Sequential(
-            nn.Conv2d(channels, channels // reduction, 1, bias=False),
+            nn.Conv2d(channels, channels // 16, 1, bias=False),
             nn.ReLU(),
-            nn.Conv2d(channels // reduction, channels, 1, bias=False),
+            nn.Conv2d(channels // 16, channels, 1, bias=False),
         )
-        self.spatial = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.spatial = nn.Conv2d(2, 1, 7, padding=3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = (
-            x
-            * (
-                self.channel(x.mean((2, 3), keepdim=True))
-                + self.channel(x.amax((2, 3), keepdim=True))
-            ).sigmoid()
-        )
-        return (
-            x
-            * self.spatial(
-                torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
-            ).sigmoid()
-        )
+        mean, most = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+        x = x * (self.channel(mean) + self.channel(most)).sigmoid()
+        maps = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+        return x * self.spatial(maps).sigmoid()
 
 
 def add_cbam(backbone: nn.Module) -> None:
-    """Put a ``CBAM`` at the end of each stage (``layer1`` ..) of a backbone's ``body``, in place;
-    names of weights stay as they are.
-    """
+    """Append a ``CBAM`` to each stage (``layer1`` ..) of a backbone's ``body``, in place."""
     for name, stage in backbone.body.named_children():
         if name.startswith("layer"):
-            block = stage[-1]
-            stage.add_module(
-                "cbam", CBAM((block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels)
-            )
+            last = getattr(stage[-1], "conv3", stage[-1].conv2)
+            stage.add_module("cbam", CBAM(last.out_channels))
+
+
+def tensor_names(names: Iterable[str]) -> list[str]:
+    """The names of tensors that a weights file can give: no counters, no image statistics."""
+    return [name for name in names if not name.endswith(NO_WEIGHTS)]
 
 
 def load_weights(
     model: nn.Module, state: dict[str, Tensor], prefixes: tuple[str, ...], source: str
 ) -> LoadReport:
-    """Copy every tensor of ``state`` that has a place of the same shape in ``model``.
+    """Copy every tensor of ``state`` that the model has in the same shape.
 
     Args:
         model: changed in place.
         state: tensors by name.
-        prefixes: where the file's names may stand in the model's, such as ``("",
-            "backbone.body.")``; the one that places most tensors is taken.
+        prefixes: what may stand before the file's names in the model's, such as ``("",
+            "backbone.body.")``; the one that fits most tensors is taken.
         source: name for the report.
 
     Raises:
         ValueError: no tensor fits.
     """
-    own = {
-        name: tensor for name, tensor in model.state_dict().items() if not name.endswith(NO_WEIGHTS)
-    }
-    state = {name: tensor for name, tensor in state.items() if not name.endswith(NO_WEIGHTS)}
-
-    def fitting(prefix: str) -> dict[str, str]:
-        return {
-            prefix + n: n
-            for n, t in state.items()
-            if prefix + n in own and own[prefix + n].shape == t.shape
-        }
-
-    placed = max((fitting(prefix) for prefix in prefixes), key=len)
-    if not placed:
+    own = model.state_dict()
+    names, own_names = tensor_names(state), tensor_names(own)
+    shapes = {name: own[name].shape for name in own_names}
+    fits = [
+        {prefix + n: n for n in names if shapes.get(prefix + n) == state[n].shape}
+        for prefix in prefixes
+    ]
+    files_name = max(fits, key=len)
+    if not files_name:
         raise ValueError(
-            f"weights {source}: none of its {len(state)} tensors fits this model (first name in the file: {next(iter(state), None)!r}); "
-            "check that backbone names the network that the file was saved from"
+            f"weights {source}: none of its {len(names)} tensors fits this model (first name in "
+            f"the file: {next(iter(names), None)!r}); check that backbone names the network that "
+            "the file was saved from"
         )
-    model.load_state_dict({mine: state[theirs] for mine, theirs in placed.items()}, strict=False)
-    used = set(placed.values())
-    return LoadReport(
-        source,
-        list(placed),
-        [n for n in own if n not in placed],
-        [n for n in state if n not in used],
-    )
+    model.load_state_dict({name: state[n] for name, n in files_name.items()}, strict=False)
+    random = [name for name in own_names if name not in files_name]
+    used = set(files_name.values())
+    return LoadReport(source, list(files_name), random, [n for n in names if n not in used])
 
 
 def freeze_loaded(
@@ -165,8 +149,8 @@ def freeze_loaded(
     """Freeze what was loaded: the weights of all but the body's last ``trainable_layers`` layers
     and, with ``norms``, its norms.
 
-    A frozen norm at random weights diverges, and a frozen random convolution is noise, so what was
-    not loaded stays trainable.
+    What was not loaded stays trainable: a frozen norm at random weights diverges, and a frozen
+    random convolution is noise.
 
     Args:
         backbone: changed in place.
@@ -174,31 +158,30 @@ def freeze_loaded(
         trainable_layers: 0 to 5, counted from layer4 back to conv1, as in torchvision.
         norms: turn loaded batch norms into ``FrozenBatchNorm2d``.
     """
-    layers = ("layer4", "layer3", "layer2", "layer1", "conv1")
-    frozen = layers[trainable_layers:]
-    frozen += ("bn1",) if frozen else ()
+    frozen = ("layer4", "layer3", "layer2", "layer1", "conv1", "bn1")[trainable_layers:]
+    frozen = frozen if trainable_layers < 5 else ()
+    starts = tuple(f"body.{layer}." for layer in frozen)
     for name, parameter in backbone.named_parameters():
-        if name in loaded and name.startswith(tuple(f"body.{layer}." for layer in frozen)):
+        if name in loaded and name.startswith(starts):
             parameter.requires_grad_(False)
-    for name, module in list(backbone.body.named_modules()):
+    for name, module in list(backbone.body.named_modules()) if norms else ():
         own = [f"body.{name}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
-        if norms and isinstance(module, nn.BatchNorm2d) and loaded.issuperset(own):
+        if isinstance(module, nn.BatchNorm2d) and loaded.issuperset(own):
             norm = FrozenBatchNorm2d(module.num_features, eps=module.eps)
             norm.load_state_dict(module.state_dict(), strict=False)
-            parent, _, child = name.rpartition(".")
-            setattr(backbone.body.get_submodule(parent), child, norm)
+            backbone.body.set_submodule(name, norm)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` or ``.pth`` / ``.pt`` file, the latter read with
-    ``weights_only=True``.
+    """The tensors of a ``.safetensors``, ``.pth`` or ``.pt`` file.
 
     Raises:
         ValueError: no such file, not readable, or not a flat table of tensors.
     """
     if not path.is_file():
         raise ValueError(
-            f"weights file {path} does not exist; give an existing file, or one of none, imagenet, coco"
+            f"weights file {path} does not exist; "
+            "give an existing file, or one of none, imagenet, coco"
         )
     try:
         if path.suffix == ".safetensors":
@@ -208,16 +191,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"weights file {path} cannot be read ({_first_line(error)}); it must be .safetensors or a .pth of tensors"
+            f"weights file {path} cannot be read ({one_line(error)}); "
+            "it must be .safetensors or a .pth of tensors"
         ) from None
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(value, Tensor) for value in state.values())
-    ):
+    tensors = state.values() if isinstance(state, dict) else ()
+    if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
         raise ValueError(
             f"weights file {path} holds no table of tensors by name; save model.state_dict() to it"
         )
@@ -228,25 +209,22 @@ def published_weights(weights_enum, kind: str) -> dict[str, Tensor]:
     """torchvision's published weights, from its cache or downloaded into it.
 
     Raises:
-        ValueError: not in the cache and not to be had.
+        ValueError: neither in the cache nor downloadable.
     """
     try:
         return weights_enum.get_state_dict(progress=True, check_hash=True)
     except Exception as error:
         file_name = weights_enum.url.rsplit("/", 1)[-1]
         raise ValueError(
-            f"weights {kind!r} need {file_name}, which is not in {Path(torch.hub.get_dir()) / 'checkpoints'} and could not be "
-            f"downloaded ({_first_line(error)}); put the file there, give weights as the path of a local file, or use weights none"
+            f"weights {kind!r} need {file_name}, which is not in "
+            f"{Path(torch.hub.get_dir()) / 'checkpoints'} and could not be downloaded "
+            f"({one_line(error)}); put the file there, give weights as the path of a local file, "
+            "or use weights none"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
 def _modules(names: list[str]) -> str:
-    """The modules that hold the named tensors, first to fourth level, shortened."""
+    """The first eight modules that hold the named tensors, and how many more there are."""
     modules = list(dict.fromkeys(".".join(name.split(".")[:-1][:5]) for name in names))
-    return ", ".join(modules[:8]) + (
-        f" and {len(modules) - 8} more modules" if len(modules) > 8 else ""
-    )
+    more = f" and {len(modules) - 8} more modules" if len(modules) > 8 else ""
+    return ", ".join(modules[:8]) + more

@@ -1,27 +1,30 @@
 """``build_model``: the Mask R-CNN that a run's settings describe."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 from torchvision.models.detection import (
-    MaskRCNN,
     MaskRCNN_ResNet50_FPN_V2_Weights,
     MaskRCNN_ResNet50_FPN_Weights,
 )
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.faster_rcnn import (
+    FastRCNNConvFCHead,
+    FastRCNNPredictor,
+    TwoMLPHead,
+)
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 
 from cellseg_helpers.cells import CLASS_NAMES
-from cellseg_helpers.config import RunConfig, resolve_path
+from cellseg_helpers.config import RunConfig, one_line, resolve_path
 from cellseg_helpers.model.backbones import (
-    NO_WEIGHTS,
     LoadReport,
     SingleMapBackbone,
     add_cbam,
@@ -30,78 +33,67 @@ from cellseg_helpers.model.backbones import (
     published_weights,
     read_weights,
     resnet_fpn,
+    tensor_names,
 )
-from cellseg_helpers.model.heads import (
-    LabelMapRoIHeads,
-    LabelMapTransform,
-    SeededSampler,
-    full_precision,
-)
-from cellseg_helpers.model.roi_align import GatherRoIAlign
+from cellseg_helpers.model.heads import LabelMapRoIHeads, LabelMapTransform
 from cellseg_helpers.model.rpn import LabelMapRPN
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PARAMETER_LIMIT = 200_000_000  # a rule of the task
+COCO_WEIGHTS = {
+    "resnet50": MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
+    "resnet50_fpn_v2": MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
+}
 
 
-class LabelMapMaskRCNN(MaskRCNN):
-    """torchvision's Mask R-CNN, trained on label maps, its detections' masks left in their boxes.
+class LabelMapMaskRCNN(GeneralizedRCNN):
+    """torchvision's Mask R-CNN, trained on label maps; masks of detections stay in their boxes.
 
     In training, ``model(images, targets)`` gives the five losses. Images are float32 [3, H, W] in
-    [0, 1]; a target holds ``boxes`` float32 [N, 4], ``labels`` int64 [N], ``ids`` int [N],
+    [0, 1]. A target holds ``boxes`` float32 [N, 4] px, ``labels`` int64 [N], ``ids`` int [N],
     ``label_maps`` int32 [K, H, W] and, optionally, ``seed`` int, from which its anchors and
     proposals are sampled. In evaluation, ``model(images)`` gives for each image ``boxes`` float32
     [N, 4] px, ``labels`` int64 [N], ``scores`` float32 [N] and ``masks`` float32 [N, 28, 28].
+
+    Args:
+        config: thresholds, numbers of proposals and samples, image size and normalisation.
+        backbone: gives its feature maps by name: "0", "1", ...
+        heads: ``rpn_head``, ``box_head``, ``box_predictor``, ``mask_head``, ``mask_predictor``.
     """
 
     load_report: LoadReport
 
     def __init__(
         self,
+        config: RunConfig,
         backbone: nn.Module,
-        num_classes: int,
-        min_size: int,
-        max_size: int,
-        mask_batch_size_per_image: int = 0,
-        normalization: str = "imagenet",
-        **kwargs,
+        anchor_generator: AnchorGenerator,
+        rpn_head: nn.Module,
+        **heads: nn.Module,
     ):
-        super().__init__(backbone, num_classes, **kwargs)
-        self.transform = LabelMapTransform(
-            min_size, max_size, *map(list, channel_statistics(normalization))
-        )
-        if normalization == "data":
-            self.transform.learn_statistics(self.transform.image_mean, self.transform.image_std)
-        self.rpn.__class__ = LabelMapRPN
-        self.roi_heads.__class__ = LabelMapRoIHeads
-        self.roi_heads.mask_batch_size_per_image = mask_batch_size_per_image
-        self.roi_heads.box_roi_pool.__class__ = self.roi_heads.mask_roi_pool.__class__ = (
-            GatherRoIAlign
-        )
-        self.rpn.head.register_forward_hook(full_precision)
-        self.roi_heads.box_predictor.register_forward_hook(full_precision)
-        for part in (self.rpn, self.roi_heads):
-            sampler = part.fg_bg_sampler
-            part.fg_bg_sampler = SeededSampler(
-                sampler.batch_size_per_image, sampler.positive_fraction
-            )
+        rpn = LabelMapRPN(config, anchor_generator, rpn_head)
+        roi_heads = LabelMapRoIHeads(config, **heads)
+        mean, std = channel_statistics(config.normalization)
+        transform = LabelMapTransform(config.min_size, config.max_size, list(mean), list(std))
+        super().__init__(backbone, rpn, roi_heads, transform)
+        if config.normalization == "data":
+            transform.learn_statistics(mean, std)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
-        seeded = targets is not None and all("seed" in target for target in targets)
-        seeds = [int(target["seed"]) for target in targets] if seeded else None
+        seeds = [int(target["seed"]) for target in targets or () if "seed" in target]
         self.rpn.fg_bg_sampler.seeds = self.roi_heads.fg_bg_sampler.seeds = seeds
         return super().forward(images, targets)
 
 
 def channel_statistics(normalization: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation, of R, G, B in [0, 1], by which the model normalises its images,
-    as ``(x - mean) / std``.
+    """Mean and standard deviation of R, G, B in [0, 1], by which images are normalised:
+    ``(x - mean) / std``.
 
-    ``imagenet``: torchvision's. ``imagenet_twice``: the result normalised again, as in report E's
-    released code, is ``(x - (m + m s)) / s^2``. ``imagenet_of_0_255``: images of values 0 to 255
-    normalised as if they were 0 to 1, as in report B's, is ``(x - m / 255) / (s / 255)``. ``data``:
-    ImageNet's, until ``LabelMapTransform.learn_statistics`` puts the data's own there.
+    ``imagenet``: torchvision's m and s. ``imagenet_twice``: ImageNet's normalisation, and once more
+    on its result, is ``(x - (m + m s)) / s^2``. ``imagenet_of_0_255``: ImageNet's normalisation of
+    values 0 to 255, as if they were 0 to 1, is ``(x - m / 255) / (s / 255)``. ``data``: ImageNet's
+    until ``LabelMapTransform.learn_statistics`` replaces them.
     """
     m, s = IMAGENET_MEAN, IMAGENET_STD
     if normalization == "imagenet_twice":
@@ -112,65 +104,39 @@ def channel_statistics(normalization: str) -> tuple[tuple[float, ...], tuple[flo
 
 
 def build_model(config: RunConfig, num_classes: int = len(CLASS_NAMES)) -> LabelMapMaskRCNN:
-    """The Mask R-CNN of a run; ``model.load_report`` says what its weights gave it and what starts
-    at random.
+    """The Mask R-CNN of a run; its ``load_report`` says which tensors were loaded.
 
     Args:
-        config: its backbone, weights, anchors, thresholds and image size.
+        config: of the run.
         num_classes: K, without the background.
 
     Raises:
-        ValueError: weights that are not to be had or do not fit, or more parameters than the task
+        ValueError: weights that cannot be had or do not fit, or more parameters than the task
             allows.
     """
     if config.neck == "none":
-        backbone = SingleMapBackbone(config.backbone)
-        anchors = AnchorGenerator((config.anchor_sizes,), (config.anchor_ratios,))
+        backbone, sizes = SingleMapBackbone(config.backbone), (config.anchor_sizes,)
     else:
-        v2 = config.backbone == "resnet50_fpn_v2"
-        backbone = resnet_fpn("resnet50", nn.BatchNorm2d) if v2 else resnet_fpn(config.backbone)
-        anchors = AnchorGenerator(
-            tuple((size,) for size in config.anchor_sizes),
-            (config.anchor_ratios,) * len(config.anchor_sizes),
-        )
+        backbone = resnet_fpn(config.backbone)
+        sizes = tuple((size,) for size in config.anchor_sizes)
     if config.attention == "cbam":
         add_cbam(backbone)
-    model = LabelMapMaskRCNN(
-        backbone,
-        num_classes + 1,
-        min_size=config.min_size,
-        max_size=config.max_size,
-        rpn_anchor_generator=anchors,
-        rpn_pre_nms_top_n_train=config.rpn_pre_nms_top_n_train,
-        rpn_pre_nms_top_n_test=config.rpn_pre_nms_top_n_test,
-        rpn_post_nms_top_n_train=config.rpn_post_nms_top_n_train,
-        rpn_post_nms_top_n_test=config.rpn_post_nms_top_n_test,
-        rpn_nms_thresh=config.rpn_nms_thresh,
-        rpn_fg_iou_thresh=config.rpn_fg_iou_thresh,
-        rpn_bg_iou_thresh=config.rpn_bg_iou_thresh,
-        rpn_batch_size_per_image=config.rpn_batch_size_per_image,
-        box_score_thresh=config.box_score_thresh,
-        box_nms_thresh=config.box_nms_thresh,
-        box_detections_per_img=config.detections_per_image,
-        box_fg_iou_thresh=config.box_fg_iou_thresh,
-        box_bg_iou_thresh=config.box_bg_iou_thresh,
-        box_batch_size_per_image=config.box_batch_size_per_image,
-        mask_batch_size_per_image=config.mask_batch_size_per_image,
-        normalization=config.normalization,
-        **(_v2_heads(backbone.out_channels, anchors) if has_v2_heads(config) else {}),
-    )
+    anchors = AnchorGenerator(sizes, (config.anchor_ratios,) * len(sizes))
+    heads = _heads(has_v2_heads(config), anchors.num_anchors_per_location()[0], num_classes + 1)
+    model = LabelMapMaskRCNN(config, backbone, anchors, **heads)
     if count_parameters(model) >= PARAMETER_LIMIT:
         raise ValueError(
-            f"the model has {count_parameters(model):,} trainable parameters, but the task allows under {PARAMETER_LIMIT:,}"
+            f"the model has {count_parameters(model):,} trainable parameters, "
+            f"but the task allows under {PARAMETER_LIMIT:,}"
         )
     model.load_report = _load(model, config)
-    _freeze(model, config, set(model.load_report.loaded))
+    _freeze(model, config, model.load_report.loaded)
     return model
 
 
 def outline_model(config: RunConfig) -> LabelMapMaskRCNN:
-    """``build_model`` without values or memory for them (on the ``meta`` device): its parameters
-    can be counted, in a tenth of the time.
+    """``build_model`` on torch's ``meta`` device: all names, shapes and counts, no values, in a
+    tenth of the time.
 
     Raises:
         ValueError: see ``build_model``.
@@ -181,49 +147,48 @@ def outline_model(config: RunConfig) -> LabelMapMaskRCNN:
 
 
 def rebuild_model(config: RunConfig, state: Mapping[str, Tensor] | None = None) -> LabelMapMaskRCNN:
-    """The model of a run as its training left it, without the weights that it started from: nothing
-    is downloaded.
+    """The model of a run as its training left it. The weights that it started from are not needed.
 
     Args:
         config: of the run.
-        state: the trained weights; without them the model is the same but for its values, which are
-            random.
+        state: the trained weights; without them the values are random.
 
     Raises:
         ValueError: weights of another model.
     """
     model = build_model(replace(config, weights="none"))
     if config.weights != "none":
-        ending = "num_batches_tracked"  # of a batch norm that was trained; a frozen one has none
-        trained = {
-            name.removesuffix(ending) + "running_mean"
-            for name in state or ()
-            if name.endswith(ending)
+        # A trained batch norm counts its batches, a frozen one does not.
+        count = "num_batches_tracked"
+        trained = {name.removesuffix(count) for name in state or () if name.endswith(count)}
+        loaded = {
+            name
+            for name in model.backbone.state_dict(prefix="backbone.")
+            if ".cbam." not in name and name.removesuffix("running_mean") not in trained
         }
-        of_backbone = {
-            name for name in model.backbone.state_dict(prefix="backbone.") if ".cbam." not in name
-        }
-        _freeze(model, config, of_backbone - trained)
+        _freeze(model, config, loaded)
     if state is not None:
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            cause = " ".join(str(error).split())[:160]
             raise ValueError(
-                f"the weights do not fit a model of these settings ({cause})"
+                f"the weights do not fit a model of these settings ({one_line(error, 160)})"
             ) from None
     return model
 
 
-def _freeze(model: LabelMapMaskRCNN, config: RunConfig, loaded: set[str]) -> None:
-    """Freeze what was loaded, as the settings say; ``loaded`` are names of tensors in the model."""
-    v2 = config.backbone == "resnet50_fpn_v2"
-    in_backbone = {name.removeprefix("backbone.") for name in loaded}
-    freeze_loaded(model.backbone, in_backbone, config.trainable_backbone_layers, norms=not v2)
-    if config.weights == "coco" and not v2:
-        overwrite_eps(
-            model, 0.0
-        )  # as these weights were trained, and as torchvision builds the model around them
+def starts_loaded(name: str, config: RunConfig) -> bool:
+    """Whether a run's published weights (``imagenet``, ``coco``) hold the model's tensor ``name``.
+
+    ImageNet's hold the network below the pyramid. COCO's hold all but the predictors of classes,
+    or the backbone alone where the model's heads are not of the published model's kind.
+    """
+    if config.weights == "coco":
+        other_heads = has_v2_heads(config) != (config.backbone == "resnet50_fpn_v2")
+        predictors = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+        return not name.startswith(("rpn.", "roi_heads.") if other_heads else predictors)
+    in_network = name.startswith("backbone.body.") and ".cbam." not in name
+    return config.weights == "imagenet" and in_network
 
 
 def has_v2_heads(config: RunConfig) -> bool:
@@ -236,47 +201,53 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _load(model: nn.Module, config: RunConfig) -> LoadReport:
-    kind = config.weights
-    body = "resnet50" if config.backbone == "resnet50_fpn_v2" else config.backbone
-    if kind == "none":
-        return LoadReport(
-            "none", [], [n for n in model.state_dict() if not n.endswith(NO_WEIGHTS)], []
+def _heads(v2: bool, anchors_per_pixel: int, num_outputs: int) -> dict[str, nn.Module]:
+    """The heads of torchvision's ``maskrcnn_resnet50_fpn``, or of its ``_v2``: two convolutions in
+    the RPN, four in the box head, norms in the box and the mask head.
+
+    They are made in torchvision's order, which decides the random numbers that each starts from.
+    """
+    channels, parts = 256, {}
+    if v2:
+        parts["rpn_head"] = RPNHead(channels, anchors_per_pixel, conv_depth=2)
+        parts["box_head"] = FastRCNNConvFCHead(
+            (channels, 7, 7), [256] * 4, [1024], norm_layer=nn.BatchNorm2d
         )
+    parts["mask_head"] = MaskRCNNHeads(
+        channels, [256] * 4, 1, norm_layer=nn.BatchNorm2d if v2 else None
+    )
+    parts["mask_predictor"] = MaskRCNNPredictor(256, 256, num_outputs)
+    if not v2:
+        parts["rpn_head"] = RPNHead(channels, anchors_per_pixel)
+        parts["box_head"] = TwoMLPHead(channels * 7**2, 1024)
+    parts["box_predictor"] = FastRCNNPredictor(1024, num_outputs)
+    return parts
+
+
+def _load(model: nn.Module, config: RunConfig) -> LoadReport:
+    kind, is_v2 = config.weights, config.backbone == "resnet50_fpn_v2"
+    if kind == "none":
+        return LoadReport("none", [], tensor_names(model.state_dict()), [])
     if kind == "imagenet":
-        state = published_weights(get_model_weights(body).IMAGENET1K_V1, kind)
+        network = get_model_weights("resnet50" if is_v2 else config.backbone)
+        state = published_weights(network.IMAGENET1K_V1, kind)
     elif kind == "coco":
-        whole = {
-            "resnet50": MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
-            "resnet50_fpn_v2": MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
-        }
-        if config.backbone not in whole:
+        if config.backbone not in COCO_WEIGHTS:
             raise ValueError(
-                f"torchvision has no COCO weights for backbone {config.backbone!r}, only for {', '.join(whole)}"
+                f"torchvision has no COCO weights for backbone {config.backbone!r}, "
+                f"only for {', '.join(COCO_WEIGHTS)}"
             )
-        state = published_weights(whole[config.backbone], kind)
-        fresh = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
-        if has_v2_heads(config) != (config.backbone == "resnet50_fpn_v2"):
-            fresh = (
-                "rpn.",
-                "roi_heads.",
-            )  # other heads than these weights are of: all new, not those parts alone that happen to fit
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(fresh)}
+        state = published_weights(COCO_WEIGHTS[config.backbone], kind)
+        state = {name: state[name] for name in state if starts_loaded(name, config)}
     else:
         state = read_weights(resolve_path(kind))
     return load_weights(model, state, ("", "backbone.", "backbone.body."), kind)
 
 
-def _v2_heads(out_channels: int, anchors: AnchorGenerator) -> dict[str, nn.Module]:
-    """The heads of torchvision's ``maskrcnn_resnet50_fpn_v2``: two-convolution RPN,
-    four-convolution box head, norms in both.
-    """
-    return {
-        "rpn_head": RPNHead(out_channels, anchors.num_anchors_per_location()[0], conv_depth=2),
-        "box_head": FastRCNNConvFCHead(
-            (out_channels, 7, 7), [256, 256, 256, 256], [1024], norm_layer=nn.BatchNorm2d
-        ),
-        "mask_head": MaskRCNNHeads(
-            out_channels, [256, 256, 256, 256], 1, norm_layer=nn.BatchNorm2d
-        ),
-    }
+def _freeze(model: LabelMapMaskRCNN, config: RunConfig, loaded: Iterable[str]) -> None:
+    """Freeze those of the loaded tensors that the settings name."""
+    is_v2 = config.backbone == "resnet50_fpn_v2"
+    in_backbone = {name.removeprefix("backbone.") for name in loaded}
+    freeze_loaded(model.backbone, in_backbone, config.trainable_backbone_layers, norms=not is_v2)
+    if config.weights == "coco" and not is_v2:
+        overwrite_eps(model, 0.0)  # as torchvision builds the model around these weights
