@@ -1,5 +1,7 @@
-"""Every setting of a run as one flat, checked record, and the guard that each notebook runs on its
-parameters.
+"""Every setting of a run as one flat, checked record, and the check of each notebook's parameters.
+
+Dataclasses, not pydantic: importing pydantic and building this record with it adds 0.11 s to every
+notebook, job and worker.
 """
 
 import difflib
@@ -7,244 +9,210 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import tempfile
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
-
-RESNETS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-)
-BACKBONES = (*RESNETS, "resnet50_fpn_v2")
-CHOICES = {
-    "scale": ("quick", "sample", "full"),
-    "instance_reading": ("pixel_values", "connected_components"),
-    "split": ("auto", "patient", "random", "all"),
-    "truth_reading": ("pixel_values", "connected_components"),
-    "augmentation": (
-        "none",
-        "flips",
-        "flips_turns_stain",
-        "flip_colour_rotation",
-        "joint_full",
-        "basic",
-        "full",
-    ),
-    "normalization": ("imagenet", "data", "imagenet_twice", "imagenet_of_0_255"),
-    "backbone": BACKBONES,
-    "neck": ("fpn", "none"),
-    "attention": ("none", "cbam"),
-    "heads": ("auto", "v1", "v2"),
-    "optimizer": ("adam", "adamw", "sgd"),
-    "scheduler": ("none", "cosine", "plateau"),
-    "monitor": ("validation_ap50", "validation_loss", "loss"),
-    "accelerator": ("auto", "cpu", "cuda"),
-    "precision": ("auto", "32", "bf16-mixed", "16-mixed"),
-}
-POSITIVE = (
-    "batch_size", "epochs", "validation_every_epochs", "learning_rate", "detections_per_image", "devices", "plateau_patience",
-    "rpn_batch_size_per_image", "box_batch_size_per_image", "rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_train",
-    "rpn_post_nms_top_n_test", "mask_threshold", "iou_threshold",
-)  # fmt: skip
-FRACTIONS = (
-    "validation_fraction", "class_balance", "momentum", "plateau_factor", "rpn_nms_thresh", "rpn_fg_iou_thresh",
-    "rpn_bg_iou_thresh", "box_score_thresh", "box_nms_thresh", "box_fg_iou_thresh", "box_bg_iou_thresh", "mask_threshold",
-    "score_threshold", "iou_threshold",
-)  # fmt: skip
-CHECKED = "_parameters_checked"
 NOT_PART_OF_A_RUN = ("run_name", "num_workers", "keep_checkpoint")
+CHECKED = "_parameters_checked"  # a notebook's global once its parameters are checked
+
+
+class Check(NamedTuple):
+    """What a number must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+NOT_NEGATIVE = Check("must not be negative", lambda value: value >= 0)
+ABOVE_0 = Check("must be above 0", lambda value: value > 0)
+Count = Annotated[int, NOT_NEGATIVE]
+Positive = Annotated[int, ABOVE_0]
+Amount = Annotated[float, NOT_NEGATIVE]
+Rate = Annotated[float, ABOVE_0]
+Share = Annotated[float, Check("must lie between 0 and 1", lambda value: 0 <= value <= 1)]
+OpenShare = Annotated[float, Check("must lie strictly between 0 and 1", lambda v: 0 < v < 1)]
+Threshold = Annotated[float, Check("must be above 0 and at most 1", lambda v: 0 < v <= 1)]
+
+Scale = Literal["quick", "sample", "full"]
+Reading = Literal["pixel_values", "connected_components"]
+Split = Literal["auto", "patient", "random", "all"]
+Augmentation = Literal[
+    "none", "flips", "flips_turns_stain", "flip_colour_rotation", "joint_full", "basic", "full"
+]
+Normalization = Literal["imagenet", "data", "imagenet_twice", "imagenet_of_0_255"]
+Backbone = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "resnet50_fpn_v2",
+]  # fmt: skip
+Neck = Literal["fpn", "none"]
+Attention = Literal["none", "cbam"]
+Heads = Literal["auto", "v1", "v2"]
+Optimizer = Literal["adam", "adamw", "sgd"]
+Scheduler = Literal["none", "cosine", "plateau"]
+Monitor = Literal["validation_ap50", "validation_loss", "loss"]
+Accelerator = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "32", "bf16-mixed", "16-mixed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run's settings. The names are those of the notebook's parameters cell, of the YAML files
-    and of ``settings.json``.
-
-    The defaults are the quick scale on drawn tissue. Lengths are in px, thresholds and fractions in
-    [0, 1]; the names that torchvision has are torchvision's.
+    """One run's settings: the names of 02's parameters cell, of the YAML files and of
+    ``settings.json``. Defaults are the quick scale on drawn tissue; torchvision's names where it
+    has one. A unit is in the name or the comment.
 
     Raises:
-        ValueError: a value that no run could use, named with what is allowed.
+        ValueError: a value that no run could use; it says what is allowed.
     """
 
-    run_name: str = ""
-    scale: str = "quick"
+    run_name: str = ""  # folder under outputs/runs; "" makes a name from the settings
+    scale: Scale = "quick"  # quick, sample or full: a label in every row of the run's tables
 
-    data: str = "drawn"
-    instance_reading: str = "pixel_values"
-    truth_reading: str = "pixel_values"
-    min_instance_area_px: int = 0
-    skip_faulty_images: bool = False
-    split: str = "auto"
-    validation_fraction: float = 0.25
-    split_seed: int = 0
+    # Data
+    data: str = "drawn"  # folder in the HW3 layout, COCO .json file, or "drawn": embedded tissue
+    instance_reading: Reading = "pixel_values"  # or "connected_components" of a class's pixels
+    truth_reading: Reading = "pixel_values"  # the same, for the cells that scores count
+    min_instance_area_px: Count = 0  # smaller instances are left out of training; 0 = none
+    skip_faulty_images: bool = False  # leave faulty images out instead of stopping
+    split: Split = "auto"  # patient, random (by image), auto (patient if all are known), all
+    validation_fraction: OpenShare = 0.25  # share of the patients (or images) in validation
+    split_seed: Count = 0  # of the draw of the split
 
-    crop_size_px: int = 192
-    class_balance: float = 0.7
-    drop_cut_cells: bool = True
-    augmentation: str = "flips"
-    boxes_miss_last_pixel: bool = False
+    # Crops and augmentation
+    crop_size_px: Count = 192  # side of the training crops, at native resolution; 0 = whole images
+    class_balance: Share = 0.7  # share of the crops drawn around a cell of an evenly drawn class
+    drop_cut_cells: bool = True  # cells that a crop cuts are no targets
+    augmentation: Augmentation = "flips"  # a name of data.augment.RECIPES, such as none
+    boxes_miss_last_pixel: bool = False  # boxes end at a cell's last pixel, not behind it
 
-    backbone: str = "resnet18"
-    neck: str = "fpn"
-    attention: str = "none"
-    heads: str = "auto"
-    weights: str = "none"
-    trainable_backbone_layers: int = 3
-    normalization: str = "imagenet"
-    min_size: int = 0
-    max_size: int = 0
-    anchor_sizes: tuple[float, ...] = (8, 16, 32, 64, 128)
-    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    rpn_pre_nms_top_n_train: int = 1000
-    rpn_pre_nms_top_n_test: int = 1000
-    rpn_post_nms_top_n_train: int = 500
-    rpn_post_nms_top_n_test: int = 1000
-    rpn_nms_thresh: float = 0.7
-    rpn_fg_iou_thresh: float = 0.7
-    rpn_bg_iou_thresh: float = 0.3
-    rpn_batch_size_per_image: int = 256
-    box_score_thresh: float = 0.05
-    box_nms_thresh: float = 0.5
-    box_fg_iou_thresh: float = 0.5
-    box_bg_iou_thresh: float = 0.5
-    box_batch_size_per_image: int = 128
-    mask_batch_size_per_image: int = 4
-    detections_per_image: int = 300
+    # Model
+    backbone: Backbone = "resnet18"  # a ResNet or ResNeXt of torchvision, or resnet50_fpn_v2
+    neck: Neck = "fpn"  # fpn: a pyramid of five levels; none: one feature map at stride 16
+    attention: Attention = "none"  # or "cbam" after each stage of the body
+    heads: Heads = "auto"  # torchvision's v1 or v2; auto: v2 for resnet50_fpn_v2, else v1
+    weights: str = "none"  # none, imagenet, coco, or the path of a .safetensors or .pth file
+    trainable_backbone_layers: Count = 3  # of 5, counted from the end; only loaded ones freeze
+    normalization: Normalization = "imagenet"  # or "data": statistics of the training images
+    min_size: Count = 0  # px, an image's shorter side after resizing; 0 = native size
+    max_size: Count = 0  # px, its longest side after resizing; 0 = native size
+    anchor_sizes: tuple[float, ...] = (8, 16, 32, 64, 128)  # px, one a level, smallest first
+    anchor_ratios: tuple[float, ...] = (0.5, 1, 2)  # height / width, all at every level
 
-    epochs: int = 3
-    steps_per_epoch: int = 66
-    validation_every_epochs: int = 1
-    validation_updates_norms: bool = False
-    keep_every_epoch: bool = False
-    keep_checkpoint: bool = True
-    batch_size: int = 2
-    optimizer: str = "adamw"
-    learning_rate: float = 5e-4
-    min_learning_rate: float = 0.0
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    scheduler: str = "cosine"
-    warmup_steps: int = 20
-    monitor: str = "validation_ap50"
-    plateau_factor: float = 0.1
-    plateau_patience: int = 3
-    early_stopping_patience: int = 0
-    gradient_clip_norm: float = 10.0
-    precision: str = "auto"
-    accelerator: str = "auto"
-    devices: int = 1
-    num_workers: int = 0
-    seed: int = 0
+    # Model: region proposals
+    rpn_pre_nms_top_n_train: Positive = 1000  # proposals a level before their NMS, in training
+    rpn_pre_nms_top_n_test: Positive = 1000  # the same in prediction
+    rpn_post_nms_top_n_train: Positive = 500  # proposals an image after their NMS, in training
+    rpn_post_nms_top_n_test: Positive = 1000  # the same in prediction
+    rpn_nms_thresh: Share = 0.7  # IoU above which NMS drops the lower-scored of two proposals
+    rpn_fg_iou_thresh: Share = 0.7  # IoU with a cell from which an anchor counts as that cell
+    rpn_bg_iou_thresh: Share = 0.3  # IoU below which it counts as background
+    rpn_batch_size_per_image: Positive = 256  # anchors sampled an image for the RPN's losses
 
-    tile_size_px: int = 0
-    tile_overlap_px: int = 64
-    mask_threshold: float = 0.5
-    score_threshold: float = 0.5
-    iou_threshold: float = 0.5
+    # Model: boxes and masks
+    box_score_thresh: Share = 0.05  # detections of a lower score are dropped
+    box_nms_thresh: Share = 0.5  # IoU above which NMS drops the lower-scored of a class's boxes
+    box_fg_iou_thresh: Share = 0.5  # IoU with a cell from which a proposal counts as that cell
+    box_bg_iou_thresh: Share = 0.5  # IoU below which it counts as background
+    box_batch_size_per_image: Positive = 128  # proposals sampled an image for the box losses
+    mask_batch_size_per_image: Count = 4  # of them in the mask loss, cells only; 0 = all cells
+    detections_per_image: Positive = 300  # at most, in each image (or tile): the highest-scored
+
+    # Training
+    epochs: Positive = 3  # each of steps_per_epoch optimizer steps
+    steps_per_epoch: Count = 66  # 0 = once over the training images
+    validation_every_epochs: Positive = 1  # validates after every so many epochs, and at the end
+    validation_updates_norms: bool = False  # the norms also learn from the validation images
+    keep_every_epoch: bool = False  # save the weights of every epoch
+    keep_checkpoint: bool = True  # a finished run has last.pt, three times the weights' size
+    batch_size: Positive = 2  # crops a step and device
+    optimizer: Optimizer = "adamw"  # adam, adamw or sgd
+    learning_rate: Rate = 5e-4  # after the warm-up
+    min_learning_rate: Amount = 0.0  # at the end of the cosine and plateau schedules
+    momentum: Share = 0.9  # of sgd
+    weight_decay: Amount = 1e-4  # of every optimizer
+    scheduler: Scheduler = "cosine"  # none, cosine (by step), plateau (by epoch, on monitor)
+    warmup_steps: Count = 20  # linear rise of the learning rate; 0 = starts at the full rate
+    monitor: Monitor = "validation_ap50"  # or validation_loss, loss: for best epoch and plateau
+    plateau_factor: OpenShare = 0.1  # the plateau schedule multiplies the learning rate by it
+    plateau_patience: Positive = 3  # epochs without improvement before it does
+    early_stopping_patience: Count = 0  # epochs without improvement that end the run; 0 = never
+    gradient_clip_norm: Amount = 10.0  # largest norm of the gradient; 0 = no clipping
+    precision: Precision = "auto"  # 32, bf16-mixed, 16-mixed (GPU); auto: bf16-mixed if built in
+    accelerator: Accelerator = "auto"  # cpu, cuda; auto: a GPU if the machine has one
+    devices: Positive = 1  # processes, one a device; more than 1 only outside notebooks
+    num_workers: Count = 0  # processes that prepare crops; 0 = none but the training's own
+    seed: Count = 0  # of weights, crops and augmentation
+
+    # Prediction and scores
+    tile_size_px: Count = 0  # side of the tiles that an image is predicted in; 0 = the whole image
+    tile_overlap_px: Count = 64  # of neighbouring tiles; best a little more than a large cell
+    mask_threshold: Threshold = 0.5  # probability from which a pixel belongs to a cell
+    score_threshold: Share = 0.5  # for precision, recall, F1 and figures, not for AP
+    iou_threshold: Threshold = 0.5  # mask IoU of a match, for precision, recall and F1
 
     def __post_init__(self):
         for field in fields(self):
-            object.__setattr__(
-                self, field.name, _typed(field.name, getattr(self, field.name), field.type)
-            )
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(
-                    f"unknown {name} {value!r}; one of {', '.join(choices)}{_did_you_mean(value, choices)}"
-                )
-        for name in FRACTIONS:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must lie between 0 and 1")
-        for name in POSITIVE:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be above 0")
-        for field in fields(self):
-            if field.type in (int, float) and getattr(self, field.name) < 0:
-                raise ValueError(
-                    f"{field.name} is {getattr(self, field.name)}, but must not be negative"
-                )
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction is {self.validation_fraction}, but must lie strictly between 0 and 1"
-            )
-        if self.plateau_factor == 1:
-            raise ValueError(
-                "plateau_factor is 1.0, but must be below 1: the learning rate is multiplied by it"
-            )
+            value = _checked(field.name, getattr(self, field.name), field.type)
+            object.__setattr__(self, field.name, value)
+        for problem in self._problems():
+            raise ValueError(problem)
+
+    def _problems(self) -> Iterator[str]:
+        """Sentences on values that do not go together."""
+        if any(character in self.run_name for character in "/\\") or self.run_name in (".", ".."):
+            yield f"run_name {self.run_name!r} must be a plain folder name"
+        if not self.weights:
+            yield "weights is empty; one of none, imagenet, coco, or the path of a weights file"
         for part in ("rpn", "box"):
-            background, foreground = (
-                getattr(self, f"{part}_bg_iou_thresh"),
-                getattr(self, f"{part}_fg_iou_thresh"),
-            )
-            if background > foreground:
-                raise ValueError(
-                    f"{part}_bg_iou_thresh is {background}, but must not be above {part}_fg_iou_thresh, {foreground}"
+            below, above = (getattr(self, f"{part}_{side}_iou_thresh") for side in ("bg", "fg"))
+            if below > above:
+                yield (
+                    f"{part}_bg_iou_thresh is {below}, but must not be above "
+                    f"{part}_fg_iou_thresh, {above}"
                 )
         if self.precision == "16-mixed" and self.accelerator == "cpu":
-            raise ValueError(
-                "precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' with accelerator 'cpu'"
-            )
-        if not self.weights:
-            raise ValueError(
-                "weights is empty; one of none, imagenet, coco, or the path of a weights file"
-            )
-        if self.trainable_backbone_layers > 5:
-            raise ValueError(
-                f"trainable_backbone_layers is {self.trainable_backbone_layers}, but a backbone has 5 layers"
-            )
+            yield "precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' on a CPU"
+        layers = self.trainable_backbone_layers
+        if layers > 5:
+            yield f"trainable_backbone_layers is {layers}, but a backbone has 5 layers"
         for name in ("anchor_sizes", "anchor_ratios"):
-            if not getattr(self, name) or min(getattr(self, name)) <= 0:
-                raise ValueError(
-                    f"{name} is {list(getattr(self, name))}, but needs at least one number, all above 0"
-                )
-        if self.neck == "fpn" and len(self.anchor_sizes) != 5:
-            raise ValueError(
-                f"anchor_sizes has {len(self.anchor_sizes)} values, but the feature pyramid has 5 levels, one size each"
-            )
+            numbers = list(getattr(self, name))
+            if not numbers or min(numbers) <= 0:
+                yield f"{name} is {numbers}, but needs at least one number, all above 0"
+        sizes = len(self.anchor_sizes)
+        if self.neck == "fpn" and sizes != 5:
+            yield f"anchor_sizes has {sizes} values, but the feature pyramid has 5 levels, one each"
         if self.neck == "none" and self.backbone == "resnet50_fpn_v2":
-            raise ValueError(
-                "neck 'none' has no feature pyramid, but backbone 'resnet50_fpn_v2' is one; use backbone 'resnet50' with it"
-            )
+            yield "neck 'none' needs a backbone without a pyramid, such as 'resnet50'"
         if bool(self.min_size) != bool(self.max_size) or self.max_size < self.min_size:
-            raise ValueError(
-                f"min_size is {self.min_size} and max_size {self.max_size}; give both, min_size <= max_size, "
-                "or 0 for both to keep the images' own size"
+            yield (
+                f"min_size is {self.min_size} and max_size {self.max_size}; give both, min_size <= "
+                "max_size, or 0 for both to keep the images' own size"
             )
         if self.tile_size_px and not 0 < self.tile_overlap_px < self.tile_size_px:
-            raise ValueError(
-                f"tile_overlap_px is {self.tile_overlap_px}, but must be above 0 and below tile_size_px, {self.tile_size_px}"
+            yield (
+                f"tile_overlap_px is {self.tile_overlap_px}, but must be above 0 and below "
+                f"tile_size_px, {self.tile_size_px}"
             )
-        if any(character in self.run_name for character in "/\\") or self.run_name in (".", ".."):
-            raise ValueError(f"run_name {self.run_name!r} must be a plain folder name")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
-        """A config from names and values; the others keep their defaults.
+        """A config from names and values; the others have their defaults.
 
         Raises:
             ValueError: a name that no setting has, with the nearest one, or a value out of type or
                 range.
         """
-        known = [field.name for field in fields(cls)]
         for name in values:
-            if name not in known:
+            if name not in cls.__dataclass_fields__:
+                hint = _did_you_mean(name, cls.__dataclass_fields__)
                 raise ValueError(
-                    f"unknown parameter {name!r}{_did_you_mean(name, known) or '; see RunConfig for all names'}"
+                    f"unknown parameter {name!r}{hint or '; see RunConfig for all names'}"
                 )
         return cls(**values)
 
@@ -260,96 +228,98 @@ class RunConfig:
             try:
                 values = yaml.safe_load(resolve_path(path).read_text()) or {}
             except (OSError, yaml.YAMLError) as error:
-                raise ValueError(
-                    f"parameter file {path} cannot be read: {' '.join(str(error).split())}"
-                ) from None
+                problem = one_line(error, 1000)
+                raise ValueError(f"parameter file {path} cannot be read: {problem}") from None
             if not isinstance(values, dict):
+                found = type(values).__name__
                 raise ValueError(
-                    f"parameter file {path} must hold `name: value` lines, not a {type(values).__name__}"
+                    f"parameter file {path} must hold `name: value` lines, not a {found}"
                 )
             merged |= values
         return cls.from_dict(merged)
 
     @classmethod
     def from_notebook(cls, namespace: dict[str, Any]) -> "RunConfig":
-        """The config of a notebook whose parameters are run settings; call it with ``globals()``
-        right after the parameters.
+        """The named config of a notebook whose parameters are a run's settings; call it with
+        ``globals()`` right after the parameters cell.
 
         Raises:
             ValueError: see ``from_dict``; every plain value in the namespace counts as a parameter.
         """
-        config = cls.from_dict(
-            _parameters(namespace, [field.name for field in fields(cls)])
-        ).named()
+        config = cls.from_dict(_parameters(namespace, cls.__dataclass_fields__)).named()
         namespace[CHECKED] = True
         return config
 
     def named(self) -> "RunConfig":
-        """The same settings with a ``run_name``; where it is empty, one made from the settings."""
+        """The same settings with a ``run_name``: if it is empty, one made from the settings.
+
+        >>> RunConfig(backbone="resnet34").named().run_name
+        'quick-resnet34-8f270811'
+        """
         if self.run_name:
             return self
-        settings = {
+        values = {
             name: value for name, value in self.to_dict().items() if name not in NOT_PART_OF_A_RUN
         }
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         return replace(self, run_name=f"{self.scale}-{self.backbone}-{digest}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain names and values, with lists for tuples, as ``settings.json`` and YAML hold them."""
+        """Plain names and values, lists for tuples: as ``settings.json`` and YAML hold them."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
         }
 
     def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Settings that make this another run than ``other``: name -> (other's value, this one's)."""
+        """The settings that differ in two runs: name -> (value in ``other``, value in this one)."""
         mine = self.to_dict()
-        names = [name for name in {**mine, **other} if name not in NOT_PART_OF_A_RUN]
         return {
             name: (other.get(name), mine.get(name))
-            for name in names
-            if other.get(name) != mine.get(name)
+            for name in {**mine, **other}
+            if name not in NOT_PART_OF_A_RUN and other.get(name) != mine.get(name)
         }
 
 
-def check_parameters(namespace: dict[str, Any], **types_by_name: type | tuple) -> dict[str, Any]:
+CHOICES = {
+    field.name: get_args(field.type)
+    for field in fields(RunConfig)
+    if get_origin(field.type) is Literal
+}
+
+
+def check_parameters(namespace: dict[str, Any], **kinds: Any) -> dict[str, Any]:
     """Check a notebook's own parameters; call it with ``globals()`` right after the parameters
     cell.
 
     Args:
         namespace: the notebook's globals; every plain value in it counts as a parameter.
-        types_by_name: the parameters that the notebook has, with their types; (type, least,
-            greatest) also bounds the value, or each number of a list, (list, least, greatest,
-            length) its length, too. Names that ``RunConfig`` has too are held to its range.
+        kinds: the parameters that the notebook has, with their types. (type, least, greatest) also
+            bounds the value, or each number of a list; (list, least, greatest, length) its length,
+            too. A name that ``RunConfig`` has, too, must also be in its range.
 
     Returns:
-        name -> value, in the order of ``types_by_name``.
+        name -> value, in the order of ``kinds``.
 
     Raises:
         ValueError: an unknown name (with the nearest known one), a missing one, or a value out of
             type or range.
     """
-    found = _parameters(namespace, list(types_by_name))
+    found = _parameters(namespace, kinds)
     for name in found:
-        if name not in types_by_name:
-            hint = (
-                _did_you_mean(name, types_by_name)
-                or f"; this notebook has {', '.join(types_by_name)}"
-            )
+        if name not in kinds:
+            hint = _did_you_mean(name, kinds) or f"; this notebook has {', '.join(kinds)}"
             raise ValueError(f"unknown parameter {name!r}{hint}")
-    for name in types_by_name:
+    checked = {}
+    for name, kind in kinds.items():
         if name not in found:
             raise ValueError(f"parameter {name!r} has no value; the parameters cell must set it")
-    kinds = {
-        name: kind if isinstance(kind, tuple) else (kind,) for name, kind in types_by_name.items()
-    }
-    checked = {name: _typed(name, found[name], kind) for name, (kind, *_) in kinds.items()}
-    for name, (_, *bounds) in kinds.items():
+        kind, *bounds = kind if isinstance(kind, tuple) else (kind,)
+        checked[name] = _checked(name, found[name], kind)
         if bounds:
             _check_bounds(name, checked[name], *bounds)
-    RunConfig(
-        **{name: value for name, value in checked.items() if name in RunConfig.__dataclass_fields__}
-    )
+    shared = checked.keys() & RunConfig.__dataclass_fields__.keys()
+    RunConfig(**{name: checked[name] for name in shared})
     namespace[CHECKED] = True
     return checked
 
@@ -363,100 +333,100 @@ def resolve_path(path: str | Path) -> Path:
 
 @contextmanager
 def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
-    """A temporary file (or empty folder) beside ``path``. It becomes ``path``, a file with its
+    """A temporary file, or empty folder, beside ``path``. It becomes ``path``, a file with its
     bytes on disk, when the block ends; after an error ``path`` is as it was before.
 
     Raises:
         OSError: it cannot be written, or a folder that is not empty is in the way of ``folder``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if folder:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    else:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as parent:
+        temporary = Path(parent) / path.name
+        temporary.mkdir() if folder else temporary.touch()
         yield temporary
-        temporary.chmod(0o755 if folder else 0o644)
         if not folder:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        if folder:
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
-def one_line(error: object, limit: int = 120) -> str:
-    """An error's text in one line of at most ``limit`` characters; its type's name if it has none."""
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split())[:limit] or type(error).__name__
+def one_line(error: Exception, limit: int = 120) -> str:
+    """What an error says, in one line of at most ``limit`` characters."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:limit]
 
 
-def _parameters(namespace: dict[str, Any], known: list[str]) -> dict[str, Any]:
-    """The plain values of a notebook. Once checked, a live kernel also holds later cells' results:
-    then only likely typos count.
+def _parameters(namespace: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The plain values of a notebook. Once they are checked, a live kernel also holds later cells'
+    results: then only names that are nearly a parameter's count.
     """
-    shell_names = {"In", "Out", "exit", "quit"}
+    not_plain = {"In", "Out", "exit", "quit"}
     found = {
         name: value
         for name, value in namespace.items()
-        if not name.startswith("_")
-        and name not in shell_names
-        and not callable(value)
+        if not (name.startswith("_") or name in not_plain or callable(value))
         and not isinstance(value, types.ModuleType)
     }
-    if CHECKED in namespace:
-        return {
-            name: value
-            for name, value in found.items()
-            if difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-        }
-    return found
+    if CHECKED not in namespace:
+        return found
+    return {
+        name: value
+        for name, value in found.items()
+        if difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    }
 
 
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as ``kind`` where nothing is lost (an int for a float, a list for a tuple), else a
-    ValueError.
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as ``kind`` if nothing is lost (an int for a float, a list for a tuple).
+
+    Raises:
+        ValueError: another type, not one of the choices, or out of range.
     """
+    is_bool = isinstance(value, bool)
+    if get_origin(kind) is Annotated:
+        kind, check = get_args(kind)
+        value = _checked(name, value, kind)
+        if not check.holds(value):
+            raise ValueError(f"{name} is {value}, but {check.words}")
+        return value
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        value = str(value) if isinstance(value, int) and not is_bool else value  # YAML's 32
+        if value not in choices:
+            hint = _did_you_mean(value, choices)
+            raise ValueError(f"unknown {name} {value!r}; one of {', '.join(choices)}{hint}")
+        return value
     if get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(
-                f"{name} is {value!r}, but must be a list, such as [8, 16, 32]; -p cannot pass lists, -y and -f can"
+                f"{name} is {value!r}, but must be a list, such as [8, 16, 32]; -p cannot pass "
+                "lists, -y and -f can"
             )
-        return tuple(_typed(name, item, get_args(kind)[0]) for item in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return tuple(_checked(name, item, get_args(kind)[0]) for item in value)
+    if kind is float and isinstance(value, int) and not is_bool:
         value = float(value)
-    if name == "precision" and value == 32 and not isinstance(value, bool):
-        value = "32"
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        if kind is float and not math.isfinite(value):
-            raise ValueError(f"{name} is {value}, but must be a finite number")
-        return value
-    hint = ""
-    if kind is float and isinstance(value, str):
-        hint = "; YAML reads 1e-4 as text, write 1.0e-4"
-    raise ValueError(f"{name} is {value!r}, but must be of type {kind.__name__}{hint}")
+    if not isinstance(value, kind) or (kind is int and is_bool):
+        is_text = kind is float and isinstance(value, str)
+        hint = "; YAML reads 1e-4 as text, write 1.0e-4" if is_text else ""
+        raise ValueError(f"{name} is {value!r}, but must be of type {kind.__name__}{hint}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, but must be a finite number")
+    return value
 
 
 def _check_bounds(name: str, value: Any, least: float, greatest: float, length: int = 0) -> None:
     numbers = value if isinstance(value, list) else [value]
-    is_number = [
-        isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers
+    fits = [
+        isinstance(number, (int, float))
+        and not isinstance(number, bool)
+        and least <= number <= greatest
+        for number in numbers
     ]
-    right_length = len(numbers) == length if length else bool(numbers)
-    if (
-        not right_length
-        or not all(is_number)
-        or not all(least <= number <= greatest for number in numbers)
-    ):
+    if not all(fits) or len(fits) != (length or max(len(fits), 1)):
         each = f"hold {length or 'one or more'} numbers, each" if isinstance(value, list) else "lie"
         raise ValueError(f"{name} is {value!r}, but must {each} between {least:g} and {greatest:g}")
 
 
-def _did_you_mean(name: Any, known) -> str:
+def _did_you_mean(name: Any, known: Collection[str]) -> str:
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

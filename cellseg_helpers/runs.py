@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -226,10 +227,8 @@ def start_run(
     run_dir = resolve_path(RUNS) / config.named().run_name
     if (run_dir / "settings.json").exists():
         _refuse_other_run(config, fingerprint, run_dir)
-    for left in (
-        left for name in ("last.pt", "best.safetensors") for left in run_dir.glob(f".{name}.*")
-    ):
-        left.unlink(missing_ok=True)  # half-written by a killed process
+    for half_written in run_dir.glob(".*"):  # by a process that was killed
+        shutil.rmtree(half_written)
     write_json(run_dir / "split.json", split)
     write_json(run_dir / "truth.json", truth)
     if not (

@@ -1,37 +1,63 @@
 """Every setting is checked before any work, and a wrong one is named with what is right."""
 
+import inspect
 import json
 import math
 import os
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
+import nbformat
 import pytest
 import yaml
 
 from cellseg_helpers.config import (
     CHOICES,
-    FRACTIONS,
     NOT_PART_OF_A_RUN,
-    POSITIVE,
     ROOT,
+    Check,
     RunConfig,
     check_parameters,
+    one_line,
+    replacing,
     resolve_path,
 )
 
-NAMES = {field.name for field in fields(RunConfig)}
+CHECKS = {
+    field.name: check
+    for field in fields(RunConfig)
+    for check in get_args(field.type)
+    if isinstance(check, Check)
+}
 PARAMETER_FILES = sorted((ROOT / "params").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize(
-    "names",
-    [CHOICES, POSITIVE, FRACTIONS, NOT_PART_OF_A_RUN],
-    ids=["choices", "positive", "fractions", "outside"],
-)
-def test_the_checks_name_only_fields(names):
-    assert set(names) <= NAMES
+def test_every_number_is_checked():
+    numbers = {
+        name
+        for name, value in RunConfig().to_dict().items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    assert numbers == set(CHECKS) and set(NOT_PART_OF_A_RUN) <= set(RunConfig().to_dict())
+
+
+def test_the_training_notebook_has_the_fields_with_their_defaults_and_comments():
+    """Once in ``RunConfig``, in its order and groups, and again as literals in the notebook."""
+    notebook = nbformat.read(ROOT / "notebooks/02_train.ipynb", 4)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    pattern = r"^ *(\w+)(?:: \S+(?: \S+\])?)? = (.*?)  # (.*)$|^ *# (.+)$"
+    source = inspect.getsource(RunConfig).split("    def ")[0]
+    fields_of = {}
+    for where, text in (("record", source), ("notebook", cell.source)):
+        rows = re.findall(pattern, text, re.MULTILINE)
+        fields_of[where] = [(name, comment, heading) for name, _, comment, heading in rows]
+    assert fields_of["notebook"] == fields_of["record"]
+    values: dict = {}
+    exec(cell.source, values)
+    del values["__builtins__"]
+    assert values == RunConfig().to_dict() and list(values) == list(RunConfig().to_dict())
 
 
 @pytest.mark.parametrize(
@@ -58,6 +84,7 @@ def test_a_name_like_no_other_is_answered_without_a_guess():
         ({"backbone": "resnet102"}, "unknown backbone 'resnet102'; one of resnet18, .*did you mean 'resnet1..'"),
         ({"split": "patients"}, "unknown split 'patients'; one of auto, patient, random, all; did you mean 'patient'"),
         ({"precision": "bf16"}, "unknown precision 'bf16'; one of .*32, bf16-mixed, 16-mixed"),
+        ({"backbone": True}, "unknown backbone True; one of resnet18"),
         ({"epochs": "3"}, "epochs is '3', but must be of type int$"),
         ({"epochs": 3.0}, "epochs is 3.0, but must be of type int"),
         ({"epochs": True}, "epochs is True, but must be of type int"),
@@ -87,7 +114,7 @@ def test_a_name_like_no_other_is_answered_without_a_guess():
         ({"min_size": 200, "max_size": 100}, "min_size is 200 and max_size 100"),
         ({"tile_size_px": 64, "tile_overlap_px": 64}, "tile_overlap_px is 64, but must be above 0 and below tile_size_px, 64"),
         ({"tile_size_px": 64, "tile_overlap_px": 0}, "tile_overlap_px is 0, but must be above 0 and below tile_size_px, 64"),
-        ({"plateau_factor": 1.0}, "plateau_factor is 1.0, but must be below 1"),
+        ({"plateau_factor": 1.0}, "plateau_factor is 1.0, but must lie strictly between 0 and 1"),
         ({"rpn_bg_iou_thresh": 0.8}, "rpn_bg_iou_thresh is 0.8, but must not be above rpn_fg_iou_thresh, 0.7"),
         ({"box_fg_iou_thresh": 0.4}, "box_bg_iou_thresh is 0.5, but must not be above box_fg_iou_thresh, 0.4"),
         ({"run_name": "a/b"}, "run_name 'a/b' must be a plain folder name"),
@@ -99,6 +126,19 @@ def test_a_value_that_no_run_could_use_is_refused(settings, message):
         RunConfig.from_dict(settings)
 
 
+POSITIVE = [
+    "batch_size", "epochs", "validation_every_epochs", "learning_rate", "detections_per_image",
+    "devices", "plateau_patience", "rpn_batch_size_per_image", "box_batch_size_per_image",
+    "rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_train",
+    "rpn_post_nms_top_n_test", "mask_threshold", "iou_threshold",
+]  # fmt: skip
+FRACTIONS = [
+    "validation_fraction", "class_balance", "momentum", "plateau_factor", "rpn_nms_thresh",
+    "rpn_fg_iou_thresh", "rpn_bg_iou_thresh", "box_score_thresh", "box_nms_thresh",
+    "box_fg_iou_thresh", "box_bg_iou_thresh", "mask_threshold", "score_threshold", "iou_threshold",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", POSITIVE)
 def test_zero_is_refused_where_nothing_could_run(name):
     with pytest.raises(ValueError, match=f"{name} is 0.*but must be above 0"):
@@ -108,8 +148,9 @@ def test_zero_is_refused_where_nothing_could_run(name):
 @pytest.mark.parametrize("name", FRACTIONS)
 @pytest.mark.parametrize("value", [-0.1, 1.1])
 def test_fractions_lie_between_0_and_1(name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value}, but must lie between 0 and 1"):
+    with pytest.raises(ValueError, match=f"{name} is {value}, but {CHECKS[name].words}"):
         RunConfig.from_dict({name: value})
+    assert "1" in CHECKS[name].words
 
 
 @pytest.mark.parametrize(("name", "choices"), CHOICES.items())
@@ -348,3 +389,20 @@ def test_a_notebooks_own_parameter_within_bounds_passes():
         {"shown": 12, "limits": [0, 0.5, 1]}, shown=(int, 1, 12), limits=(list, 0, 1)
     )
     assert found == {"shown": 12, "limits": [0, 0.5, 1]}
+
+
+def test_a_folder_is_made_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "made" / "folder"
+    with pytest.raises(KeyError), replacing(path, folder=True) as temporary:
+        (temporary / "half").touch()
+        raise KeyError
+    assert list(path.parent.iterdir()) == []
+    with replacing(path, folder=True) as temporary:
+        (temporary / "a").write_text("b")
+    assert [file.name for file in path.parent.rglob("*")] == ["folder", "a"]
+
+
+def test_an_error_in_one_line():
+    assert one_line(ValueError("a\n  b " + "c" * 200)) == "a b " + "c" * 116
+    assert one_line(KeyError()) == "KeyError"
+    assert one_line(FileNotFoundError(2, "No such file", "a.txt")) == "No such file"

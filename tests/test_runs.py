@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -180,8 +181,10 @@ def test_a_run_goes_on_in_its_folder(runs_folder):
 
 def test_what_a_killed_run_left_half_written_is_removed():
     run_dir = start_run(RunConfig(run_name="a"), FINGERPRINT, SPLIT, truth())
-    for name in ("last.pt", "best.safetensors", ".last.pt.abc", ".best.safetensors.xyz"):
-        (run_dir / name).write_text("x")
+    for name in (".last.pt.abc/last.pt", ".best.safetensors.xyz/best.safetensors"):
+        (run_dir / name).parent.mkdir()
+        (run_dir / name).write_text("half")
+        (run_dir / Path(name).name).write_text("whole")
     start_run(RunConfig(run_name="a"), FINGERPRINT, SPLIT, truth())
     assert (run_dir / "last.pt").exists() and (run_dir / "best.safetensors").exists()
     assert not list(run_dir.glob(".*"))
