@@ -344,6 +344,7 @@ def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
         temporary = Path(parent) / path.name
         temporary.mkdir() if folder else temporary.touch()
         yield temporary
+        temporary.chmod(0o755 if folder else 0o644)
         if not folder:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())

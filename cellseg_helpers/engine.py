@@ -1,5 +1,5 @@
-"""``fit``: train a run from its settings, on one or several devices, and go on where a killed one
-stopped.
+"""``fit``: train a run from its settings, on one or several devices. A run that was stopped goes on
+from its last checkpoint.
 
 Several devices: ``torchrun --nproc_per_node 2 -m cellseg_helpers.engine params/full.yaml``.
 """
@@ -7,7 +7,7 @@ Several devices: ``torchrun --nproc_per_node 2 -m cellseg_helpers.engine params/
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import pandas as pd
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -48,25 +50,32 @@ from cellseg_helpers.runs import (
     write_text,
 )
 
+History = list[dict[str, Any]]  # one row an epoch: the columns of history.csv
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 
 
 def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = None) -> Path:
-    """Train, validate every ``validation_every_epochs``, keep the best epoch, and resume by itself.
+    """Train a run, validate it every ``validation_every_epochs`` and save the best epoch.
 
-    On the CPU the same settings give the same numbers, bit for bit, whatever the number of workers,
-    and also when the run was killed and called again in between: every random choice is drawn from
-    the seed, the epoch and the sample's place in it.
+    On the CPU the same settings give the same numbers, bit for bit, with any number of workers, and
+    also if the run was killed and called again: every random choice is drawn from the seed, the
+    epoch and the sample's position in it.
+
+    How it works: 1. The data are read and split, and the run folder is made (see ``runs``). 2.
+    Model, optimizer, schedules and batches are built; a checkpoint in the folder is loaded into
+    them. 3. Each epoch trains on ``steps_per_epoch`` batches, validates, and saves what it found
+    and a checkpoint.
 
     Args:
         config: the run's settings.
         on_epoch: called after each epoch with the history so far.
 
     Returns:
-        The run folder (see ``runs``).
+        The run folder.
 
     Raises:
-        ValueError: settings or data that cannot be used; RunError: the folder holds another run.
+        ValueError: settings or data that cannot be used.
+        RunError: the folder holds another run.
         TrainingError: a loss that is not finite, or no memory left.
     """
     config = replace(config.named(), precision=resolve_precision(config))
@@ -78,50 +87,44 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
     with fabric.rank_zero_first():
         run_dir = start_run(config, dataset.fingerprint, split, truth)
     if (run_dir / "finished.json").exists() and not (run_dir / "last.pt").exists():
-        return run_dir  # whoever removed the checkpoint of a finished run wanted its room
+        return run_dir  # finished, checkpoint deleted to save disk: nothing to do
 
     model = build_model(config)
     if config.normalization == "data":
         model.transform.learn_statistics(*image_statistics(dataset, train))
     optimizer = make_optimizer(model, config)
-    samples = TrainingSet(
-        dataset, train, config.crop_size_px, config.class_balance, config.augmentation, config.seed, config.drop_cut_cells,
-        config.boxes_miss_last_pixel,
-    )  # fmt: skip
-    per_step = config.batch_size * fabric.world_size
-    steps = config.steps_per_epoch or -(-len(train) // per_step)
-    sampler = EpochSampler(
-        train,
-        steps * per_step,
-        config.seed,
-        fabric.global_rank,
-        fabric.world_size,
-        config.batch_size,
-    )
-    loader = make_loader(samples, config, sampler)
+    per_step, rank = config.batch_size * fabric.world_size, (fabric.global_rank, fabric.world_size)
+    steps = config.steps_per_epoch or math.ceil(len(train) / per_step)
+    sampler = EpochSampler(train, steps * per_step, config.seed, *rank, config.batch_size)
+    loader = make_loader(make_samples(dataset, train, config), config, sampler)
     per_step_schedule, plateau = make_schedulers(optimizer, config, steps)
     model, optimizer = fabric.setup(model, optimizer)
-
-    history: list[dict[str, Any]] = []
-    if (run_dir / "last.pt").exists():
-        with opening_checkpoint(run_dir, config) as checkpoint:
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            per_step_schedule.load_state_dict(checkpoint["per_step_schedule"])
-            plateau.load_state_dict(checkpoint["plateau"])
-            fabric.strategy.precision.load_state_dict(checkpoint["precision"])
-            history = checkpoint["history"]
+    parts = {
+        "model": model,
+        "optimizer": optimizer,
+        "per_step_schedule": per_step_schedule,
+        "plateau": plateau,
+        "precision": fabric.strategy.precision,
+    }
+    history = load_parts(parts, run_dir, config)
 
     saved_at = time.perf_counter()
-    progress = tqdm(total=config.epochs * steps, initial=len(history) * steps, desc="training", unit="step", mininterval=1,
-                    disable=not fabric.is_global_zero)  # fmt: skip
+    progress = tqdm(
+        desc="training",
+        total=config.epochs * steps,
+        initial=len(history) * steps,
+        unit="step",
+        mininterval=1,
+        disable=not fabric.is_global_zero,
+    )
     for epoch in range(len(history), config.epochs):
         if stopped_early(history, config):
             break
         sampler.set_epoch(epoch)
-        before = history[-1] if history else {"train_minutes": 0.0, "cpu_minutes": 0.0}
+        ends = epoch + 1 == config.epochs
+        validates = ends or (epoch + 1) % config.validation_every_epochs == 0
         with explaining_errors():
-            started, cpu_started = time.perf_counter(), time.process_time()
+            started = time.perf_counter(), time.process_time()
             losses = train_epoch(
                 fabric, model, optimizer, per_step_schedule, loader, config, progress
             )
@@ -130,96 +133,110 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "loss": sum(losses.values()),
                 **losses,
-                "train_minutes": before["train_minutes"] + (time.perf_counter() - started) / 60,
-                "cpu_minutes": before["cpu_minutes"] + (time.process_time() - cpu_started) / 60,
+                **minutes_since(started, history),
+                "validation_loss": math.nan,
+                "validation_ap50": math.nan,
             }
             share_buffers(fabric, model)
-            validated = (
-                epoch + 1
-            ) % config.validation_every_epochs == 0 or epoch + 1 == config.epochs
-            if validated:
+            if validates:
                 row["validation_loss"] = validation_loss(fabric, model, dataset, validation, config)
-                detections = predict_images(fabric, model, dataset, validation, config)
-        if validated:
-            scores = evaluate(
-                truth,
-                detections,
-                score_threshold=config.score_threshold,
-                iou_threshold=config.iou_threshold,
-            )
-        row.setdefault("validation_loss", math.nan)
-        row["validation_ap50"] = scores["coco_dense"]["summary"]["AP50"] if validated else math.nan
-        row["peak_memory_bytes"] = peak_memory_bytes(fabric.device)
-        history.append(row)
+                cells = predict_images(fabric, model, dataset, validation, config)
+        if validates:
+            scores = evaluate(truth, cells, config.score_threshold, config.iou_threshold)
+            row["validation_ap50"] = scores["coco_dense"]["summary"]["AP50"]
+        history.append(row | {"peak_memory_bytes": peak_memory_bytes(fabric.device)})
         if config.scheduler == "plateau" and not math.isnan(row[config.monitor]):
             plateau.step(row[config.monitor])
 
         if fabric.is_global_zero:
-            if config.keep_every_epoch:
-                save_weights(run_dir / f"epoch_{epoch + 1}.safetensors", model.state_dict())
-            if validated and best_epoch(history, config) == len(history) - 1:
-                save_weights(run_dir / "best.safetensors", model.state_dict())
-                write_json(run_dir / "detections.json", detections.to_coco())
-                write_json(run_dir / "metrics.json", scores)
-            write_text(run_dir / "history.csv", pd.DataFrame(history).to_csv(index=False))
-            due = validated or time.perf_counter() - saved_at > CHECKPOINT_EVERY_S
-            ends = len(history) == config.epochs or stopped_early(history, config)
-            if due and (config.keep_checkpoint or not ends):
-                save_checkpoint(
-                    run_dir / "last.pt",
-                    {
-                        "settings": config.to_dict(),
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "per_step_schedule": per_step_schedule.state_dict(),
-                        "plateau": plateau.state_dict(),
-                        "precision": fabric.strategy.precision.state_dict(),
-                        "history": history,
-                    },
-                )
+            save_epoch(run_dir, model, history, config, (cells, scores) if validates else None)
+            is_due = validates or time.perf_counter() - saved_at > CHECKPOINT_EVERY_S
+            ends = ends or stopped_early(history, config)
+            if is_due and (config.keep_checkpoint or not ends):
+                states = {name: part.state_dict() for name, part in parts.items()}
+                checkpoint = {"settings": config.to_dict(), **states, "history": history}
+                save_checkpoint(run_dir / "last.pt", checkpoint)
                 saved_at = time.perf_counter()
         fabric.barrier()
         if on_epoch and fabric.is_global_zero:
             on_epoch(pd.DataFrame(history))
     progress.close()
     if fabric.is_global_zero:
-        sizes = [tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()]
-        ended = {"epochs": len(history), "stopped_early": len(history) < config.epochs}
-        write_json(
-            run_dir / "finished.json",
-            ended | {"parameters": count_parameters(model), "model_megabytes": sum(sizes) / 1e6},
-        )
-        if not config.keep_checkpoint:
-            (run_dir / "last.pt").unlink(missing_ok=True)
+        finish(run_dir, model, history, config)
     return run_dir
 
 
+def load_parts(parts: dict[str, Any], run_dir: Path, config: RunConfig) -> History:
+    """Load the run's checkpoint, if there is one, into model, optimizer, schedules and precision.
+
+    Returns:
+        One row for each epoch that the checkpoint has seen.
+    """
+    if not (run_dir / "last.pt").exists():
+        return []
+    with opening_checkpoint(run_dir, config) as checkpoint:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        return checkpoint["history"]
+
+
+def minutes_since(started: tuple[float, float], history: History) -> dict[str, float]:
+    """Minutes of training so far, by the clock and of the processor: those of the last epoch's row,
+    and those since ``started``.
+    """
+    before = history[-1] if history else {"train_minutes": 0.0, "cpu_minutes": 0.0}
+    clock, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
+    return {
+        "train_minutes": before["train_minutes"] + clock / 60,
+        "cpu_minutes": before["cpu_minutes"] + cpu / 60,
+    }
+
+
+def save_epoch(
+    run_dir: Path,
+    model: nn.Module,
+    history: History,
+    config: RunConfig,
+    found: tuple[Cells, dict[str, Any]] | None,
+) -> None:
+    """Save the history; if the epoch is the best so far, its weights, detections and scores.
+
+    Args:
+        found: detections and scores of the validation images; None if the epoch is not validated.
+    """
+    if config.keep_every_epoch:
+        save_weights(run_dir / f"epoch_{len(history)}.safetensors", model.state_dict())
+    if found and best_epoch(history, config) == len(history) - 1:
+        save_weights(run_dir / "best.safetensors", model.state_dict())
+        write_json(run_dir / "detections.json", found[0].to_coco())
+        write_json(run_dir / "metrics.json", found[1])
+    write_text(run_dir / "history.csv", pd.DataFrame(history).to_csv(index=False))
+
+
+def finish(run_dir: Path, model: nn.Module, history: History, config: RunConfig) -> None:
+    """Write ``finished.json``; delete the checkpoint unless ``keep_checkpoint``."""
+    sizes = [tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()]
+    finished = {
+        "epochs": len(history),
+        "stopped_early": len(history) < config.epochs,
+        "parameters": count_parameters(model),
+        "model_megabytes": sum(sizes) / 1e6,
+    }
+    write_json(run_dir / "finished.json", finished)
+    if not config.keep_checkpoint:
+        (run_dir / "last.pt").unlink(missing_ok=True)
+
+
 def open_data(config: RunConfig) -> tuple[CellDataset, CellDataset]:
-    """The images as the training reads them, and as the validation's truth reads them: every cell
-    of ``truth_reading``, small ones too.
+    """The images as training reads them, and as the validation's truth reads them: every cell of
+    ``truth_reading``, small ones too.
 
     Raises:
-        DataError: see ``readers.open_dataset``.
+        DataError: see ``data.hw3.open_dataset``.
     """
-    dataset = open_dataset(
-        config.data, config.instance_reading, config.min_instance_area_px, config.skip_faulty_images
-    )
-    scored = open_dataset(config.data, config.truth_reading, 0, config.skip_faulty_images)
-    return dataset, scored
-
-
-def image_statistics(dataset: CellDataset, indices: list[int]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of R, G and B, in [0, 1], over all pixels of some images."""
-    sums, squares, pixels = np.zeros(3), np.zeros(3), 0
-    for index in indices:
-        image = dataset[index].image.reshape(3, -1) / 255
-        sums, squares, pixels = (
-            sums + image.sum(1),
-            squares + (image**2).sum(1),
-            pixels + image.shape[1],
-        )
-    mean = sums / pixels
-    return mean.tolist(), np.sqrt(squares / pixels - mean**2).tolist()
+    skip = config.skip_faulty_images
+    dataset = open_dataset(config.data, config.instance_reading, config.min_instance_area_px, skip)
+    return dataset, open_dataset(config.data, config.truth_reading, 0, skip)
 
 
 def split_dataset(
@@ -238,54 +255,34 @@ def split_dataset(
     return [index[i] for i in split.train], [index[i] for i in split.validation], split._asdict()
 
 
-def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """Adam, AdamW or SGD over the parameters that are not frozen; fused where gradients can still
-    be clipped.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    shared = {
-        "lr": config.learning_rate,
-        "weight_decay": config.weight_decay,
-        "fused": config.precision != "16-mixed",
-    }
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, **shared)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
-        parameters, **shared
+def image_statistics(dataset: CellDataset, indices: list[int]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of R, G and B, in [0, 1], over all pixels of some images."""
+    sums, squares, pixels = np.zeros(3), np.zeros(3), 0
+    for index in indices:
+        image = dataset[index].image.reshape(3, -1) / 255
+        sums, squares = sums + image.sum(1), squares + (image**2).sum(1)
+        pixels += image.shape[1]
+    mean = sums / pixels
+    return mean.tolist(), np.sqrt(squares / pixels - mean**2).tolist()
+
+
+def make_samples(dataset: CellDataset, indices: list[int], config: RunConfig) -> TrainingSet:
+    """Augmented crops of some images, with their targets."""
+    return TrainingSet(
+        dataset,
+        indices,
+        config.crop_size_px,
+        config.class_balance,
+        config.augmentation,
+        config.seed,
+        config.drop_cut_cells,
+        config.boxes_miss_last_pixel,
     )
 
 
-def make_schedulers(optimizer: torch.optim.Optimizer, config: RunConfig, steps_per_epoch: int):
-    """A schedule to step after each training step (linear warm-up, then cosine or constant), and
-    one after each epoch (plateau).
-    """
-    schedulers = torch.optim.lr_scheduler
-    warmup = schedulers.LinearLR(
-        optimizer, 1 / max(config.warmup_steps, 1), total_iters=config.warmup_steps
-    )
-    per_step = warmup
-    if config.scheduler == "cosine":
-        decay_steps = max(config.epochs * steps_per_epoch - config.warmup_steps, 1)
-        cosine = schedulers.CosineAnnealingLR(
-            optimizer, decay_steps, eta_min=config.min_learning_rate
-        )
-        per_step = (
-            schedulers.SequentialLR(optimizer, [warmup, cosine], [config.warmup_steps])
-            if config.warmup_steps
-            else cosine
-        )
-    mode = "max" if config.monitor == "validation_ap50" else "min"
-    plateau = schedulers.ReduceLROnPlateau(
-        optimizer,
-        mode,
-        config.plateau_factor,
-        config.plateau_patience,
-        min_lr=config.min_learning_rate,
-    )
-    return per_step, plateau
-
-
-def make_loader(samples: TrainingSet, config: RunConfig, sampler) -> DataLoader:
+def make_loader(
+    samples: TrainingSet, config: RunConfig, sampler: Iterable[SampleKey]
+) -> DataLoader:
     """Batches of (images, targets) lists in the sampler's order."""
     return DataLoader(
         samples,
@@ -298,11 +295,57 @@ def make_loader(samples: TrainingSet, config: RunConfig, sampler) -> DataLoader:
     )
 
 
+def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """Adam, AdamW or SGD over the parameters that are not frozen; fused, unless gradients are
+    scaled (16-mixed) and must be clipped before the step.
+    """
+    optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    momentum = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
+    return optimizers[config.optimizer](
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=config.precision != "16-mixed",
+        **momentum,
+    )
+
+
+def make_schedulers(
+    optimizer: torch.optim.Optimizer, config: RunConfig, steps_per_epoch: int
+) -> tuple[lr_scheduler.LRScheduler, lr_scheduler.ReduceLROnPlateau]:
+    """A schedule to step after each training step (linear warm-up, then cosine or constant), and
+    one to step after each epoch (plateau).
+    """
+    warmup = config.warmup_steps
+    per_step = lr_scheduler.LinearLR(optimizer, 1 / max(warmup, 1), total_iters=warmup)
+    if config.scheduler == "cosine":
+        steps, least = max(config.epochs * steps_per_epoch - warmup, 1), config.min_learning_rate
+        cosine = lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=least)
+        parts = [per_step, cosine]
+        per_step = lr_scheduler.SequentialLR(optimizer, parts, [warmup]) if warmup else cosine
+    plateau = lr_scheduler.ReduceLROnPlateau(
+        optimizer,
+        "max" if config.monitor == "validation_ap50" else "min",
+        config.plateau_factor,
+        config.plateau_patience,
+        min_lr=config.min_learning_rate,
+    )
+    return per_step, plateau
+
+
 def train_epoch(
-    fabric: Fabric, model, optimizer, schedule, loader: DataLoader, config: RunConfig, progress
+    fabric: Fabric,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: lr_scheduler.LRScheduler,
+    loader: DataLoader,
+    config: RunConfig,
+    progress: tqdm,
 ) -> dict[str, float]:
-    """One pass: images, targets, losses, backward, step. Returns each loss's mean over the steps
-    and processes.
+    """One epoch: images, targets, losses, backward, step.
+
+    Returns:
+        The mean of each loss over the steps and processes.
 
     Raises:
         TrainingError: a loss that is not finite; it is named, with the images.
@@ -321,12 +364,9 @@ def train_epoch(
         optimizer.step()
         schedule.step()
         sums += losses.detach()
-        parts = zip(
-            ("loss", "objectness", "rpn_box", "class", "box", "mask"),
-            (sum(values), *values),
-            strict=True,
-        )
-        progress.set_postfix({name: f"{value:.2f}" for name, value in parts}, refresh=False)
+        names = ("loss", "objectness", "rpn_box", "class", "box", "mask")
+        shown = zip(names, (sum(values), *values), strict=True)
+        progress.set_postfix({name: f"{value:.2f}" for name, value in shown}, refresh=False)
         progress.update()
     means = fabric.all_reduce(sums / len(loader), reduce_op="mean")
     return dict(zip(LOSSES, means.tolist(), strict=True))
@@ -334,36 +374,31 @@ def train_epoch(
 
 @torch.no_grad()
 def validation_loss(
-    fabric: Fabric, model, dataset: CellDataset, indices: list[int], config: RunConfig
+    fabric: Fabric,
+    model: nn.Module,
+    dataset: CellDataset,
+    indices: list[int],
+    config: RunConfig,
 ) -> float:
     """The mean total loss over one fixed crop of each validation image.
 
-    The norms' statistics are left alone, unless ``validation_updates_norms`` (a loss computed in
-    training mode, as in report E's released code: the statistics then learn from the validation
-    images, and the model with them).
+    The norms' statistics do not change, unless ``validation_updates_norms``: then the loss is
+    computed as in training, and the statistics, and the model with them, learn from the validation
+    images.
 
     Raises:
-        TrainingError: as ``train_epoch``, so that weights which the epoch's last step spoilt reach
-            no checkpoint.
+        TrainingError: a loss that is not finite, so that weights which the epoch's last step
+            spoilt reach no checkpoint.
     """
-    samples = TrainingSet(
-        dataset,
-        indices,
-        config.crop_size_px,
-        0.0,
-        "none",
-        0,
-        config.drop_cut_cells,
-        config.boxes_miss_last_pixel,
-    )
+    config = replace(config, class_balance=0.0, augmentation="none", seed=0, num_workers=0)
     keys = [SampleKey(0, position, index) for position, index in enumerate(indices)]
     model.train()
-    for module in model.modules() if not config.validation_updates_norms else ():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not config.validation_updates_norms:
             module.eval()
     totals = []
     with fabric.autocast():
-        for images, targets in make_loader(samples, replace(config, num_workers=0), keys):
+        for images, targets in make_loader(make_samples(dataset, indices, config), config, keys):
             images, targets = to_device(images, targets, fabric.device)
             losses, _ = _finite_losses(model.module(images, targets), targets)
             totals += [losses.sum().item()] * len(images)
@@ -371,27 +406,31 @@ def validation_loss(
 
 
 def predict_images(
-    fabric: Fabric, model, dataset: CellDataset, indices: list[int], config: RunConfig
+    fabric: Fabric,
+    model: nn.Module,
+    dataset: CellDataset,
+    indices: list[int],
+    config: RunConfig,
 ) -> Cells:
     """The cells found in whole images; image ids count from 1 in the order of ``indices``, as
-    ``to_coco`` does.
+    ``to_coco`` does. Each process predicts its share of the images.
     """
     tiling = (config.tile_size_px, config.tile_overlap_px, config.mask_threshold)
     with fabric.autocast():
-        found = [
+        cells = Cells.concatenate(
             predict(model.module, dataset[indices[number]].image, *tiling, number + 1)
             for number in range(fabric.global_rank, len(indices), fabric.world_size)
-        ]
-    if fabric.world_size == 1:
-        return Cells.concatenate(found)
-    gathered = [None] * fabric.world_size
-    distributed.all_gather_object(gathered, Cells.concatenate(found))
-    cells = Cells.concatenate(gathered)
-    return cells[np.argsort(cells.image_ids, kind="stable")]
+        )
+    if fabric.world_size > 1:
+        gathered = [None] * fabric.world_size
+        distributed.all_gather_object(gathered, cells)
+        cells = Cells.concatenate(gathered)
+        cells = cells[np.argsort(cells.image_ids, kind="stable")]
+    return cells
 
 
 def share_buffers(fabric: Fabric, model: nn.Module) -> None:
-    """Give every process the first one's norm statistics, which the checkpoint holds, so that all
+    """Give every process the first one's norm statistics, as the checkpoint has them, so that all
     validate one model.
     """
     if fabric.world_size > 1:
@@ -400,37 +439,40 @@ def share_buffers(fabric: Fabric, model: nn.Module) -> None:
 
 
 def to_device(
-    images: list[Tensor], targets: list[dict], device: torch.device
-) -> tuple[list[Tensor], list[dict]]:
-    """Images as float32 in [0, 1] and targets, on ``device``."""
-    images = [image.to(device, non_blocking=True).float() / 255 for image in images]
-    moved = [
-        {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in t.items()}
-        for t in targets
+    images: list[Tensor], targets: list[dict[str, Any]], device: torch.device
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Images (uint8 [3, h, w]) as float32 in [0, 1], and targets, on ``device``."""
+
+    def moved(value: Any) -> Any:
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    return [moved(image).float() / 255 for image in images], [
+        {name: moved(value) for name, value in target.items()} for target in targets
     ]
-    return images, moved
 
 
-def best_epoch(history: list[dict[str, Any]], config: RunConfig) -> int:
+def best_epoch(history: History, config: RunConfig) -> int:
     """Index of the first validated epoch with the best monitored value; one without a value, or not
     validated, counts as worst.
+
+    >>> rows = [{"validation_ap50": value} for value in (0.1, 0.3, 0.2)]
+    >>> best_epoch(rows, RunConfig(monitor="validation_ap50"))
+    1
     """
     sign = 1 if config.monitor == "validation_ap50" else -1
-    values = [row[config.monitor] if _validated(row) else math.nan for row in history]
+    values = [row[config.monitor] if _validated(row) else None for row in history]
     values = [-math.inf if value is None or math.isnan(value) else sign * value for value in values]
     return values.index(max(values))
 
 
-def stopped_early(history: list[dict[str, Any]], config: RunConfig) -> bool:
+def stopped_early(history: History, config: RunConfig) -> bool:
     """Whether the monitored value has not improved for ``early_stopping_patience`` epochs (0: never
     stop).
     """
     patience = config.early_stopping_patience
-    return (
-        bool(patience and history)
-        and _validated(history[-1])
-        and len(history) - 1 - best_epoch(history, config) >= patience
-    )
+    if not patience or not history or not _validated(history[-1]):
+        return False
+    return len(history) - 1 - best_epoch(history, config) >= patience
 
 
 def _validated(row: dict[str, Any]) -> bool:
@@ -438,22 +480,23 @@ def _validated(row: dict[str, Any]) -> bool:
     return value is not None and not math.isnan(value)
 
 
-def _finite_losses(losses: dict[str, Tensor], targets: list[dict]) -> tuple[Tensor, list[float]]:
+def _finite_losses(
+    losses: dict[str, Tensor], targets: list[dict[str, Any]]
+) -> tuple[Tensor, list[float]]:
     """The losses as float32 [5], in the order of ``LOSSES``, and their values: read once a step,
     before a GPU has the backward to do.
     """
     stacked = torch.stack([losses[name].float() for name in LOSSES])
     values = stacked.tolist()
-    if all(map(math.isfinite, values)):
-        return stacked, values
-    bad = ", ".join(
-        f"{n} = {v}" for n, v in zip(LOSSES, values, strict=True) if not math.isfinite(v)
-    )
-    images = ", ".join(target["image_id"] for target in targets)
-    raise TrainingError(
-        f"training stopped: {bad} in a batch of images {images}; lower learning_rate, lengthen warmup_steps or set "
-        f"gradient_clip_norm; {KEPT}"
-    )
+    named = zip(LOSSES, values, strict=True)
+    bad = [f"{name} = {value}" for name, value in named if not math.isfinite(value)]
+    if bad:
+        images = ", ".join(target["image_id"] for target in targets)
+        raise TrainingError(
+            f"training stopped: {', '.join(bad)} in a batch of images {images}; lower "
+            f"learning_rate, lengthen warmup_steps or set gradient_clip_norm; {KEPT}"
+        )
+    return stacked, values
 
 
 if __name__ == "__main__":
