@@ -87,7 +87,7 @@ class RunConfig:
     crop_size_px: Count = 192  # side of the training crops, at native resolution; 0 = whole images
     class_balance: Share = 0.7  # share of the crops drawn around a cell of an evenly drawn class
     drop_cut_cells: bool = True  # cells that a crop cuts are no targets
-    augmentation: Augmentation = "flips"  # a name of data.augment.RECIPES, such as none
+    augmentation: Augmentation = "flips"  # none, flips, flips_turns_stain or one of augment.RECIPES
     boxes_miss_last_pixel: bool = False  # boxes end at a cell's last pixel, not behind it
 
     # Model
@@ -96,7 +96,7 @@ class RunConfig:
     attention: Attention = "none"  # or "cbam" after each stage of the body
     heads: Heads = "auto"  # torchvision's v1 or v2; auto: v2 for resnet50_fpn_v2, else v1
     weights: str = "none"  # none, imagenet, coco, or the path of a .safetensors or .pth file
-    trainable_backbone_layers: Count = 3  # of 5, counted from the end; only loaded ones freeze
+    trainable_backbone_layers: Count = 3  # of 5, from the end; only loaded layers are ever frozen
     normalization: Normalization = "imagenet"  # or "data": statistics of the training images
     min_size: Count = 0  # px, an image's shorter side after resizing; 0 = native size
     max_size: Count = 0  # px, its longest side after resizing; 0 = native size
@@ -142,10 +142,10 @@ class RunConfig:
     plateau_patience: Positive = 3  # epochs without improvement before it does
     early_stopping_patience: Count = 0  # epochs without improvement that end the run; 0 = never
     gradient_clip_norm: Amount = 10.0  # largest norm of the gradient; 0 = no clipping
-    precision: Precision = "auto"  # 32, bf16-mixed, 16-mixed (GPU); auto: bf16-mixed if built in
+    precision: Precision = "auto"  # 32, bf16-mixed, 16-mixed (GPU); auto: bf16-mixed if it is fast
     accelerator: Accelerator = "auto"  # cpu, cuda; auto: a GPU if the machine has one
     devices: Positive = 1  # processes, one a device; more than 1 only outside notebooks
-    num_workers: Count = 0  # processes that prepare crops; 0 = none but the training's own
+    num_workers: Count = 0  # processes that prepare crops; 0 = the training process does
     seed: Count = 0  # of weights, crops and augmentation
 
     # Prediction and scores
