@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
@@ -33,11 +34,11 @@ def predict(
     mask_threshold: float = 0.5,
     image_id: int = 1,
 ) -> Cells:
-    """The cells that ``model`` finds in an image.
+    """The cells that ``model`` finds in an image, by descending score; their boxes are the model's.
 
     Memory grows with the detections' boxes: no mask of the image's size is made. With tiles it is
-    bounded by a few tiles and the detections. Cells whose mask has no pixel at
-    ``mask_threshold`` are left out. How tiles become one image: ``merge_tiles``.
+    bounded by a few tiles and the detections. Detections whose mask has no pixel at
+    ``mask_threshold`` are left out. ``merge_tiles`` says how tiles become one image.
 
     Args:
         model: in evaluation mode it takes a list of float32 [3, H, W] images in 0..1 and gives a
@@ -49,18 +50,13 @@ def predict(
             large cell's diameter: a larger cell may have to be put together from pieces.
         mask_threshold: pixels of at least this probability belong to the cell (``>=``, as in
             detectron2 and in the documentation of torchvision's Mask R-CNN).
-
         image_id: of the cells.
-
-    Returns:
-        Cells by descending score; their boxes are the model's.
 
     Raises:
         ValueError: the image or a parameter is not as above.
     """
-    image = (
-        image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
-    )  # a cached image is read-only
+    if not isinstance(image, Tensor):
+        image = torch.from_numpy(np.array(image))  # a copy: a cached image is read-only
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(
             f"predict takes a uint8 image of shape [3, H, W], not {image.dtype} {list(image.shape)}"
@@ -69,17 +65,16 @@ def predict(
         raise ValueError(f"mask_threshold is {mask_threshold}; it must be above 0 and at most 1")
     if tile_size_px and not 0 < tile_overlap_px < tile_size_px:
         raise ValueError(
-            f"tile_size_px is {tile_size_px} and tile_overlap_px {tile_overlap_px}; the overlap must be above 0 and below the "
-            "tile's size (tile_size_px = 0 predicts the image in one piece)"
+            f"tile_size_px is {tile_size_px} and tile_overlap_px {tile_overlap_px}; the overlap "
+            "must be above 0 and below the tile's size (tile_size_px = 0 predicts the image in one "
+            "piece)"
         )
     height, width = image.shape[1:]
     tiles = lay_tiles(height, width, tile_size_px, tile_overlap_px)
-    found = merge_tiles(
-        _detect(model, image, tiles, mask_threshold), tiles, height, width, tile_overlap_px
-    )
-    return replace(
-        found[np.argsort(-found.scores, kind="stable")], image_ids=np.full(len(found), image_id)
-    )
+    found = _predict_tiles(model, image, tiles, mask_threshold)
+    cells = merge_tiles(found, tiles, height, width, tile_overlap_px)
+    cells = cells[np.argsort(-cells.scores, kind="stable")]
+    return replace(cells, image_ids=np.full(len(cells), image_id))
 
 
 def predict_run(
@@ -160,28 +155,18 @@ def paste_in_boxes(
         mask_threshold: above 0; a pixel of this probability or more belongs to the mask.
     """
     padded, scale = expand_masks(masks[:, None], padding=1)
-    corners = expand_boxes(boxes, scale).to(torch.int64).tolist()
-    return [
-        _paste(mask, *corner, height, width, mask_threshold)
-        for mask, corner in zip(padded, corners, strict=True)
-    ]
-
-
-def _paste(
-    mask: Tensor, x1: int, y1: int, x2: int, y2: int, height: int, width: int, mask_threshold: float
-) -> BoxMask:
-    top, bottom, left, right = max(y1, 0), min(y2 + 1, height), max(x1, 0), min(x2 + 1, width)
-    if bottom <= top or right <= left:
-        return BoxMask(np.zeros((0, 0), bool), 0, 0)
-    size = (y2 - y1 + 1, x2 - x1 + 1)
-    pasted = functional.interpolate(mask[None], size=size, mode="bilinear", align_corners=False)[
-        0, 0
-    ]
-    return BoxMask(
-        (pasted[top - y1 : bottom - y1, left - x1 : right - x1] >= mask_threshold).numpy(),
-        left,
-        top,
-    )
+    pasted = []
+    for mask, corners in zip(padded, expand_boxes(boxes, scale).to(torch.int64), strict=True):
+        x1, y1, x2, y2 = corners.tolist()
+        top, bottom, left, right = max(y1, 0), min(y2 + 1, height), max(x1, 0), min(x2 + 1, width)
+        if bottom <= top or right <= left:
+            pasted.append(BoxMask(np.zeros((0, 0), bool), 0, 0))
+            continue
+        size = (y2 - y1 + 1, x2 - x1 + 1)
+        grown = functional.interpolate(mask[None], size, mode="bilinear", align_corners=False)
+        inside = grown[0, 0, top - y1 : bottom - y1, left - x1 : right - x1] >= mask_threshold
+        pasted.append(BoxMask.around(inside.numpy(), left, top))
+    return pasted
 
 
 def lay_tiles(height: int, width: int, tile_size_px: int, tile_overlap_px: int) -> np.ndarray:
@@ -189,6 +174,9 @@ def lay_tiles(height: int, width: int, tile_size_px: int, tile_overlap_px: int) 
     x1, y1, x2, y2 px.
 
     An image side of at most ``tile_size_px`` is not cut; ``tile_size_px`` 0 cuts neither.
+
+    >>> lay_tiles(100, 160, tile_size_px=100, tile_overlap_px=40).tolist()
+    [[0, 0, 100, 100], [60, 0, 160, 100]]
     """
     rows, columns = (_starts(length, tile_size_px, tile_overlap_px) for length in (height, width))
     tile_height, tile_width = (min(length, tile_size_px or length) for length in (height, width))
@@ -203,7 +191,7 @@ def _starts(length: int, tile_size_px: int, tile_overlap_px: int) -> list[int]:
 
 
 @torch.inference_mode()
-def _detect(
+def _predict_tiles(
     model: nn.Module, image: Tensor, tiles: np.ndarray, mask_threshold: float
 ) -> list[Cells]:
     """What the model finds in each tile, in the image's coordinates."""
@@ -213,13 +201,11 @@ def _detect(
     model.eval()
     try:
         for first in range(0, len(tiles), TILES_PER_BATCH):
-            batch = tiles[first : first + TILES_PER_BATCH]
-            outputs = model(
-                [image[:, y1:y2, x1:x2].to(device).float() / 255 for x1, y1, x2, y2 in batch]
-            )
+            batch = tiles[first : first + TILES_PER_BATCH].tolist()
+            views = [image[:, y1:y2, x1:x2].to(device).float() / 255 for x1, y1, x2, y2 in batch]
             found += [
                 _in_image(output, tile, image.shape[1:], mask_threshold)
-                for output, tile in zip(outputs, batch, strict=True)
+                for output, tile in zip(model(views), batch, strict=True)
             ]
     finally:
         for module, training in modes.items():
@@ -228,51 +214,47 @@ def _detect(
 
 
 def _in_image(
-    output: dict[str, Tensor], tile: np.ndarray, size: tuple[int, int], mask_threshold: float
+    output: dict[str, Tensor], tile: list[int], size: tuple[int, int], mask_threshold: float
 ) -> Cells:
-    x1, y1, x2, y2 = tile.tolist()
+    """A tile's detections as cells of the image, of ``size``; empty masks are left out."""
+    x1, y1, x2, y2 = tile
     height, width = y2 - y1, x2 - x1
-    boxes, labels, scores, masks = (
-        output[name].cpu() for name in ("boxes", "labels", "scores", "masks")
-    )
-    boxes = boxes.float()
-    placed = [
-        BoxMask(mask, x + x1, y + y1)
-        for mask, x, y in paste_in_boxes(masks.float(), boxes, height, width, mask_threshold)
-    ]
-    clipped = clip_boxes_to_image(boxes, (height, width)) + torch.tensor([x1, y1, x1, y1])
-    scores = scores.float().numpy()
-    found = Cells.of_image(*size, labels.numpy(), placed, scores, clipped.numpy())
-    return found[np.array([mask.mask.any() for mask in placed], bool)]
+    names = ("boxes", "labels", "scores", "masks")
+    boxes, labels, scores, masks = (output[name].cpu() for name in names)
+    boxes, scores = boxes.float(), scores.float().numpy()
+    pasted = paste_in_boxes(masks.float(), boxes, height, width, mask_threshold)
+    placed = [BoxMask(mask, x + x1, y + y1) for mask, x, y in pasted]
+    boxes = clip_boxes_to_image(boxes, (height, width)) + torch.tensor([x1, y1, x1, y1])
+    cells = Cells.of_image(*size, labels.numpy(), placed, scores, boxes.numpy())
+    return cells[np.array([mask.mask.size > 0 for mask in placed], bool)]
 
 
 def merge_tiles(
     found: list[Cells], tiles: np.ndarray, height: int, width: int, tile_overlap_px: int
 ) -> Cells:
-    """One list of detections from those of overlapping tiles, each cell once.
+    """The cells of an image, each once, from those of overlapping tiles.
 
-    A detection's margin is the distance from its box to the nearest edge of its tile that is not an
-    edge of the image; one with a margin under an eighth of the overlap counts as cut. Two
-    detections of different tiles are the same cell where their masks have an IoU of
-    ``SAME_CELL_IOU`` or more in the region that both tiles see, whatever their classes (there a
-    cell has one outline, also when the rest of it is cut away). Then
+    A cell's margin is the distance from its box to the nearest edge of its tile that is not an edge
+    of the image. A cell is cut if its margin is under an eighth of the overlap. Two cells of
+    different tiles are the same if their masks have an IoU of ``SAME_CELL_IOU`` or more in the area
+    that both tiles see, whatever their classes.
 
-    1. a cut detection goes where another tile has its place with a margin of a quarter of the
-       overlap or more: that tile sees the place better, and its verdict counts, also if it is "no
-       cell";
-    2. of uncut detections of one cell the one with the largest margin stays: it has the most
-       context (the one with the highest score would favour false detections at seams, which get two
-       chances);
-    3. a cut detection goes where it is the same cell as one that stays;
-    4. cut detections of one cell, which no tile sees whole, become one: class and score of the
-       highest-scored, the union of the masks, the box around the boxes.
+    How it works:
+        1. Drop a cut cell whose box lies at least a quarter of the overlap inside another tile:
+           that tile sees the whole area and decides, also if it found no cell.
+        2. Of uncut cells that are the same, the one with the largest margin stays: its tile saw the
+           most around it. The highest score would favour false detections, which have two chances
+           where tiles overlap.
+        3. Drop a cut cell that is the same as one that stays.
+        4. Join the other cut cells that are the same, which no tile sees whole: class and score of
+           the highest-scored one, the union of their masks, the box around their boxes.
 
-    Cells of one tile never remove each other: that is the model's own non-maximum suppression.
-    The oracle is the whole image at once, where each cell is whole in some tile
+    Cells of one tile never remove each other: the model's own non-maximum suppression has done so.
+    The oracle is the whole image at once, if each cell is whole in some tile
     (``tests/test_oracles.py``).
 
     Args:
-        found: the detections of each tile, in the image's coordinates.
+        found: the cells of each tile, in the image's coordinates.
         tiles: int [T, 4], x1, y1, x2, y2 px.
         height: of the image, px.
         width: of the image, px.
@@ -281,55 +263,52 @@ def merge_tiles(
     if len(tiles) == 1:
         return found[0]
     cells = Cells.concatenate(found)
-    tile_of = np.repeat(np.arange(len(tiles)), [len(part.masks) for part in found])
-    rows_of = np.split(np.arange(len(tile_of)), np.searchsorted(tile_of, np.arange(1, len(tiles))))
-    overlaps = np.argwhere(np.triu(_intersecting(tiles, tiles), k=1))
-    margin = np.concatenate(
-        [_margin(part.boxes, tile, height, width) for part, tile in zip(found, tiles, strict=True)]
-    )
+    tile_of = np.repeat(np.arange(len(tiles)), [len(part) for part in found])
+    margin = _margin(cells.boxes, tiles[tile_of], height, width)
     cut = margin < tile_overlap_px / 8
+    overlapping = np.argwhere(np.triu(_intersecting(tiles, tiles), k=1))
 
-    better_seen = np.zeros(len(margin), bool)
-    for one, other in np.concatenate([overlaps, overlaps[:, ::-1]]):
-        rows = rows_of[one][cut[rows_of[one]]]
-        better_seen[rows] |= (
-            _margin(cells.boxes[rows], tiles[other], height, width) >= tile_overlap_px / 4
-        )
+    better_seen = np.zeros(len(cells), bool)
+    for one, other in np.concatenate([overlapping, overlapping[:, ::-1]]):
+        rows = np.flatnonzero(cut & (tile_of == one))
+        inside = _margin(cells.boxes[rows], tiles[[other]], height, width)
+        better_seen[rows] |= inside >= tile_overlap_px / 4
 
-    rows_of = [rows[~better_seen[rows]] for rows in rows_of]
-    extents = np.array([_extent(mask) for mask in cells.masks]).reshape(-1, 4)
-    same_cell: list[set[int]] = [set() for _ in margin]
-    for one, other in overlaps:
-        region = _intersection(tiles[one], tiles[other])
-        for a, b in _same_cell_pairs(cells.masks, extents, rows_of[one], rows_of[other], region):
-            same_cell[a].add(b)
-            same_cell[b].add(a)
+    rows_of = [np.flatnonzero((tile_of == tile) & ~better_seen) for tile in range(len(tiles))]
+    boxes, pairs = cells.mask_boxes, []
+    for one, other in overlapping:
+        area = _intersection(tiles[one], tiles[other])
+        pairs += _same_cells(cells.masks, boxes, rows_of[one], rows_of[other], area)
+    rows, others = np.array(pairs, np.int64).reshape(-1, 2).T
+    ones = np.ones(len(pairs), bool)
+    same = sparse.csr_array((ones, (rows, others)), shape=(len(cells), len(cells)))
+    same = same + same.T
 
-    stays: set[int] = set()
-    for row in np.lexsort([-cells.scores, -margin]).tolist():
-        if not cut[row] and not stays & same_cell[row]:
-            stays.add(row)
-    pieces = {
-        row for row in np.flatnonzero(cut & ~better_seen).tolist() if not stays & same_cell[row]
-    }
-    stitched = [_stitch(cells, group, tile_of) for group in _connected(pieces, same_cell)]
-    return Cells.concatenate([cells[sorted(stays)], *stitched])
+    stays = np.zeros(len(cells), bool)
+    for row in np.lexsort([-cells.scores, -margin]):
+        neighbours = same.indices[same.indptr[row] : same.indptr[row + 1]]
+        stays[row] = not (cut[row] or stays[neighbours].any())
+    pieces = np.flatnonzero(cut & ~better_seen & ~(same @ stays))
+    count, group_of = sparse.csgraph.connected_components(same[pieces][:, pieces], directed=False)
+    joined = [_join(cells, pieces[group_of == group], tile_of) for group in range(count)]
+    return Cells.concatenate([cells[stays], *joined])
 
 
-def _margin(boxes: np.ndarray, tile: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Distance [N] px of each box from the nearest edge of the tile that is not the image's;
-    negative if the box crosses it.
+def _margin(boxes: np.ndarray, tiles: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Distance [N] px of boxes [N, 4] from the nearest edge of their tiles [N or 1, 4] that is not
+    the image's; negative if the box crosses it.
     """
-    inner = np.array([tile[0] > 0, tile[1] > 0, tile[2] < width, tile[3] < height])
-    distances = np.concatenate([boxes[:, :2] - tile[:2], tile[2:] - boxes[:, 2:]], axis=1)
-    return np.where(inner, distances, np.inf).min(axis=1)
+    is_inner = np.hstack([tiles[:, :2] > 0, tiles[:, 2:] < [width, height]])
+    distances = np.hstack([boxes[:, :2] - tiles[:, :2], tiles[:, 2:] - boxes[:, 2:]])
+    return np.where(is_inner, distances, np.inf).min(axis=1)
 
 
 def _intersection(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    return np.concatenate(
-        [np.maximum(boxes[..., :2], others[..., :2]), np.minimum(boxes[..., 2:], others[..., 2:])],
-        axis=-1,
+    corners = (
+        np.maximum(boxes[..., :2], others[..., :2]),
+        np.minimum(boxes[..., 2:], others[..., 2:]),
     )
+    return np.concatenate(corners, axis=-1)
 
 
 def _intersecting(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -338,73 +317,41 @@ def _intersecting(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return (common[..., 2:] > common[..., :2]).all(axis=-1)
 
 
-def _same_cell_pairs(
-    masks: list[BoxMask],
-    extents: np.ndarray,
-    rows: np.ndarray,
-    others: np.ndarray,
-    region: np.ndarray,
+def _same_cells(
+    masks: list[BoxMask], boxes: np.ndarray, rows: np.ndarray, others: np.ndarray, area: np.ndarray
 ) -> list[tuple[int, int]]:
-    """The pairs of ``rows`` x ``others`` whose masks reach an IoU of ``SAME_CELL_IOU`` inside
-    ``region``.
+    """The pairs of ``rows`` x ``others`` with a mask IoU of ``SAME_CELL_IOU`` or more in ``area``
+    (x1, y1, x2, y2 px).
     """
-    inside, other_inside = (
-        _intersection(extents[rows], region),
-        _intersection(extents[others], region),
-    )
+    inside, other_inside = _intersection(boxes[rows], area), _intersection(boxes[others], area)
     pairs = []
     for i, j in np.argwhere(_intersecting(inside, other_inside)):
-        a, b = int(rows[i]), int(others[j])
+        mask, other = masks[rows[i]], masks[others[j]]
         common = _intersection(inside[i], other_inside[j])
-        shared = np.count_nonzero(_crop(masks[a], common) & _crop(masks[b], common))
-        united = (
-            np.count_nonzero(_crop(masks[a], inside[i]))
-            + np.count_nonzero(_crop(masks[b], other_inside[j]))
-            - shared
-        )
+        shared = np.count_nonzero(_crop(mask, common) & _crop(other, common))
+        sizes = [_crop(mask, inside[i]), _crop(other, other_inside[j])]
+        united = sum(map(np.count_nonzero, sizes)) - shared
         if shared and shared >= SAME_CELL_IOU * united:
-            pairs.append((a, b))
+            pairs.append((rows[i], others[j]))
     return pairs
 
 
-def _extent(mask: BoxMask) -> tuple[int, int, int, int]:
-    return mask.x0, mask.y0, mask.x0 + mask.mask.shape[1], mask.y0 + mask.mask.shape[0]
-
-
 def _crop(mask: BoxMask, window: np.ndarray) -> np.ndarray:
-    x1, y1, x2, y2 = window - np.array([mask.x0, mask.y0, mask.x0, mask.y0])
+    x1, y1, x2, y2 = window - [mask.x0, mask.y0, mask.x0, mask.y0]
     return mask.mask[y1:y2, x1:x2]
 
 
-def _connected(rows: set[int], neighbours: list[set[int]]) -> list[list[int]]:
-    """The connected components of a graph, restricted to ``rows``."""
-    components, rows = [], set(rows)
-    for start in sorted(rows):
-        component, reached = [], {start} & rows
-        while reached:
-            rows -= reached
-            component += sorted(reached)
-            reached = set().union(*(neighbours[row] for row in reached)) & rows
-        if component:
-            components.append(component)
-    return components
-
-
-def _stitch(cells: Cells, rows: list[int], tile_of: np.ndarray) -> Cells:
-    """One detection from the pieces of a cell: from each tile its best piece of the class that has
-    the highest score.
+def _join(cells: Cells, rows: np.ndarray, tile_of: np.ndarray) -> Cells:
+    """One cell from pieces of it: of each tile the best piece, first by the class that has the
+    highest score, then by its own.
     """
-    head = max(rows, key=lambda row: cells.scores[row])
-    worst_first = sorted(
-        rows, key=lambda row: (cells.labels[row] == cells.labels[head], cells.scores[row])
-    )
-    pieces = list({tile_of[row]: row for row in worst_first}.values())
-    boxes = cells.boxes[pieces]
-    extents = np.array([_extent(cells.masks[row]) for row in pieces])
-    (x1, y1), (x2, y2) = extents[:, :2].min(axis=0), extents[:, 2:].max(axis=0)
+    head = rows[np.argmax(cells.scores[rows])]
+    best_last = rows[np.lexsort([cells.scores[rows], cells.labels[rows] == cells.labels[head]])]
+    pieces = cells[list({tile_of[row]: row for row in best_last}.values())]
+    (x1, y1), (x2, y2) = pieces.mask_boxes[:, :2].min(0), pieces.mask_boxes[:, 2:].max(0)
     united = np.zeros((y2 - y1, x2 - x1), bool)
-    for row, (left, top, right, bottom) in zip(pieces, extents - [x1, y1, x1, y1], strict=True):
-        united[top:bottom, left:right] |= cells.masks[row].mask
-    box = np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
+    for mask, x, y in pieces.masks:
+        united[y - y1 :, x - x1 :][: mask.shape[0], : mask.shape[1]] |= mask
+    box = np.concatenate([pieces.boxes[:, :2].min(0), pieces.boxes[:, 2:].max(0)])
     mask = BoxMask(united, int(x1), int(y1))
     return replace(cells[[head]], boxes=box[None], masks=[mask])
