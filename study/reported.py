@@ -17,8 +17,10 @@ from cellseg_helpers.cells import Cells
 
 
 class Record(BaseModel):
-    """A part of ``reported.yaml``, whose head says what its fields mean; an unknown field or a
-    wrong type raises ValueError.
+    """A part of ``reported.yaml``; the head of that file says what the fields mean.
+
+    Raises:
+        ValueError: an unknown field, a missing one, or a wrong type.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

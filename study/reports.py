@@ -77,7 +77,8 @@ class Shown:
             display(tables.page(self.page, self.key))
         if self.figure:
             plots.show(self.figure, f"{self.key}: {self.title}")
-        display(Markdown(self.text))
+        if self.text:
+            display(Markdown(self.text))
 
 
 # ------------------------------------------------------------------------------------------------

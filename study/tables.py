@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 from IPython.display import HTML
+from pandas.io.formats.style import Styler
 
 from cellseg_helpers.config import ROOT, resolve_path
 from cellseg_helpers.data.cache import CellDataset
@@ -50,13 +51,14 @@ def page(table: pd.DataFrame, name: str, wide: Sequence[str] = ()) -> HTML:
         wide: columns of sentences; they get 18 em at least.
     """
     formats = {column: FORMATS[column] for column in table if column in FORMATS}
-    style = table.rename_axis(None).style.format_index(lambda name: name.replace("_", " "), axis=1)
+    style = Styler(table.rename_axis(None), cell_ids=False, uuid=name)
+    style = style.format_index(lambda column: column.replace("_", " "), axis=1)
     style = style.format(formats, na_rep="", precision=3)
     cells = {"selector": "td, th", "props": "text-align: left; vertical-align: top"}
     style = style.set_table_styles([cells])
     room = [{"selector": "", "props": "min-width: 18em"}]
     style = style.set_table_styles(dict.fromkeys(wide, room), overwrite=False)
-    return HTML(style.to_html(table_uuid=name))
+    return HTML(style.to_html())
 
 
 def dataset_summary(dataset: CellDataset, data: str) -> pd.DataFrame:
