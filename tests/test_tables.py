@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 
 from study import tables
 
@@ -15,12 +16,12 @@ class Dataset:
 
 
 def test_the_map_is_read_from_the_notebooks_first_cells(tmp_path):
-    told = {"Question": "why?", "Reads": "`a`", "Writes": "b", "Takes": "long"}
+    facts = {"Question": "why?", "Reads": "`a`", "Writes": "b", "Takes": "long"}
     first = {
         "source": [
             "# 07 Title\n",
             "\n",
-            *(f"- **{key}:** {value}\n" for key, value in told.items()),
+            *(f"- **{key}:** {value}\n" for key, value in facts.items()),
         ]
     }
     (tmp_path / "07_why.ipynb").write_text(json.dumps({"cells": [first]}))
@@ -39,3 +40,16 @@ def test_the_data_set_beside_report_cs(tmp_path):
     assert (
         coco["unlabelled images"] == "1" and "COCO" in coco["format"] and "TIFF" in folder["format"]
     )
+
+
+def test_a_page_formats_numbers_empties_and_verdicts():
+    table = pd.DataFrame(
+        {"reported": [0.3336, "chosen"], "low_end": [0.12345, np.nan], "parameters": [2e6, 3e6]},
+        index=pd.Index(["a", "b"], name="row"),
+    )
+    table["verdict"] = ["over a: the opposite holds here", ""]
+    html = tables.page(table, "t", wide=["verdict"]).data
+    assert ">0.3336<" in html and ">chosen<" in html and ">0.123<" in html and ">2.0 M<" in html
+    assert "over a: <b>the opposite holds here</b>" in html and ">low end<" in html
+    assert "nan" not in html and "min-width: 18em" in html
+    assert html == tables.page(table, "t", wide=["verdict"]).data

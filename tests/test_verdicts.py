@@ -182,7 +182,8 @@ def test_the_sentence_says_all_of_it():
         "B beats A", Side("A", [base], 0.3), Side("B", [base + 0.1], 0.4), 12, "patients"
     ).sentence
     assert told.startswith(
-        'B beats A: holds here. AP50 0.500 for "A" and 0.600 for "B", difference +0.100 [+0.100, +0.100], '
+        'B beats A: holds here. AP50 0.500 for "A" and 0.600 for "B", difference +0.100 '
+        "[+0.100, +0.100], "
     )
     assert "paired over 12 patients." in told
     assert "Reported: 0.3 and 0.4." in told and told.endswith(
