@@ -42,7 +42,7 @@ from cellseg_helpers.inference import predict
 from cellseg_helpers.metrics import evaluate
 from cellseg_helpers.model.build import build_model, count_parameters
 from cellseg_helpers.runs import (
-    opening_checkpoint,
+    resume,
     save_checkpoint,
     save_weights,
     start_run,
@@ -106,7 +106,7 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
         "plateau": plateau,
         "precision": fabric.strategy.precision,
     }
-    history = load_parts(parts, run_dir, config)
+    history = resume(parts, run_dir, config)
 
     saved_at = time.perf_counter()
     progress = tqdm(
@@ -164,20 +164,6 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
     if fabric.is_global_zero:
         finish(run_dir, model, history, config)
     return run_dir
-
-
-def load_parts(parts: dict[str, Any], run_dir: Path, config: RunConfig) -> History:
-    """Load the run's checkpoint, if there is one, into model, optimizer, schedules and precision.
-
-    Returns:
-        One row for each epoch that the checkpoint has seen.
-    """
-    if not (run_dir / "last.pt").exists():
-        return []
-    with opening_checkpoint(run_dir, config) as checkpoint:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        return checkpoint["history"]
 
 
 def minutes_since(started: tuple[float, float], history: History) -> dict[str, float]:

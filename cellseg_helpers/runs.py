@@ -1,21 +1,21 @@
 """The run folder: what a run was, what it measured, and its checkpoints. Every file is written
 whole or not at all.
 
-settings.json      every setting (RunConfig)
-provenance.json    code version, package versions, machine, data fingerprint
-split.json         image ids of each side
-truth.json         the validation images' instances, as a COCO data set
-history.csv        one row an epoch
-last.pt            checkpoint to resume from; not of a finished run where keep_checkpoint is not set
-best.safetensors   weights of the best epoch
-detections.json    the best epoch's detections in the validation images, as COCO results
-metrics.json       its scores
-epoch_<n>.safetensors  weights of every epoch, where keep_every_epoch is set
-finished.json      written last: epochs, whether it stopped early, trainable parameters, size of the
-weights in MB trained.json       how long the study's job took that made the run scores.json
-the detections' AP50 and its bootstrap values, once 03_evaluate has run training_detections.json
-the best epoch's detections in some training images, once 09_findings asked for them
-test_detections.json  the best epoch's detections in the test images, once they were predicted
+    settings.json             every setting (RunConfig)
+    provenance.json           code version, package versions, machine, data fingerprint
+    split.json                image ids of each side
+    truth.json                the validation images' cells, as a COCO data set
+    history.csv               one row an epoch
+    last.pt                   checkpoint to go on from
+    best.safetensors          weights of the best epoch
+    epoch_<n>.safetensors     weights of every epoch, if keep_every_epoch is set
+    detections.json           the best epoch's detections in the validation images, COCO results
+    metrics.json              its scores
+    finished.json             written last: epochs, early stop, trainable parameters, megabytes
+    trained.json              seconds and memory of the job that trained the run
+    scores.json               03_evaluate: AP50 and its bootstrap values
+    training_detections.json  09_findings: detections in some training images
+    test_detections.json      07_predict_test: detections in the test images
 """
 
 import json
@@ -24,8 +24,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -43,16 +42,9 @@ from cellseg_helpers.data.hw3 import open_dataset
 RUNS = "outputs/runs"
 TABLES = "outputs/tables"
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "lightning-fabric",
-    "numpy",
-    "hotcoco",
-    "pycocotools",
-    "tifffile",
-    "imagecodecs",
-    "scipy",
-)
+    "torch", "torchvision", "lightning-fabric", "numpy", "hotcoco", "pycocotools", "tifffile",
+    "imagecodecs", "scipy",
+)  # fmt: skip
 
 
 class RunError(ValueError):
@@ -101,7 +93,9 @@ def load_run(run_dir: str | Path) -> Run:
         (folder / "detections.json").stat()
         names = ("settings", "provenance", "split", "truth")
         parts = {name: read_json(folder / f"{name}.json") for name in names}
-        metrics = _replace(read_json(folder / "metrics.json"), _nan_for_null)
+        metrics = _change_leaves(
+            read_json(folder / "metrics.json"), lambda leaf: math.nan if leaf is None else leaf
+        )
         history = pd.read_csv(folder / "history.csv")
     except FileNotFoundError as error:
         raise RunError(
@@ -218,7 +212,7 @@ def _fingerprint(config: RunConfig) -> str:
 def start_run(
     config: RunConfig, fingerprint: str, split: dict[str, Any], truth: dict[str, Any]
 ) -> Path:
-    """Make the run's folder, or find it again to go on in.
+    """Make the run's folder, or find the one to go on in.
 
     Raises:
         RunError: the folder holds a run with other settings or other data; the differing fields are
@@ -227,13 +221,11 @@ def start_run(
     run_dir = resolve_path(RUNS) / config.named().run_name
     if (run_dir / "settings.json").exists():
         _refuse_other_run(config, fingerprint, run_dir)
-    for half_written in run_dir.glob(".*"):  # by a process that was killed
-        shutil.rmtree(half_written)
+    for half_written in run_dir.glob(".*.*"):  # by a process that was killed
+        shutil.rmtree(half_written, ignore_errors=True)
     write_json(run_dir / "split.json", split)
     write_json(run_dir / "truth.json", truth)
-    if not (
-        run_dir / "provenance.json"
-    ).exists():  # else it is of the code and machine that began the run
+    if not (run_dir / "provenance.json").exists():  # it is of the code that began the run
         write_json(run_dir / "provenance.json", provenance() | {"data_fingerprint": fingerprint})
     write_json(run_dir / "settings.json", config.named().to_dict())
     return run_dir
@@ -245,14 +237,15 @@ def _refuse_other_run(config: RunConfig, fingerprint: str, run_dir: Path) -> Non
         before = read_json(run_dir / "provenance.json")["data_fingerprint"]
     except (FileNotFoundError, TypeError, KeyError, AttributeError):
         raise RunError(
-            f"{run_dir} has lost or damaged files (settings.json, provenance.json); delete that folder to train anew"
+            f"{run_dir} has lost or damaged files (settings.json, provenance.json); delete that "
+            "folder to train anew"
         ) from None
     if before != fingerprint:
         differences["data_fingerprint"] = (before[:12], fingerprint[:12])
     if differences:
         raise RunError(
-            f"{run_dir} holds a run with other settings ({_listed(differences)}); choose another run_name, give the old settings to go on, "
-            "or delete that folder"
+            f"{run_dir} holds a run with other settings ({_listed(differences)}); choose another "
+            "run_name, give the old settings to go on, or delete that folder"
         )
 
 
@@ -262,23 +255,32 @@ def _listed(differences: dict[str, tuple[Any, Any]]) -> str:
 
 def provenance() -> dict[str, Any]:
     """Code version, package versions and machine, as they are now."""
+    import torch
+
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        code_version = git.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        code_version = "unknown (not a git checkout)"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "code_version": _code_version(),
+        "code_version": code_version,
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
+        "packages": {name: metadata.version(name) for name in PACKAGES},
         "machine": {
             "platform": platform.platform(),
-            "processor": _processor(),
+            "processor": models[0] if models else platform.processor(),
             "cpu_count": os.cpu_count(),
-            "gpu": _gpu(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """``torch.save`` to a new file that then takes the old one's place, so a kill at any moment
-    leaves a whole checkpoint.
-    """
+    """``torch.save``, whole or not at all: a kill at any moment leaves a whole checkpoint."""
     import torch
 
     with replacing(path) as temporary:
@@ -296,131 +298,100 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        cause = one_line(error)
         raise RunError(
-            f"checkpoint {path} cannot be read ({cause}); delete it to train anew"
+            f"checkpoint {path} cannot be read ({one_line(error)}); delete it to train anew"
         ) from None
 
 
-@contextmanager
-def opening_checkpoint(run_dir: Path, config: RunConfig) -> Iterator[dict[str, Any]]:
-    """The run's ``last.pt``, of which the block takes what it needs.
+def resume(parts: dict[str, Any], run_dir: Path, config: RunConfig) -> list[dict[str, Any]]:
+    """Load the run's ``last.pt``, if there is one, into its parts.
+
+    Args:
+        parts: name in the checkpoint -> model, optimizer, ...: what has ``load_state_dict``.
+        run_dir: the run folder.
+        config: of the run.
+
+    Returns:
+        The history: one row for each epoch that the checkpoint has seen.
 
     Raises:
-        RunError: not readable, of other settings (the differing fields are named), not fitting in
-            the block, or beside it a file is gone that was written before it.
+        RunError: the checkpoint is damaged, of other settings (the differing fields are named), or
+            does not fit; or a file is gone that was written before it.
     """
     path = run_dir / "last.pt"
+    if not path.exists():
+        return []
     checkpoint = load_checkpoint(path)
     try:
+        history = checkpoint["history"]
         written = ["history.csv"]
-        if any(
-            row["validation_loss"] == row["validation_loss"] for row in checkpoint["history"]
-        ):  # not NaN: it was validated
+        if any(not math.isnan(row["validation_loss"]) for row in history):
             written = ["best.safetensors", "detections.json", "metrics.json", *written]
-        gone = [name for name in written if not (run_dir / name).exists()]
-        if gone:
+        lost = [name for name in written if not (run_dir / name).exists()]
+        if lost:
             raise RunError(
-                f"{run_dir} has lost {', '.join(gone)}; delete that folder to train anew"
+                f"{run_dir} has lost {', '.join(lost)}; delete that folder to train anew"
             )
         differences = config.differences(checkpoint["settings"])
         if differences:
             raise RunError(
-                f"checkpoint {path} is of a run with other settings ({_listed(differences)}); delete it to train anew"
+                f"checkpoint {path} is of a run with other settings ({_listed(differences)}); "
+                "delete it to train anew"
             )
-        yield checkpoint
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except RunError:
+        raise
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
-        if isinstance(error, RunError):
-            raise
-        cause = one_line(error)
         raise RunError(
-            f"checkpoint {path} does not fit this run ({cause}); delete it to train anew"
+            f"checkpoint {path} does not fit this run ({one_line(error)}); delete it to train anew"
         ) from None
+    return history
 
 
 def save_weights(path: Path, state: dict[str, Any]) -> None:
-    """Weights as safetensors, written whole or not at all."""
+    """Weights as safetensors, whole or not at all."""
     from safetensors.torch import save_file
 
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with replacing(path) as temporary:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary
-        )
+        save_file(tensors, temporary)
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Write JSON, whole or not at all: NaN as null, a list on one line."""
-    value = _replace(value, _null_for_nan)
+    """JSON, whole or not at all: NaN as null, a list on one line."""
+    value = _change_leaves(
+        value, lambda leaf: None if isinstance(leaf, float) and math.isnan(leaf) else leaf
+    )
     indent = None if isinstance(value, list) else indent
     write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
-def _null_for_nan(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _nan_for_null(value: Any) -> Any:
-    return math.nan if value is None else value
-
-
-def _replace(tree: Any, change: Callable[[Any], Any]) -> Any:
+def _change_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
     """The same nested dicts and lists with each leaf changed."""
     if isinstance(tree, dict):
-        return {key: _replace(value, change) for key, value in tree.items()}
+        return {key: _change_leaves(value, change) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [_replace(value, change) for value in tree]
+        return [_change_leaves(value, change) for value in tree]
     return change(tree)
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file, written whole or not at all."""
+    """A text file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text)
 
 
 def read_json(path: Path) -> Any:
-    """Raises RunError where the file is no JSON."""
+    """What a JSON file holds.
+
+    Raises:
+        RunError: it is not valid JSON.
+    """
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         raise RunError(
-            f"{path} is not valid JSON ({error}); copy it again, or delete it and run again what made it"
+            f"{path} is not valid JSON ({error}); copy it again, or delete it and run again what "
+            "made it"
         ) from None
-
-
-def _code_version() -> str:
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown (not a git checkout)"
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
-
-
-def _gpu() -> str | None:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
