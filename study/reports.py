@@ -19,7 +19,7 @@ from cellseg_helpers.cells import CLASS_NAMES, Cells
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.cache import CellImage, DataError
 from cellseg_helpers.data.hw3 import open_dataset
-from cellseg_helpers.runs import Run, annotations_of_run
+from cellseg_helpers.runs import Run, annotations_of_run, images_of_run
 from study import reported, tables, verdicts
 from study.reported import TABLES, Comparison, Row
 from study.runs import Study, Trained, differences, parameter_files
@@ -471,10 +471,14 @@ def _score_histogram(shown: Shown, trained: list[Trained]) -> None:
 
 def _picture(shown: Shown, study: Study) -> None:
     """A figure of the validation images; without them the sentence that says why."""
-    images, sentence = study.images(reported.SYSTEMS[shown.key[0]])
+    key = reported.SYSTEMS[shown.key[0]]
+    trained = study.first(key)
+    images, sentence = [], f"No pictures: {study.missing(key)}."
+    if trained:
+        images, sentence = images_of_run(trained.run)
     if images:
-        run = study.first(reported.SYSTEMS[shown.key[0]]).run
-        PICTURES[shown.key](shown, images, run, Cells.from_coco(run.truth["annotations"]))
+        cells = Cells.from_coco(trained.run.truth["annotations"])
+        PICTURES[shown.key](shown, images, trained.run, cells)
     shown.sentences = [*(shown.sentences if images else []), sentence]
 
 

@@ -14,8 +14,7 @@ import numpy as np
 
 from cellseg_helpers import resampling
 from cellseg_helpers.config import ROOT, RunConfig, resolve_path
-from cellseg_helpers.data.cache import CellImage
-from cellseg_helpers.runs import Run, RunError, images_of_run, load_run, read_json
+from cellseg_helpers.runs import Run, RunError, load_run, read_json
 from study.reported import SYSTEMS, VARIANTS
 
 REPORTS = Path("params/reports")
@@ -99,19 +98,12 @@ def settings(key: str, scale: str, data: str, seed: int) -> RunConfig:
 
 
 class Trained(NamedTuple):
-    """A finished and scored run of a study.
-
-    Attributes:
-        seed: of the run.
-        run: its folder.
-        finished: its ``finished.json``.
-        scores: its ``scores.json``.
-    """
+    """A finished and scored run of a study."""
 
     seed: int
     run: Run
-    finished: dict[str, Any]
-    scores: resampling.SavedScores
+    finished: dict[str, Any]  # finished.json
+    scores: resampling.SavedScores  # scores.json
 
     @property
     def name(self) -> str:
@@ -159,22 +151,15 @@ class Study:
         """AP50 of a run after a variant's post-processing, and its bootstrap values: float64
         [1 + B].
         """
-        name = trained.name, variant
-        if name not in self._values and variant == "all detections":
-            self._values[name] = np.array(trained.scores.AP50, float)
-        elif name not in self._values:
-            run, scores = trained.run, trained.scores
-            weights = resampling.draw_units(run.truth, scores.resamples, scores.seed).weights
-            cells = VARIANTS[variant](run.detections)
-            self._values[name] = resampling.bootstrap_ap50(run.truth, cells, weights)
+        name, run, scores = (trained.name, variant), trained.run, trained.scores
+        if name not in self._values:
+            if variant == "all detections":
+                self._values[name] = np.array(scores.AP50, float)
+            else:
+                weights = resampling.draw_units(run.truth, scores.resamples, scores.seed).weights
+                cells = VARIANTS[variant](run.detections)
+                self._values[name] = resampling.bootstrap_ap50(run.truth, cells, weights)
         return self._values[name]
-
-    def images(self, key: str) -> tuple[list[CellImage], str]:
-        """The validation images of a key's first run and a sentence on where they are from; no
-        images if they, or the run, are missing.
-        """
-        trained = self.first(key)
-        return images_of_run(trained.run) if trained else ([], f"No pictures: {self.missing(key)}.")
 
     def _of_key(self, key: str) -> list[Trained | str]:
         """For each seed the run, or why it is missing."""
@@ -189,10 +174,8 @@ class Study:
         if not folder.is_dir():
             scale, base = self.study.split("-")[0], key.split("+")[0]
             if scale in SCALES and not differs_from_base(key, scale):
-                return (
-                    f"{key} is not trained at the {scale} scale, which gives it all the settings "
-                    f"of {base}"
-                )
+                alike = f"gives it all the settings of {base}"
+                return f"{key} is not trained at the {scale} scale, which {alike}"
             return f"no run {name}"
         if not (folder / "finished.json").exists():
             return f"{name} has not finished (no finished.json)"
