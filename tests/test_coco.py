@@ -21,7 +21,7 @@ from torchvision.datasets import CocoDetection
 
 from cellseg_helpers import engine, runs
 from cellseg_helpers.config import ROOT
-from cellseg_helpers.data import cache, coco, coco_reading
+from cellseg_helpers.data import cache, coco
 from cellseg_helpers.data import hw3 as readers
 from cellseg_helpers.data.cache import DataError
 from cellseg_helpers.data.coco import export_coco
@@ -497,7 +497,7 @@ ANNOTATION_FAULTS = {
     ),
     "other size": (
         cell(segmentation={"size": [WIDTH, HEIGHT], "counts": "01"}),
-        "its RLE has size '[24, 30]', but its image is listed as [30, 24] (height, width); correct one of them",
+        "its mask is 24 x 30 px, its image 30 x 24 px (height x width); height and width are swapped",
     ),
     "damaged text": (
         cell(segmentation={"size": [HEIGHT, WIDTH], "counts": "~~é"}),
@@ -590,7 +590,7 @@ def test_covered_annotation(written):
 
 
 def test_too_many_of_one_class(written, monkeypatch):
-    monkeypatch.setattr(coco_reading, "LARGEST_ID", 2)
+    monkeypatch.setattr(coco, "LARGEST_ID", 2)
     cells = [
         cell(n, rle(mask(n, n, n + 1, n + 1)), category)
         for n, category in enumerate((1, 1, 1, 2, 2))
@@ -707,7 +707,7 @@ FILE_FAULTS = {
     ),
     "category twice": (
         changed("categories", 3, id=3),
-        f"entry 3 of its categories has id 3, as one before it; {OWN}",
+        f"entry 3 of its categories has id '3', as one before it; {OWN}",
     ),
     "unknown image": (
         changed("annotations", 0, image_id=8),
@@ -723,7 +723,7 @@ FILE_FAULTS = {
     ),
     "annotation id twice": (
         changed("annotations", 1, id=1),
-        f"annotation id 1 is given 2 times; {OWN}",
+        f"entry 1 of its annotations has id '1', as one before it; {OWN}",
     ),
     "no annotation id": (
         without("annotations", 1, "id"),

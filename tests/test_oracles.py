@@ -40,7 +40,7 @@ from torchvision.transforms import v2
 from cellseg_helpers.cells import Cells
 from cellseg_helpers.data import hw3 as readers
 from cellseg_helpers.data.augment import RECIPES, augment
-from cellseg_helpers.data.coco_reading import CocoAnnotation, CocoImage, draw_label_maps
+from cellseg_helpers.data.coco import CocoAnnotation, CocoImage, draw_label_maps
 from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.data.labels import encode_box_masks, encode_instances, find_instances
 from cellseg_helpers.data.samples import make_target

@@ -185,7 +185,7 @@ LISTS = {
     ),
     "keys": (
         [{"file_name": "a.tif", "height": 12}],
-        "entry 0 has no id, width; each image needs file_name, id, height, width",
+        "entry 0 has no id and no width; it needs file_name, id, height, width",
     ),
     "id_as_text": ([entry("a", "7")], "entry 0 has id '7', but it must be a whole number"),
     "id_true": ([entry("a", True)], "entry 0 has id 'True', but it must be a whole number"),

@@ -25,6 +25,7 @@ from cellseg_helpers.config import ROOT, one_line, replacing
 from cellseg_helpers.data.labels import find_instances
 
 CACHE = ROOT / "outputs" / "cache"
+LARGEST_ID = np.iinfo(np.uint16).max  # of an instance
 CACHE_FORMAT = 2  # raise it when what is decoded, or how it is stored, changes
 BYTES_PER_PIXEL = 2 * len(CLASS_NAMES) + 3
 STALE_HOURS = 12  # an unfinished cache folder this old belongs to a process that died
@@ -117,14 +118,13 @@ class CellDataset:
     def __getitem__(self, i: int) -> CellImage:
         i = range(len(self))[i]
         height, width = self.sizes[i].tolist()
-        content = np.asarray(np.memmap(self._file(i), np.uint8, "r"))
-        label_maps, image = np.split(content, [-3 * height * width])
-        return CellImage(
-            self.image_ids[i],
-            self.patients[i],
-            image.reshape(3, height, width),
-            label_maps.view("<u2").reshape(-1, height, width).astype(np.int32),
-        )
+        # Both are copied, since a map would hold its file open for as long as it is used.
+        content = np.memmap(self._file(i), np.uint8, "r")
+        image = np.array(content[-3 * height * width :]).reshape(3, height, width)
+        image.flags.writeable = False
+        label_maps = content[: -3 * height * width].view("<u2").astype(np.int32)
+        label_maps = np.asarray(label_maps).reshape(-1, height, width)
+        return CellImage(self.image_ids[i], self.patients[i], image, label_maps)
 
     def __reduce__(self) -> tuple[type, tuple[Path, str]]:
         return CellDataset, (self._cache, self.name)

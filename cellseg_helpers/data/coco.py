@@ -1,10 +1,25 @@
-"""Instances as a COCO data set, which pycocotools and other readers take.
+"""COCO data sets, written, read and checked. numpy and pycocotools; ``data.hw3`` reads the pixels.
 
     python -m cellseg_helpers.data.coco DATA DESTINATION
 
 writes ``DESTINATION/annotations.json`` and the images it lists, ``DESTINATION/images/<image
 id>.tif``. Given as ``data``, that file trains as DATA does: the same images, patients and instances
 in the same order. Test images are not exported.
+
+What is read of a COCO file:
+
+- ``images``: ``id``, ``file_name`` (relative to the file's own folder), ``height``, ``width``, and
+  optionally ``patient``; without it, the patient is taken from a TCGA name in the file's name. The
+  image id is the file's name without folder and ending.
+- ``categories``: by name, one of ``CLASS_NAMES`` or ``class1`` to ``class4``, in any case. If none
+  has such a name, or none is listed, ``category_id`` 1 to 4 is the class.
+- ``annotations``: ``id``, ``image_id``, ``category_id`` and ``segmentation``: an RLE with counts as
+  text or as numbers, or polygons, filled by pycocotools' rule. ``bbox`` and ``area`` are not read:
+  they follow from the mask.
+
+**Overlaps.** A label map holds one id a pixel. Where annotations of one class overlap, the pixel
+goes to the smallest one (of equal ones, the first), as in ``tools.monusac``. An annotation that is
+left without a pixel is a fault.
 """
 
 import argparse
@@ -12,22 +27,31 @@ import json
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import tifffile
+from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from cellseg_helpers.cells import CLASS_NAMES, run_lengths
-from cellseg_helpers.config import replacing, resolve_path
-from cellseg_helpers.data.cache import CellDataset, CellImage, DataError
-from cellseg_helpers.data.hw3 import open_dataset
-from cellseg_helpers.data.labels import find_cells
+from cellseg_helpers.cells import CLASS_NAMES, decode_mask, run_lengths
+from cellseg_helpers.config import one_line, replacing, resolve_path
+from cellseg_helpers.data.cache import LARGEST_ID, CellDataset, CellImage, DataError, Fault
+from cellseg_helpers.data.labels import find_boxes, find_cells
+from cellseg_helpers.data.splits import patient_of
 
-# Numbers in groups of 5 bits: "P" to "o" are groups that more follow, "0" to "O" a number's last.
-# Six groups are enough for 500 million px.
+CLASS_IDS = {name: k for k, own in enumerate(CLASS_NAMES, 1) for name in (own, f"class{k}")}
+LISTS = "images, annotations, categories"
+OWN = "give each its own"
+# Compressed counts: numbers in groups of 5 bits. "0" to "O" is a number's last group, "P" to "o" one
+# that more groups follow; six are enough for 500 million px.
 COUNTS = re.compile("([P-o]{0,5}[0-O])+")
+
+
+# Written
 
 
 def to_coco(cell_images: Iterable[CellImage]) -> dict[str, Any]:
@@ -35,22 +59,22 @@ def to_coco(cell_images: Iterable[CellImage]) -> dict[str, Any]:
     given.
 
     An image's ``file_name`` is its image id, ``patient`` its patient or None. An annotation's
-    ``bbox`` is x, y, w, h px, its ``area`` the mask's pixels, its ``segmentation`` an RLE whose
-    counts are text.
+    ``bbox`` is x, y, width, height px, its ``area`` the mask's pixels, its ``segmentation`` an RLE
+    with counts as text.
     """
     images, annotations = [], []
-    for number, cell_image in enumerate(cell_images, 1):
-        height, width = cell_image.image.shape[1:]
+    for number, (image_id, patient, image, label_maps) in enumerate(cell_images, 1):
+        height, width = image.shape[1:]
         images.append(
             {
                 "id": number,
-                "file_name": cell_image.image_id,
+                "file_name": image_id,
                 "height": height,
                 "width": width,
-                "patient": cell_image.patient,
+                "patient": patient,
             }
         )
-        cells = find_cells(cell_image.label_maps, number)
+        cells = find_cells(label_maps, number)
         for row, area in zip(cells.to_coco(), cells.area_px.tolist(), strict=True):
             annotations.append(
                 {
@@ -67,15 +91,65 @@ def to_coco(cell_images: Iterable[CellImage]) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
+def export_coco(data: str | Path, destination: str | Path) -> Path:
+    """Write a data set as COCO: images as RGB uint8 TIFF (LZW, lossless), masks as compressed RLE;
+    whole or not at all.
+
+    An image's ``file_name`` is relative to the file (``images/<image id>.tif``). Instance ids are
+    not written, but the annotations of a class are in their order.
+
+    Args:
+        data: as for ``hw3.open_dataset``.
+        destination: a new or empty folder; a relative path is under the repository's root.
+
+    Returns:
+        The COCO file, ``destination/annotations.json``.
+
+    Raises:
+        DataError: data that cannot be used, or a destination that is not empty.
+        OSError: it cannot be written.
+    """
+    from cellseg_helpers.data.hw3 import open_dataset  # which reads COCO files through this module
+
+    destination = resolve_path(destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise DataError(
+            f"{destination} exists and is not an empty folder; remove it, or name another "
+            "destination"
+        )
+    dataset = open_dataset(data)
+    with replacing(destination, folder=True) as part:
+        (part / "images").mkdir()
+        content = to_coco(_writing_images(dataset, part / "images"))
+        for image in content["images"]:
+            image["file_name"] = f"images/{image['file_name']}.tif"
+        content = {"info": {"description": f"Cells of the data {dataset.name}"}, **content}
+        text = json.dumps(content, allow_nan=False) + "\n"
+        (part / "annotations.json").write_text(text, encoding="utf-8")
+    return destination / "annotations.json"
+
+
+def _writing_images(dataset: CellDataset, folder: Path) -> Iterator[CellImage]:
+    options = {"photometric": "rgb", "compression": "lzw", "predictor": True, "metadata": None}
+    title = f"exporting {dataset.name}"
+    for cell_image in tqdm(dataset, title, unit="image", delay=2, leave=False):
+        pixels = cell_image.image.transpose(1, 2, 0)
+        tifffile.imwrite(folder / f"{cell_image.image_id}.tif", pixels, **options)
+        yield cell_image
+
+
+# Checked
+
+
 def mask_problem(segmentation: Any, size: Sequence[int] | None = None) -> str:
     """What is wrong with a segmentation that must be a compressed RLE with at least one pixel.
 
     Args:
         segmentation: as read from a file, of any type.
-        size: height and width of its image, px; None where they are unknown.
+        size: height and width of its image, px; None if they are unknown.
 
     Returns:
-        A sentence, "" where nothing is wrong.
+        A sentence, or "" if nothing is wrong.
     """
     if not isinstance(segmentation, dict) or not isinstance(segmentation.get("counts"), str):
         rle = 'a compressed RLE, {"size": [height, width], "counts": "text"}'
@@ -86,83 +160,333 @@ def mask_problem(segmentation: Any, size: Sequence[int] | None = None) -> str:
         return f"its mask's size is {reprlib.repr(own)}; it must be [height, width] in px"
     if size is not None and own != list(size):
         turned = "; height and width are swapped" if own[::-1] == list(size) else ""
-        return (
-            f"its mask is {own[0]} x {own[1]} px, its image {size[0]} x {size[1]} px "
-            f"(height x width){turned}"
-        )
+        sizes = "its mask is {} x {} px, its image {} x {} px (height x width)"
+        return sizes.format(*own, *size) + turned
     if not COUNTS.fullmatch(counts):
         return "its counts are damaged: they are no text of a compressed RLE"
-    lengths, expected = run_lengths(counts), own[0] * own[1]
-    if min(lengths) < 0 or sum(lengths) != expected:
-        wrong = "one is negative" if min(lengths) < 0 else f"they cover {sum(lengths):,} px"
-        return f"its counts are damaged: run lengths must cover the mask's {expected:,} px, but {wrong}"
-    return "" if any(lengths[1::2]) else "its mask has no pixel; leave such results out"
+    lengths = run_lengths(counts)
+    if lengths.min() < 0 or lengths.sum() != own[0] * own[1]:
+        return _wrong_cover(lengths.tolist(), own[0] * own[1])
+    return "" if lengths[1::2].any() else "its mask has no pixel; leave such results out"
 
 
-def export_coco(data: str | Path, destination: str | Path) -> Path:
-    """Write a data set as COCO: images as RGB uint8 TIFF (LZW, lossless), masks as compressed RLE;
-    whole or not at all.
+def _wrong_cover(lengths: Sequence[int], expected_px: int) -> str:
+    wrong = "one is negative" if min(lengths) < 0 else f"they cover {sum(lengths):,} px"
+    must = f"run lengths must cover the mask's {expected_px:,} px"
+    return f"its counts are damaged: {must}, but {wrong}"
 
-    An image's ``file_name`` is relative to the file (``images/<image id>.tif``), its ``patient`` is
-    kept; instance ids are not, but the annotations of a class stand in their order.
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != "" and "\0" not in value
+
+
+KINDS = {
+    "text": _is_text,
+    "a whole number": lambda value: type(value) is int,
+    "a whole number or text": lambda value: type(value) is int or _is_text(value),
+    "a whole number of pixels, 1 or more": lambda value: type(value) is int and value > 0,
+}
+SIDE = "a whole number of pixels, 1 or more"
+
+
+def wrong_entry(entry: Any, kinds: Mapping[str, str], optional: Mapping[str, str] = {}) -> str:  # noqa: B006
+    """What is wrong with an entry of a list in a JSON file.
 
     Args:
-        data: as for ``open_dataset``.
-        destination: a new or empty folder; a relative path stands under the repository's root.
+        entry: of any type.
+        kinds: each key that it must have, and the kind of its value (a key of ``KINDS``).
+        optional: the same for keys that may be missing or null.
 
     Returns:
-        The COCO file, ``destination/annotations.json``.
+        The sentence's end ("has no id; ..."), or "" if nothing is wrong.
+    """
+    if not isinstance(entry, dict):
+        return f"is {_shown(entry)}, but must be an object with {', '.join(kinds)}"
+    if missing := [key for key in kinds if key not in entry]:
+        return f"has no {' and no '.join(missing)}; it needs {', '.join(kinds)}"
+    given = {key: kind for key, kind in optional.items() if entry.get(key) is not None}
+    for key, kind in {**kinds, **given}.items():
+        if not KINDS[kind](entry[key]):
+            return f"has {key} {_shown(entry[key])}, but it must be {kind}"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    return repr(str(value)[:40])
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; raises ``DataError`` if it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"it cannot be read as JSON ({one_line(error)}); copy or export it again"
+        ) from None
+
+
+# Read
+
+
+class CocoAnnotation(NamedTuple):
+    """One annotation, its mask as the file has it; ``where`` is "annotations.json, annotation 3"."""
+
+    where: str
+    class_id: int
+    segmentation: Any
+    is_crowd: bool
+
+
+class CocoImage(NamedTuple):
+    """One image that the file lists, its annotations in the file's order."""
+
+    path: Path
+    file_name: str
+    height: int
+    width: int
+    patient: str | None
+    annotations: list[CocoAnnotation]
+
+
+def read_coco(path: Path) -> tuple[dict[str, CocoImage], list[Fault]]:
+    """The images that a COCO file lists, by image id, sorted; and what is wrong with the file as a
+    whole. ``read_masks`` checks the masks.
+    """
+    if not path.exists():
+        give = "give the .json of a COCO data set, or a folder that holds train/"
+        return {}, [Fault("", str(path), f"there is no such file; {give}")]
+    try:
+        content = _read_lists(path)
+    except DataError as error:
+        return {}, [Fault("", path.name, str(error))]
+    by_number, problems = _read_images(content, path)
+    problems += _read_annotations(content, path.name, by_number, not problems)
+    images = {Path(image.file_name).stem: image for image in by_number.values()}
+    return dict(sorted(images.items())), [Fault("", path.name, problem) for problem in problems]
+
+
+def _read_lists(path: Path) -> dict[str, list]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        found = f"it holds no COCO data set but a {type(content).__name__}"
+        raise DataError(f"{found}; give an object with {LISTS}")
+    content = {"categories": [], **content}
+    for name in LISTS.split(", "):
+        if name not in content:
+            raise DataError(f"it has no {name}; a COCO data set is an object with {LISTS}")
+        if not isinstance(content[name], list):
+            found = f"its {name} are no list but a {type(content[name]).__name__}"
+            raise DataError(f"{found}; export it again")
+    if not content["images"]:
+        raise DataError("its list of images is empty; export it again, with images")
+    return content
+
+
+def _entries(
+    content: dict[str, list], name: str, problems: list[str], kinds: dict[str, str], **optional: str
+) -> Iterator[dict[str, Any]]:
+    """The entries of a list that are well formed, with an id of their own; the others' problems are
+    added to ``problems``.
+    """
+    ids = set()
+    for row, entry in enumerate(content[name]):
+        problem = wrong_entry(entry, kinds, optional)
+        if not problem and entry["id"] in ids:
+            problem = f"has id {_shown(entry['id'])}, as one before it; {OWN}"
+        if problem:
+            problems.append(f"entry {row} of its {name} {problem}")
+        else:
+            ids.add(entry["id"])
+            yield entry
+
+
+def _read_images(
+    content: dict[str, list], path: Path
+) -> tuple[dict[int | str, CocoImage], list[str]]:
+    """Images by their number in the file, and sentences on what is wrong."""
+    kinds = {
+        "id": "a whole number or text",
+        "file_name": "text",
+        "height": SIDE,
+        "width": SIDE,
+    }
+    images, problems = {}, []
+    for entry in _entries(content, "images", problems, kinds, patient="text"):
+        name = entry["file_name"]
+        patient = (entry.get("patient") or "").strip() or patient_of(Path(name).stem)
+        size = entry["height"], entry["width"]
+        images[entry["id"]] = CocoImage(path.parent / name, name, *size, patient, [])
+    names = Counter(Path(image.file_name).stem.lower() for image in images.values())
+    but_for = "but for folder, ending, upper and lower case"
+    problems += [
+        f"{times} entries of its images have the file name {_shown(name)}, {but_for}; {OWN}, since "
+        "it is the image id"
+        for name, times in names.items()
+        if times > 1
+    ]
+    return images, problems
+
+
+def _read_annotations(
+    content: dict[str, list],
+    file: str,
+    images: dict[int | str, CocoImage],
+    every_image_is_read: bool,
+) -> list[str]:
+    """Put each annotation with its image; returns sentences on what is wrong."""
+    problems: list[str] = []
+    kinds = {"id": "a whole number", "name": "text"}
+    names = {e["id"]: e["name"] for e in _entries(content, "categories", problems, kinds)}
+    class_of = {i: CLASS_IDS.get(name.strip().lower()) for i, name in names.items()}
+    if not any(class_of.values()):
+        class_of = {k: k for k in range(1, len(CLASS_NAMES) + 1)}
+    unknown_images, unknown_categories = Counter(), Counter()
+    kinds = {
+        "id": "a whole number",
+        "image_id": "a whole number or text",
+        "category_id": "a whole number",
+    }
+    for entry in _entries(content, "annotations", problems, kinds):
+        image, class_id = images.get(entry["image_id"]), class_of.get(entry["category_id"])
+        unknown_images[entry["image_id"]] += image is None
+        unknown_categories[entry["category_id"]] += class_id is None
+        if image and class_id:
+            where = f"{file}, annotation {entry['id']}"
+            is_crowd = entry.get("iscrowd") not in (0, None)
+            image.annotations.append(
+                CocoAnnotation(where, class_id, entry.get("segmentation"), is_crowd)
+            )
+    if every_image_is_read:  # else the id may be a faulty entry's
+        problems += [
+            f"image_id {_shown(number)} of {_annotations(times)} is no image's id; correct it, or "
+            "remove what it marks"
+            for number, times in (+unknown_images).items()
+        ]
+    for category, times in (+unknown_categories).items():
+        name = f" ({_shown(names[category])})" if category in names else ""
+        problems.append(
+            f"category {category}{name} of {_annotations(times)} is no class; name it in "
+            f"categories as one of {', '.join(CLASS_NAMES)}, or remove what it marks"
+        )
+    return problems
+
+
+def _annotations(count: int) -> str:
+    return f"{count:,} annotation{'s' if count > 1 else ''}"
+
+
+def read_masks(image: CocoImage) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """The RLE of each annotation of an image; and (file and annotation, problem) of those that have
+    none that can be used.
+    """
+    rles, problems = [], []
+    for annotation in image.annotations:
+        try:
+            rles.append(_to_rle(annotation, image.height, image.width))
+        except DataError as error:
+            problems.append((annotation.where, str(error)))
+    per_class = Counter(annotation.class_id for annotation in image.annotations)
+    for class_id, count in sorted(per_class.items()):
+        if count > LARGEST_ID:
+            many = f"it has {count:,} annotations of class {CLASS_NAMES[class_id - 1]}"
+            problems.append((image.file_name, f"{many}, above {LARGEST_ID:,}; cut the image up"))
+    return rles, problems
+
+
+def draw_label_maps(
+    image: CocoImage, rles: list[dict[str, Any]]
+) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """The masks of an image, as ``read_masks`` gives them, as label maps: the largest is drawn
+    first, so that smaller ones lie on it.
+
+    Returns:
+        int32 [K, H, W]: the n-th annotation of a class has the id n; and (file and annotation,
+        problem) of annotations that are covered wholly.
+    """
+    label_maps = np.zeros((len(CLASS_NAMES), image.height, image.width), np.int32)
+    counts = Counter()
+    ids = []  # index of the label map and id in it, of each annotation
+    for annotation in image.annotations:
+        counts[annotation.class_id] += 1
+        ids.append((annotation.class_id - 1, counts[annotation.class_id]))
+    areas_px = [int(coco_mask.area(rle)) for rle in rles]
+    for i in sorted(range(len(rles)), key=lambda i: (-areas_px[i], -i)):
+        mask, x0, y0 = decode_mask(rles[i])
+        k, instance_id = ids[i]
+        label_maps[k, y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]][mask] = instance_id
+    _, labels, drawn = find_boxes(label_maps)
+    drawn = set(zip((labels - 1).tolist(), drawn.tolist(), strict=True))
+    covered = (
+        "annotations of its class that are smaller, or as large, cover all its pixels; remove what "
+        "is there twice"
+    )
+    pairs = zip(image.annotations, ids, strict=True)
+    return label_maps, [(annotation.where, covered) for annotation, i in pairs if i not in drawn]
+
+
+def _to_rle(annotation: CocoAnnotation, height: int, width: int) -> dict[str, Any]:
+    """The compressed RLE of an annotation's segmentation.
 
     Raises:
-        DataError: data that cannot be used, or a destination that is not empty.
-        OSError: it cannot be written.
+        DataError: it has none that can be used.
     """
-    destination = resolve_path(destination)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    rle = annotation.segmentation
+    if annotation.is_crowd:
+        crowd = "it is a crowd (iscrowd 1), which cannot be one instance"
+        raise DataError(f"{crowd}; annotate its cells one by one, or remove it")
+    if isinstance(rle, list):
+        rle = coco_mask.merge(coco_mask.frPyObjects(_checked(rle, height, width), height, width))
+    elif not isinstance(rle, dict) or not {"size", "counts"} <= rle.keys():
+        wanted = "an RLE (an object with size and counts) or a list of polygons"
+        raise DataError(f"its segmentation is {_shown(rle)}, but must be {wanted}")
+    elif not isinstance(rle["counts"], str):
+        counts = rle["counts"]
+        if not isinstance(counts, list) or not all(type(n) is int and n >= 0 for n in counts):
+            wanted = "text, or a list of whole numbers from 0 on"
+            raise DataError(f"its RLE's counts are {_shown(counts)}, but must be {wanted}")
+        if sum(counts) != height * width:
+            raise DataError(_wrong_cover([0, *counts], height * width))
+        encoded = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        rle = {"size": rle["size"], "counts": encoded["counts"]}
+    if isinstance(rle["counts"], bytes):
+        rle = {**rle, "counts": rle["counts"].decode("ascii")}
+    if problem := mask_problem(rle, (height, width)):
+        raise DataError(problem)
+    return rle
+
+
+def _checked(polygons: list, height: int, width: int) -> list[list[float]]:
+    if not polygons:
         raise DataError(
-            f"{destination} exists and is not an empty folder; remove it, or name another destination"
+            "its segmentation is an empty list; give at least one polygon, or remove it"
         )
-    dataset = open_dataset(data)
-    with replacing(destination, folder=True) as part:
-        (part / "images").mkdir()
-        exported = {
-            "info": {"description": f"Cells of the data {dataset.name}"},
-            **to_coco(_writing_images(dataset, part)),
-        }
-        for image in exported["images"]:
-            image["file_name"] = _file_name(image["file_name"])
-        (part / "annotations.json").write_text(
-            json.dumps(exported, allow_nan=False) + "\n", encoding="utf-8"
-        )
-    return destination / "annotations.json"
+    for polygon in polygons:
+        is_polygon = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+        if not is_polygon or not all(map(_is_number, polygon)):
+            wanted = "a list x, y, x, y, ... of 3 vertices or more, in px"
+            raise DataError(f"its polygon {_shown(polygon)} must be {wanted}")
+        for values, side in ((polygon[::2], width), (polygon[1::2], height)):
+            # pycocotools walks along every edge, inside the image or not.
+            if min(values) < -side or max(values) > 2 * side:
+                image = f"its {height} x {width} px image (height x width)"
+                raise DataError(
+                    f"its polygon {_shown(polygon)} reaches far outside {image}; correct or "
+                    "remove it"
+                )
+    return polygons
 
 
-def _file_name(image_id: str) -> str:
-    return f"images/{image_id}.tif"
-
-
-def _writing_images(dataset: CellDataset, folder: Path) -> Iterator[CellImage]:
-    for cell_image in tqdm(
-        dataset, f"exporting {dataset.name}", unit="image", delay=2, leave=False
-    ):
-        pixels = cell_image.image.transpose(1, 2, 0)
-        tifffile.imwrite(
-            folder / _file_name(cell_image.image_id),
-            pixels,
-            photometric="rgb",
-            compression="lzw",
-            predictor=True,
-            metadata=None,
-        )
-        yield cell_image
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and value == value
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m cellseg_helpers.data.coco",
-        description="Write a data set as COCO: DESTINATION/annotations.json and DESTINATION/images/<image id>.tif.",
-        epilog="Relative paths stand under the repository's root.",
+        description="Write a data set as COCO: DESTINATION/annotations.json and "
+        "DESTINATION/images/<image id>.tif.",
+        epilog="Relative paths are under the repository's root.",
     )
     parser.add_argument(
         "data",
