@@ -23,7 +23,7 @@ from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.cache import CellDataset, CellImage, DataError
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.hw3 import open_test_images
-from cellseg_helpers.data.labels import connected_components, find_instances
+from cellseg_helpers.data.labels import connected_components, find_boxes
 from cellseg_helpers.devices import make_fabric
 from cellseg_helpers.engine import image_statistics, validation_loss
 from cellseg_helpers.model.build import channel_statistics, rebuild_model, starts_loaded
@@ -31,22 +31,23 @@ from study import runs as study_runs
 from study.reported import E_SIZE_FACTORS
 from study.runs import Study
 
+MIN_SIZE, MAX_SIZE = 800, 1333  # torchvision's defaults for the resized image's sides, px
+
 # Cells and images
 
 
 def cell_table(dataset: Iterable[CellImage]) -> pd.DataFrame:
-    """One row a cell: image (its index), class, width_px, height_px (of its tight box),
+    """One row a cell: image (its index), class, width_px and height_px of its tight box,
     image_height_px, image_width_px.
     """
     parts = []
     for index, cell_image in enumerate(dataset):
-        found = find_instances(cell_image.label_maps)
-        names = pd.Categorical.from_codes(found.labels - 1, CLASS_NAMES)
-        sides = (found.boxes[:, 2:] - found.boxes[:, :2]).astype(int)
-        table = pd.DataFrame(sides, columns=["width_px", "height_px"])
-        height, width = cell_image.image.shape[1:]
-        image = {"image": index, "image_height_px": height, "image_width_px": width}
-        parts.append(table.assign(**{"class": names}, **image))
+        boxes, labels, _ = find_boxes(cell_image.label_maps)
+        table = pd.DataFrame(boxes[:, 2:] - boxes[:, :2], columns=["width_px", "height_px"])
+        table = table.astype(int).assign(image=index)
+        table["class"] = pd.Categorical.from_codes(labels - 1, CLASS_NAMES)
+        table["image_height_px"], table["image_width_px"] = cell_image.image.shape[1:]
+        parts.append(table)
     return pd.concat(parts, ignore_index=True)
 
 
@@ -61,26 +62,26 @@ def components_of_cells(dataset: Iterable[CellImage]) -> pd.DataFrame:
     """
     rows = []
     for cell_image in dataset:
-        row = dict.fromkeys(
-            ("cells", "highest_id", "lost", "same_value", "components", "joined", "split"), 0
-        )
+        counts = np.zeros(6, int)
         for label_map in cell_image.label_maps:
             ids = np.unique(label_map[label_map > 0])
-            values, cells_of_value = np.unique(ids.astype(np.uint8), return_counts=True)
+            values, number = np.unique(ids.astype(np.uint8), return_counts=True)
             left = np.where(label_map.astype(np.uint8) > 0, label_map, 0)
             components = connected_components(left)
             pixels = pd.DataFrame({"component": components[left > 0], "cell": left[left > 0]})
             pairs = pixels.drop_duplicates()
-            row["cells"] += len(ids)
-            row["highest_id"] = max(row["highest_id"], int(label_map.max()))
-            row["lost"] += int(cells_of_value[values == 0].sum())
-            row["same_value"] += int(cells_of_value[(values > 0) & (cells_of_value > 1)].sum())
-            row["components"] += int(components.max(initial=0))
-            shared = pairs["component"].duplicated(keep=False)
-            row["joined"] += pairs.loc[shared, "cell"].nunique()
-            row["split"] += pairs.loc[pairs["cell"].duplicated(), "cell"].nunique()
-        rows.append({"image_id": cell_image.image_id, **row})
-    return pd.DataFrame(rows)
+            counts += (
+                len(ids),
+                number[values == 0].sum(),
+                number[(values > 0) & (number > 1)].sum(),
+                components.max(initial=0),
+                pairs.loc[pairs["component"].duplicated(keep=False), "cell"].nunique(),
+                pairs.loc[pairs["cell"].duplicated(), "cell"].nunique(),
+            )
+        highest = int(cell_image.label_maps.max(initial=0))
+        rows.append((cell_image.image_id, counts[0], highest, *counts[1:]))
+    columns = ["image_id", "cells", "highest_id", "lost", "same_value"]
+    return pd.DataFrame(rows, columns=[*columns, "components", "joined", "split"])
 
 
 def missing_strip(cells: pd.DataFrame) -> pd.DataFrame:
@@ -153,16 +154,9 @@ def image_sizes(dataset: CellDataset, data: str | Path) -> tuple[list[tuple[int,
     return sorted(annotated | tests), sentence
 
 
-def unreachable_edges(
-    sizes: Sequence[tuple[int, int]], min_size: int = 800, max_size: int = 1333
-) -> pd.DataFrame:
-    """Whether a box at the edge of the resized image ends at the image's own edge once torchvision
-    has scaled it back.
-
-    Args:
-        sizes: height and width of images, px.
-        min_size: to which the model resizes the shorter side, px.
-        max_size: that the longer side does not exceed, px.
+def unreachable_edges(sizes: Sequence[tuple[int, int]]) -> pd.DataFrame:
+    """Whether a box at the right and bottom edge of the resized image ends at the image's own edge
+    once torchvision has scaled it back, for sizes (height, width) in px.
 
     Returns:
         One row a size: height_px, width_px, right_px, bottom_px (where the box ends), right, bottom
@@ -170,7 +164,7 @@ def unreachable_edges(
     """
     rows = []
     for height, width in sizes:
-        scale = min(min_size / min(height, width), max_size / max(height, width))
+        scale = min(MIN_SIZE / min(height, width), MAX_SIZE / max(height, width))
         resized = int(height * scale), int(width * scale)
         box = torch.tensor([[0.0, 0.0, resized[1], resized[0]]])
         right, bottom = resize_boxes(box, resized, (height, width))[0, 2:].tolist()
@@ -185,9 +179,9 @@ def changed_by_coco(dataset: Iterable[CellImage]) -> tuple[int, int]:
     """
     cells = changed = 0
     for cell_image in dataset:
-        found = find_instances(cell_image.label_maps)
+        _, labels, ids = find_boxes(cell_image.label_maps)
         written = to_coco([cell_image])["annotations"]
-        for class_id, instance_id, annotation in zip(found.labels, found.ids, written, strict=True):
+        for class_id, instance_id, annotation in zip(labels, ids, written, strict=True):
             mask = coco_mask.decode(annotation["segmentation"]).astype(bool)
             changed += not np.array_equal(mask, cell_image.label_maps[class_id - 1] == instance_id)
         cells += len(written)
@@ -195,13 +189,10 @@ def changed_by_coco(dataset: Iterable[CellImage]) -> tuple[int, int]:
 
 
 class OneTransform(Dataset):
-    """Images with one ``transform`` for every view of them."""
+    """Images with one ``transform``, whichever view asks for them."""
 
     def __init__(self, images: Sequence[np.ndarray]):
         self.images, self.transform = images, None
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.transform(self.images[i])
@@ -221,25 +212,19 @@ def augmented_images(images: Sequence[np.ndarray]) -> pd.DataFrame:
         Rows: one object (as in report E's code), two objects. Columns: training, training_flipped,
         validation, validation_flipped (numbers of images).
     """
-    rows_of = {
-        "training": [row for row in range(len(images)) if row % 5],
-        "validation": list(range(0, len(images), 5)),
-    }
-    one = OneTransform(images)
-    table = {}
-    for name, objects in {
-        "one object": (one, one),
-        "two objects": (OneTransform(images), OneTransform(images)),
-    }.items():
-        views = [Subset(*pair) for pair in zip(objects, rows_of.values(), strict=True)]
-        views[0].dataset.transform = lambda image: image[..., ::-1]
-        views[1].dataset.transform = lambda image: image
-        table[name] = {}
-        for (side, rows), view in zip(rows_of.items(), views, strict=True):
-            pairs = zip(view, (images[row] for row in rows), strict=True)
-            flipped = sum(not np.array_equal(seen, image) for seen, image in pairs)
-            table[name] |= {side: len(rows), f"{side}_flipped": flipped}
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis("views of")
+    rows = {}
+    for name, number in (("one object", 1), ("two objects", 2)):
+        objects = [OneTransform(images) for _ in range(number)]
+        training = Subset(objects[0], [i for i in range(len(images)) if i % 5])
+        validation = Subset(objects[-1], list(range(0, len(images), 5)))
+        training.dataset.transform = lambda image: image[..., ::-1]
+        validation.dataset.transform = lambda image: image
+        rows[name] = {}
+        for side, view in (("training", training), ("validation", validation)):
+            pairs = [(view[i], images[row]) for i, row in enumerate(view.indices)]
+            flipped = sum(not np.array_equal(*pair) for pair in pairs)
+            rows[name] |= {side: len(pairs), f"{side}_flipped": flipped}
+    return pd.DataFrame(rows).T.rename_axis("views of")
 
 
 def shared_patients(
@@ -305,10 +290,8 @@ def model_parts(key: str) -> pd.DataFrame:
             part = next(part for start, part in PARTS.items() if name.startswith(start))
             if isinstance(module, nn.BatchNorm2d) and not name.startswith("backbone."):
                 part = HEAD_NORMS
-            size = parameter.numel()
-            rows.append(
-                (part, size, size * parameter.requires_grad, size * starts_loaded(name, config))
-            )
+            size, loaded = parameter.numel(), starts_loaded(name, config)
+            rows.append((part, size, size * parameter.requires_grad, size * loaded))
     columns = ["part", "parameters", "trainable", "loaded"]
     table = pd.DataFrame(rows, columns=columns).groupby("part").sum()
     table = table.reindex([*PARTS.values(), HEAD_NORMS], fill_value=0)
@@ -365,30 +348,24 @@ def range_behind_a_norm(image: np.ndarray) -> pd.DataFrame:
         statistics of values of 0 to 1. Columns: standard deviation of an output channel (mean over
         the channels) for values of 0 to 1 and of 0 to 255.
     """
-    values = torch.from_numpy(image / 255)
-    weight = torch.randn(
-        16, 3, 7, 7, generator=torch.Generator().manual_seed(0), dtype=values.dtype
-    )
+    generator, double = torch.Generator().manual_seed(0), torch.float64
+    weight = torch.randn(16, 3, 7, 7, dtype=double, generator=generator)
     outputs = {}
     for name, normalization in (("0 to 1", "imagenet"), ("0 to 255", "imagenet_of_0_255")):
-        mean, std = torch.tensor(channel_statistics(normalization), dtype=values.dtype)[
-            ..., None, None
-        ]
-        outputs[name] = nn.functional.conv2d(((values - mean) / std)[None], weight, stride=2)
-    usual = outputs["0 to 1"]
+        mean, std = torch.tensor(channel_statistics(normalization), dtype=double)[..., None, None]
+        values = (torch.from_numpy(image / 255) - mean) / std
+        outputs[name] = nn.functional.conv2d(values[None], weight, stride=2)
+    usual, batch_norm = outputs["0 to 1"], nn.functional.batch_norm
     frozen = usual.mean((0, 2, 3)), usual.var((0, 2, 3), unbiased=False)
-    layers = {
-        "convolution": lambda output: output,
-        "BatchNorm": lambda output: nn.functional.batch_norm(output, None, None, training=True),
-        "frozen norm": lambda output: nn.functional.batch_norm(output, *frozen),
-    }
-    rows = {
-        name: {
-            column: layer(output).std((0, 2, 3)).mean().item() for column, output in outputs.items()
+    columns = {}
+    for name, output in outputs.items():
+        layers = {
+            "convolution": output,
+            "BatchNorm": batch_norm(output, None, None, training=True),
+            "frozen norm": batch_norm(output, *frozen),
         }
-        for name, layer in layers.items()
-    }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("behind")
+        columns[name] = {layer: v.std((0, 2, 3)).mean().item() for layer, v in layers.items()}
+    return pd.DataFrame(columns).rename_axis("behind")
 
 
 def norms_after_validation(dataset: CellDataset, images: int = 2) -> pd.DataFrame:
@@ -435,39 +412,35 @@ def reassign_sizes(sizes: Sequence[float], new_sizes: Sequence[float]) -> pd.Dat
     """A torchvision ``AnchorGenerator`` before and after ``sizes`` is set on it.
 
     Returns:
-        One row a pyramid level: ``sizes`` before and after; anchor_px before and after, the side,
-        px, of the level's square anchor.
+        One row a pyramid level: sizes before and after; anchor_px before and after, the side, px,
+        of the level's square anchor.
     """
     generator = anchor_generator(sizes)
     columns = {}
     for when, own_sizes in (("before", sizes), ("after", new_sizes)):
         generator.sizes = tuple((size,) for size in own_sizes)
-        columns[f"sizes {when}"] = list(own_sizes)
         squares = [anchors[1] for anchors in generator.cell_anchors]  # the second ratio is 1
+        columns[f"sizes {when}"] = own_sizes
         columns[f"anchor_px {when}"] = [int(square[2] - square[0]) for square in squares]
     levels = pd.Index([f"P{level}" for level in range(2, 2 + len(sizes))], name="level")
     return pd.DataFrame(columns, levels).sort_index(axis=1, ascending=False)
 
 
-def input_scale(cells: pd.DataFrame, min_size: int = 800, max_size: int = 1333) -> pd.Series:
+def input_scale(cells: pd.DataFrame, min_size: int = MIN_SIZE) -> pd.Series:
     """By how much the model enlarges each cell's image, by torchvision's rule; with ``min_size`` 0
     not at all.
     """
     if not min_size:
         return pd.Series(1.0, cells.index)
     sides = cells[["image_height_px", "image_width_px"]]
-    return np.minimum(min_size / sides.min(axis=1), max_size / sides.max(axis=1))
+    return np.minimum(min_size / sides.min(axis=1), MAX_SIZE / sides.max(axis=1))
 
 
 def anchor_fit(
-    cells: pd.DataFrame,
-    anchors: Mapping[str, Sequence[float]],
-    scales: Mapping[str, pd.Series],
+    cells: pd.DataFrame, anchors: Mapping[str, Sequence[float]], scales: Mapping[str, pd.Series]
 ) -> pd.DataFrame:
-    """How well anchors can fit cells: the share of boxes that have an IoU of 0.5, or 0.7, with an
-    anchor that has the same centre.
-
-    Anchors lie on a grid, so a smaller share really has such an anchor.
+    """The share of cells with a box that an anchor around the same centre fits at an IoU of 0.5,
+    or 0.7. Anchors lie on a grid, so fewer cells really have such an anchor.
 
     Args:
         cells: of ``cell_table``.
@@ -498,20 +471,15 @@ def proposals_after_setting(names: Mapping[str, int] = SET_PROPOSALS) -> pd.Data
         set, after.
     """
     rpn = default_model().rpn
-    before = _proposals(rpn)
-    for name, number in names.items():
-        setattr(rpn, name, number)
-    table = pd.DataFrame({"before": before, "set": names, "after": _proposals(rpn)})
-    return table.loc[list(before)].rename_axis("proposals")
-
-
-def _proposals(rpn: nn.Module) -> dict[str, int]:
-    numbers = {}
-    for mode in ("train", "test"):
-        rpn.train(mode == "train")
-        numbers[f"pre_nms_top_n_{mode}"] = rpn.pre_nms_top_n()
-        numbers[f"post_nms_top_n_{mode}"] = rpn.post_nms_top_n()
-    return numbers
+    columns = {"before": {}, "set": names, "after": {}}
+    for when in ("before", "after"):
+        for mode in ("train", "test"):
+            rpn.train(mode == "train")
+            columns[when][f"pre_nms_top_n_{mode}"] = rpn.pre_nms_top_n()
+            columns[when][f"post_nms_top_n_{mode}"] = rpn.post_nms_top_n()
+        for name, number in names.items():
+            setattr(rpn, name, number)
+    return pd.DataFrame(columns).loc[list(names)].rename_axis("proposals")
 
 
 def default_model() -> nn.Module:
