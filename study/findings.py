@@ -33,9 +33,10 @@ from study.runs import Study, Trained, differences
 NO_CHANGE, CANNOT_TELL = "no visible change", "cannot tell"
 HIGHER, LOWER = "higher as released", "lower as released"
 SHOWN, NOT_SHOWN = "confirmed here", "no effect here"
-RESULT_COLUMNS = [
-    "measured_on", "measure", "base", "as_reported", "as_released", "effect", "low", "high",
-    "verdict", "sentence", "seeds", "data", "split", "maxDets", "scale", "weights", "empty_because",
+COLUMNS = [
+    "finding", "report", "text_says", "code_does", "measured_on", "measure", "base", "as_reported",
+    "as_released", "effect", "low", "high", "verdict", "sentence", "seeds", "data", "split",
+    "maxDets", "scale", "weights", "empty_because",
 ]  # fmt: skip
 TRAINING_DETECTIONS = "training_detections.json"
 
@@ -200,29 +201,31 @@ class Measures:
             saved, unseen = trained.scores, self.study.values(trained)
             draw = resampling.draw_units(truth, saved.resamples, saved.seed + 1)
             training = resampling.bootstrap_ap50(truth, detections, draw.weights)
-            units = min(draw.units, saved.units)
-            effect, _, low, high = verdicts.estimate([training - unseen], units)
-            verdict, why = CANNOT_TELL, "The interval holds 0."
-            if max(training[0], unseen[0]) < verdicts.LEAST_SCORE:
-                why = "The model finds no cells yet, so this scale cannot tell."
-            elif math.isnan(low):
-                why = f"{units} {draw.unit} are too few for an interval."
-            elif not low <= 0 <= high:
-                verdict = HIGHER if effect > 0 else LOWER
-                why = "The difference is larger than the interval."
-            sentence = (
-                f"{run}: AP50 {training[0]:.3f} on {len(truth['images'])} training images, "
-                f"{unseen[0]:.3f} on {len(saved.names)} unseen images, not paired. {why} Reported: "
+            found = verdicts.judge(
+                "training images score higher",
+                verdicts.Side("unseen images", [unseen]),
+                verdicts.Side("training images", [training]),
+                min(draw.units, saved.units),
+            )
+            row["effect"], _, row["low"], row["high"] = found.difference
+            words = {verdicts.HOLDS: HIGHER, verdicts.OPPOSITE: LOWER}
+            row |= {"verdict": words.get(found.word, CANNOT_TELL), "seeds": 1, **_context(trained)}
+            row["split"] = f"{trained.run.split['kind']}, training minus validation side"
+            row["sentence"] = (
+                f"{run}: AP50 {found.other:.3f} on {len(truth['images'])} training images, "
+                f"{found.base:.3f} on {len(saved.names)} unseen images, not paired. Reported: "
                 "0.461, and 0.27 on the hidden test set."
             )
-            row |= {"effect": effect, "low": low, "high": high, "verdict": verdict, "seeds": 1}
-            row |= {"sentence": sentence, **_context(trained)}
-            row["split"] = f"{trained.run.split['kind']}, training minus validation side"
 
     def show(self, key: str) -> None:
         """Display the measures of a finding as a table, and a sentence on each."""
         rows = [row for row in self.rows if row["finding"] == key]
-        display(tables.page(_readable(pd.DataFrame(rows)), key))
+        table = {"effect": [], "95 % interval": [], "verdict": [row["verdict"] for row in rows]}
+        for effect, low, high in ((row["effect"], row["low"], row["high"]) for row in rows):
+            without = "" if math.isnan(effect) else f"{effect:.4g}"
+            table["effect"].append(without if math.isnan(low) else f"{effect:+.3f}")
+            table["95 % interval"].append("" if math.isnan(low) else f"[{low:+.3f}, {high:+.3f}]")
+        display(tables.page(pd.DataFrame(table, [row["measure"] for row in rows]), key))
         display(Markdown("\n".join(f"- {row.get('summary', row['sentence'])}" for row in rows)))
 
     def table(self) -> pd.DataFrame:
@@ -235,27 +238,24 @@ class Measures:
         if missing := [key for key in FINDINGS if key not in measured]:
             raise ValueError(f"no measure of {', '.join(missing)}; each finding needs one")
         rows = [row for key in FINDINGS for row in self.rows if row["finding"] == key]
-        texts = pd.DataFrame([FINDINGS[row["finding"]] for row in rows])
-        texts = texts.rename(columns={"key": "finding"})[
-            ["finding", "report", "text_says", "code_does"]
-        ]
-        results = pd.DataFrame(rows, columns=RESULT_COLUMNS).astype(object)
-        numbers = ["effect", "low", "high"]
-        results = results.fillna("").assign(**pd.DataFrame(rows)[numbers])
-        return pd.concat([texts, results], axis=1)
+        return pd.DataFrame(rows, columns=COLUMNS)
 
     @contextmanager
     def _row(
         self, key: str, measure: str, measured_on: str, base: str = "", other: str = ""
     ) -> Iterator[dict[str, Any]]:
         """A row for the block to fill in. A ``RunError`` in the block is its ``empty_because``."""
-        row = {"finding": key, "measured_on": measured_on, "measure": measure, "base": base}
-        row["as_reported"] = base if measured_on == "training pair" else ""
-        row |= {"as_released": other, **dict.fromkeys(("effect", "low", "high"), math.nan)}
+        finding = FINDINGS[key]
+        row = dict.fromkeys(COLUMNS, "") | dict.fromkeys(("effect", "low", "high"), math.nan)
+        row |= {"finding": key, "report": finding.report, "text_says": finding.text_says}
+        row |= {"code_does": finding.code_does, "measured_on": measured_on, "measure": measure}
+        row |= {"base": base, "as_released": other}
+        if measured_on == "training pair":
+            row["as_reported"] = base
         try:
             yield row
         except RunError as error:
-            verdict = verdicts.not_asked(f"{FINDINGS[key].title}, {measure}", str(error))
+            verdict = verdicts.not_asked(f"{finding.title}, {measure}", str(error))
             row |= {"verdict": verdict.word, "sentence": verdict.sentence}
             row["empty_because"] = str(error)
         self.rows.append(row)
@@ -379,16 +379,3 @@ def _apart(reported: Trained, released: Trained) -> set[str]:
 
 def _context(trained: Trained) -> dict[str, Any]:
     return context_of(trained.run) | {"weights": Path(trained.run.settings["weights"]).name}
-
-
-def _readable(rows: pd.DataFrame) -> pd.DataFrame:
-    """By measure: effect (signed if it is a difference of scores), 95 % interval, verdict."""
-    signed = rows["verdict"].isin((NO_CHANGE, CANNOT_TELL, HIGHER, LOWER))
-    effect = rows["effect"].map("{:.4g}".format).mask(signed, rows["effect"].map("{:+.3f}".format))
-    span = rows["low"].map("[{:+.3f}, ".format) + rows["high"].map("{:+.3f}]".format)
-    columns = {
-        "effect": effect.mask(rows["effect"].isna(), ""),
-        "95 % interval": span.mask(rows["low"].isna(), ""),
-        "verdict": rows["verdict"],
-    }
-    return pd.DataFrame(columns).set_index(rows["measure"])

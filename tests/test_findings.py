@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -587,20 +588,27 @@ class TestTable:
         found.count("b-cells", "images", 2, "Two.", on="detections", run="e/full")
         verdict = [row["verdict"] for row in found.rows]
         assert verdict == [findings.SHOWN, findings.NOT_SHOWN, findings.SHOWN, findings.SHOWN]
-        assert found.rows[0]["split"] == "all annotated images" and "data" not in found.rows[2]
+        assert [row["split"] for row in found.rows[:3]] == ["all annotated images"] * 2 + [""]
         assert found.rows[3]["scale"] == "quick"
 
-    def test_show(self, runs_dir, truth, measures, capsys):
+    def test_show(self, runs_dir, truth, measures, monkeypatch):
         for key in ("e/full", "e/base"):
             runs_dir.write(key, found_in(truth))
-        found = measures()
+        found, shown = measures(), []
+        monkeypatch.setattr(findings, "display", lambda piece: shown.append(piece.data))
         found.count("e-anchors", "levels", 3, "Three.")
         found.compare_runs("e-anchors")
-        table = findings._readable(pd.DataFrame(found.rows))
-        assert table.index.tolist() == ["levels", "AP50"]
-        assert table["effect"].tolist() == ["3", "+0.000"]
-        assert table["95 % interval"].tolist() == ["", "[+0.000, +0.000]"]
+        found.compare_runs("c-weights")
         found.show("e-anchors")
+        text = re.sub(r"<style.*?</style>|<[^>]+>", " ", shown[0], flags=re.DOTALL)
+        assert text.split("verdict")[1].split("AP50")[0].split() == [
+            "levels",
+            "3",
+            "confirmed",
+            "here",
+        ]
+        assert "+0.000 [+0.000, +0.000] no visible change" in " ".join(text.split())
+        assert "- Three.\n- With anchors" in shown[1] and "initial weights" not in shown[1]
 
     def test_data_of_no_run(self, tmp_path):
         found = findings.Measures(study_runs.Study(tmp_path, STUDY))
