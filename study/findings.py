@@ -258,6 +258,7 @@ class Measures:
             verdict = verdicts.not_asked(f"{finding.title}, {measure}", str(error))
             row |= {"verdict": verdict.word, "sentence": verdict.sentence}
             row["empty_because"] = str(error)
+            row["summary"] = f"{measure}: **{verdict.word}**. Reason: {error}."
         self.rows.append(row)
 
     def _trained(self, run: str) -> list[Trained]:
