@@ -85,12 +85,8 @@ def components_of_cells(dataset: Iterable[CellImage]) -> pd.DataFrame:
 
 
 def missing_strip(cells: pd.DataFrame) -> pd.DataFrame:
-    """How much of a cell's box is missing when it ends before the last pixel row and column.
-
-    The short box lies inside the whole box, so their IoU is 1 minus the missing share.
-
-    Args:
-        cells: of ``cell_table``.
+    """How much of the box of each cell (of ``cell_table``) is missing when it ends before the last
+    pixel row and column. The short box lies inside the whole box, so their IoU is 1 - missing.
 
     Returns:
         Rows: ``all``, then the classes. cells; width_px and height_px (means); missing: mean share
@@ -112,19 +108,15 @@ def missing_strip(cells: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def small_cells(cells: pd.DataFrame, largest_difference_px: int = 5) -> pd.DataFrame:
-    """Cells that report E's code drops: last minus first pixel, in x or in y, is 5 or less.
-
-    Args:
-        cells: of ``cell_table``.
-        largest_difference_px: of a dropped cell.
+def small_cells(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells (of ``cell_table``) that report E's code drops: last minus first pixel, in x or in
+    y, is 5 or less.
 
     Returns:
         Rows: ``all``, then the classes. cells, dropped, share, images (with such a cell before),
         images_left (with such a cell afterwards).
     """
-    shorter = cells[["width_px", "height_px"]].min(axis=1)
-    dropped = shorter - 1 <= largest_difference_px
+    dropped = cells[["width_px", "height_px"]].min(axis=1) - 1 <= 5
     table = _by_class(cells.assign(dropped=dropped)).agg(
         cells=("dropped", "size"),
         dropped=("dropped", "sum"),
