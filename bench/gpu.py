@@ -1,25 +1,23 @@
-"""Training on a GPU: images a second and how busy the GPU is, with two workers, against
+"""Training on a GPU: images a second, and how busy the GPU is, with two workers, beside
 torchvision's reference training loop.
 
 Ours is trained by the package's ``train_epoch``, torchvision's Mask R-CNN by the loop of its
-references/detection/engine.py; both by samples, batches, losses and precision that are the same,
-without clipping. The peer gets more than the reference gives it: bytes to copy in place of floats,
-and anchors in 32 bit (``train_reference``). Each measurement has a process of its own:
+references/detection/engine.py; both by the same samples, batches, losses and precision, without
+clipping. The peer gets more than the reference gives it: bytes to copy in place of floats, and
+anchors in 32 bit (``train_reference``). Each measurement has a process of its own:
 
-    python -m bench.gpu 512 2 ours        side of the crops, px; batch; one of WAYS
-    python -m bench.gpu                   all of them, each row as soon as it is measured
+    python -m bench.gpu        prints each row as soon as it is measured
 
-prints images a second, and of the time, in %, the share in which the loop waits for a batch and the
-share in which the GPU works. Ours asks for a batch while the GPU still has the last step to do, so
-that it may wait and the GPU not.
+Each gives images a second, and, in % of the time, how long the loop waits for a batch and how long
+the GPU works. Ours asks for a batch while the GPU still does the last step: the loop may wait while
+the GPU does not.
 """
 
-import re
-import signal
-import subprocess
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import TimeoutError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +26,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
-from bench.measure import ROOT, Row, times_less
+from bench.measure import NAN, Row, fresh_process, less, times_less
 from bench.scenes import dense_image, dense_label_maps, with_dense_masks
 from bench.training import (
     AS_TORCHVISION,
@@ -39,7 +37,7 @@ from bench.training import (
     our_model,
     torchvision_model,
 )
-from cellseg_helpers.config import RunConfig
+from cellseg_helpers.config import RunConfig, one_line
 from cellseg_helpers.data.augment import RECIPES, augment
 from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.data.samples import EpochSampler, SampleKey, TrainingSet
@@ -53,29 +51,20 @@ from cellseg_helpers.engine import (
 )
 
 SIDES_PX, BATCHES = (512, 1024), (2, 4, 8, 16)
-VARIANTS = {
+VARIANTS = {  # of ours, at one size
     "channels_first": "channels first",
     "compiled": "compiled backbone",
     "augmented_on_gpu": "augmentation on the GPU",
     "float32": "32 bit",
 }
-WAYS = ("ours", "peer", *VARIANTS)
-VARIANTS_SIDE_PX, VARIANTS_BATCH = 1024, 4
+VARIANTS_AT = (1024, 4)  # side px, batch
 RECIPE = "flips_turns_stain"  # of params/full.yaml
 WORKERS = 2
-AHEAD = 2 * WORKERS  # batches that the workers prepare ahead
-WARM_UP, TIMED, PROFILED = (
-    5 * AHEAD,
-    40,
-    3,
-)  # steps; what was prepared ahead is used up before the time counts
-LEAST_TIMED, PART_LIMIT_S = (
-    2,
-    25,
-)  # the warm-up and the timed steps end sooner where they take longer than this
+AHEAD = 2 * WORKERS  # batches that the workers prepare ahead; the warm-up uses them up
+WARM_UP, TIMED, PROFILED = 5 * AHEAD, 40, 3  # steps
+LEAST_TIMED, PART_LIMIT_S = 2, 25  # warm-up and timed steps end after so many seconds
 PROCESS_LIMIT_S = 240
 CLASS = 2**32  # class_id * CLASS + id: both in an int64
-NAN = float("nan")
 
 
 class Measured(NamedTuple):
@@ -119,33 +108,24 @@ class Crops(Dataset):
         self.samples = samples
 
     def __getitem__(self, key: SampleKey):
-        image, label_maps, image_id, (model_seed, recipe_seed) = self.samples.draw_crop(key)
-        return image, {
-            "label_maps": label_maps,
-            "image_id": image_id,
-            "seed": model_seed,
-            "recipe_seed": recipe_seed,
-        }
+        image, label_maps, image_id, (seed, recipe_seed) = self.samples.draw_crop(key)
+        drawn = {"label_maps": label_maps, "image_id": image_id, "seed": seed}
+        return image, drawn | {"recipe_seed": recipe_seed}
 
 
 class Watch:
-    """The batches of a loader, and what the loop that takes them is like; to ``train_epoch`` it is
-    the progress bar, too.
+    """The batches of a loader, and the times of the loop that takes them; ``train_epoch`` also gets
+    it as its progress bar.
 
     Steps are warm-up, then timed, then profiled; after those, there are no more batches.
     """
 
-    def __init__(self, loader: DataLoader, prepare: Callable[[Any], Any]):
+    def __init__(self, loader: DataLoader, prepare: Callable[[Any], Any] = lambda batch: batch):
         self.loader, self.prepare = loader, prepare
-        self.part, self.parts, self.steps, self.waited_s = (
-            "",
-            iter(("warm-up", "timed", "profiled", "ended")),
-            0,
-            0.0,
-        )
-        self.profiler = profile(
-            activities=[ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU]
-        )
+        self.part, self.parts = "", iter(("warm-up", "timed", "profiled", "ended"))
+        self.steps, self.waited_s = 0, 0.0
+        activity = ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU
+        self.profiler = profile(activities=[activity])
         self._next_part()
 
     def __len__(self) -> int:
@@ -163,8 +143,11 @@ class Watch:
         """A step has ended."""
         self.steps += 1
         late = time.perf_counter() - self.begun > PART_LIMIT_S
-        most = {"warm-up": WARM_UP, "timed": TIMED, "profiled": PROFILED}[self.part]
-        least = {"warm-up": AHEAD + 1, "timed": LEAST_TIMED, "profiled": PROFILED}[self.part]
+        least, most = {
+            "warm-up": (AHEAD + 1, WARM_UP),
+            "timed": (LEAST_TIMED, TIMED),
+            "profiled": (PROFILED, PROFILED),
+        }[self.part]
         if self.steps == most or (late and self.steps >= least):
             self._next_part()
 
@@ -175,41 +158,31 @@ class Watch:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         if self.part == "timed":
-            self.timed_s, self.timed_steps, self.timed_waiting_s = (
-                time.perf_counter() - self.begun,
-                self.steps,
-                self.waited_s,
-            )
+            timed_s = time.perf_counter() - self.begun
+            self.s_per_step = timed_s / self.steps
+            self.waiting = 100 * self.waited_s / timed_s
             self.profiler.start()
         if self.part == "profiled":
             self.profiler.stop()
-        self.part, self.begun, self.steps, self.waited_s = (
-            next(self.parts),
-            time.perf_counter(),
-            0,
-            0.0,
-        )
+        self.part, self.begun = next(self.parts), time.perf_counter()
+        self.steps, self.waited_s = 0, 0.0
 
     def measured(self, batch_size: int) -> Measured:
-        """``working``: kernels and copies of a profiled step, over the time of one that is not; the
-        profiler's own time is left out.
+        """``working``: kernels and copies of a profiled step, over the time of one that is not:
+        the profiler's own time does not count.
         """
         spans = [
             (event.time_range.start, event.time_range.end)
             for event in self.profiler.events()
             if event.device_type.name.lower() == DEVICE.type and not event.is_user_annotation
         ]
-        working_s_per_step = covered(spans) / 1e6 / PROFILED if spans else NAN
-        s_per_step = self.timed_s / self.timed_steps
-        return Measured(
-            batch_size / s_per_step,
-            100 * self.timed_waiting_s / self.timed_s,
-            100 * working_s_per_step / s_per_step,
-        )
+        working_s = covered(spans) / 1e6 / PROFILED if spans else NAN
+        working = 100 * working_s / self.s_per_step
+        return Measured(batch_size / self.s_per_step, self.waiting, working)
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of some spans: what runs side by side counts once."""
+    """Length of the union of some spans: what runs at the same time counts once."""
     total, reached = 0.0, -np.inf
     for start, end in sorted(spans):
         total += max(end - max(start, reached), 0)
@@ -218,39 +191,46 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def train(side_px: int, batch_size: int, way: str) -> Measured:
+    """Train ``ours``, ``peer`` or one of ``VARIANTS``."""
     config = RunConfig(
-        backbone="resnet50", batch_size=batch_size, num_workers=WORKERS, crop_size_px=side_px, augmentation=RECIPE,
-        gradient_clip_norm=0.0, precision="32" if way == "float32" else "auto", **AS_TORCHVISION,
-    )  # fmt: skip
+        backbone="resnet50",
+        batch_size=batch_size,
+        num_workers=WORKERS,
+        crop_size_px=side_px,
+        augmentation=RECIPE,
+        gradient_clip_norm=0.0,
+        precision="32" if way == "float32" else "auto",
+        **AS_TORCHVISION,
+    )
     scenes = Scenes(side_px + side_px // 8)
     indices = list(range(len(scenes.images)))
-    samples = TrainingSet(
-        scenes, indices, side_px, config.class_balance, RECIPE, config.seed, config.drop_cut_cells
-    )
-    read = {"peer": WithDenseMasks, "augmented_on_gpu": Crops}.get(way, lambda samples: samples)(
-        samples
-    )
+    drawing = (side_px, config.class_balance, RECIPE, config.seed, config.drop_cut_cells)
+    samples = TrainingSet(scenes, indices, *drawing)
+    if way == "peer":
+        samples = WithDenseMasks(samples)
+    if way == "augmented_on_gpu":
+        samples = Crops(samples)
     steps = WARM_UP + TIMED + PROFILED + AHEAD  # the workers are busy to the last step
     sampler = EpochSampler(indices, steps * batch_size, config.seed, batch_size=batch_size)
-    loader = make_loader(read, config, sampler)
-    if way == "peer":
-        loader.pin_memory = False  # as in the reference; masks of 13 GB, of a batch of 16 at 1024 px, would take long to pin
-    watch = Watch(loader, augment_on_device if way == "augmented_on_gpu" else lambda batch: batch)
+    loader = make_loader(samples, config, sampler)
     model = torchvision_model() if way == "peer" else our_model()
     optimizer = make_optimizer(model, config)
     schedule, _ = make_schedulers(optimizer, config, steps)
     if way == "peer":
-        train_reference(
-            model, optimizer, schedule, watch, resolve_precision(config) == "bf16-mixed"
-        )
-    else:
-        if way == "channels_first":
-            give_images(model, torch.contiguous_format)
-        if way == "compiled":
-            model.backbone.compile()
-        fabric = make_fabric(config)
-        model, optimizer = fabric.setup(model, optimizer)
-        train_epoch(fabric, model, optimizer, schedule, watch, config, watch)
+        # As in the reference; masks of 13 GB, of a batch of 16 at 1024 px, would take long to pin.
+        loader.pin_memory = False
+        watch = Watch(loader)
+        mixed = resolve_precision(config) == "bf16-mixed"
+        train_reference(model, optimizer, schedule, watch, mixed)
+        return watch.measured(batch_size)
+    if way == "channels_first":
+        give_images(model, torch.contiguous_format)
+    if way == "compiled":
+        model.backbone.compile()
+    watch = Watch(loader, augment_on_device) if way == "augmented_on_gpu" else Watch(loader)
+    fabric = make_fabric(config)
+    model, optimizer = fabric.setup(model, optimizer)
+    train_epoch(fabric, model, optimizer, schedule, watch, config, watch)
     return watch.measured(batch_size)
 
 
@@ -258,19 +238,20 @@ def train_reference(model: nn.Module, optimizer, schedule, batches: Watch, mixed
     """torchvision's reference loop, which reads the losses before the backward and again after the
     step.
 
-    Its RPN predicts, and puts its anchors, in 32 bit, as ours: under autocast they would be in
-    bfloat16, pixels off, and with them the numbers of the cells by which ``project_masks_on_boxes``
-    finds a mask, wrong from 257 on and past the last mask at times.
+    Its RPN predicts and makes its anchors in 32 bit, as ours: under autocast they would be in
+    bfloat16, pixels off. So would be the numbers of the cells by which ``project_masks_on_boxes``
+    finds a mask: wrong from 257 on, and at times behind the last mask.
     """
-    model.rpn.head.register_forward_hook(
-        lambda _, inputs, output: tuple([level.float() for level in levels] for levels in output)
-    )
-    model.rpn.anchor_generator.register_forward_pre_hook(
-        lambda _, inputs: (
-            inputs[0],
-            [level.new_empty(0, *level.shape[2:], dtype=torch.float32) for level in inputs[1]],
-        )
-    )
+
+    def full_precision(_: nn.Module, inputs: tuple, output: tuple) -> tuple:
+        return tuple([level.float() for level in levels] for levels in output)
+
+    def to_float32(_: nn.Module, inputs: tuple) -> tuple:
+        images, levels = inputs
+        return images, [level.new_empty(0, *level.shape[2:]).float() for level in levels]
+
+    model.rpn.head.register_forward_hook(full_precision)
+    model.rpn.anchor_generator.register_forward_pre_hook(to_float32)
     model.train()
     for images, targets in batches:
         images, targets = to_device(images, targets, DEVICE)
@@ -289,20 +270,14 @@ def train_reference(model: nn.Module, optimizer, schedule, batches: Watch, mixed
 
 
 def augment_on_device(batch: tuple[list[Tensor], list[dict]]) -> tuple[list[Tensor], list[dict]]:
-    """A batch of crops augmented on the device, by what the workers do otherwise, and their targets
-    made there.
-    """
+    """A batch of crops augmented on the device, as the workers do otherwise, with their targets."""
     images, targets = [], []
     for image, drawn in zip(*batch, strict=True):
-        image, label_maps = (
-            tensor.to(DEVICE, non_blocking=True) for tensor in (image, drawn["label_maps"])
-        )
-        image, label_maps = augment(image, label_maps, RECIPES[RECIPE], drawn["recipe_seed"])
+        crop = (tensor.to(DEVICE, non_blocking=True) for tensor in (image, drawn["label_maps"]))
+        image, label_maps = augment(*crop, RECIPES[RECIPE], drawn["recipe_seed"])
+        named = {"label_maps": label_maps, "image_id": drawn["image_id"], "seed": drawn["seed"]}
         images.append(image)
-        targets.append(
-            boxes_on_device(label_maps)
-            | {"label_maps": label_maps, "image_id": drawn["image_id"], "seed": drawn["seed"]}
-        )
+        targets.append(boxes_on_device(label_maps) | named)
     return images, targets
 
 
@@ -311,69 +286,45 @@ def boxes_on_device(label_maps: Tensor) -> dict[str, Tensor]:
     int32 [N].
     """
     class_index, y, x = label_maps.nonzero().unbind(1)
-    keys, cell = torch.unique(
-        class_index * CLASS + label_maps[class_index, y, x], return_inverse=True
-    )
-    places, cell = torch.stack([x, y], 1), cell[:, None].expand(-1, 2)
+    keys = class_index * CLASS + label_maps[class_index, y, x]
+    keys, cell = torch.unique(keys, return_inverse=True)
+    pixels, cell = torch.stack([x, y], 1), cell[:, None].expand(-1, 2)
     first, last = (
-        places.new_zeros(len(keys), 2).scatter_reduce(0, cell, places, how, include_self=False)
+        pixels.new_zeros(len(keys), 2).scatter_reduce(0, cell, pixels, how, include_self=False)
         for how in ("amin", "amax")
     )
-    return {
-        "boxes": torch.cat([first, last + 1], 1).float(),
-        "labels": keys // CLASS + 1,
-        "ids": (keys % CLASS).int(),
-    }
+    boxes = torch.cat([first, last + 1], 1).float()
+    return {"boxes": boxes, "labels": keys // CLASS + 1, "ids": (keys % CLASS).int()}
 
 
 def measure(side_px: int, batch_size: int, way: str) -> Measured:
-    """``train`` in a fresh process; where it did not end well, such as for lack of memory,
-    ``failure`` says why.
+    """``train`` in a fresh process; ``failure`` says why it did not end well, such as for lack of
+    memory.
     """
-    command = [sys.executable, "-m", "bench.gpu", str(side_px), str(batch_size), way]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_LIMIT_S
-        )
-    except subprocess.TimeoutExpired:
-        return Measured(NAN, NAN, NAN, f"{way} took over {PROCESS_LIMIT_S} s")
-    if done.returncode:
-        return Measured(NAN, NAN, NAN, f"{way} failed: {reason(done.returncode, done.stderr)}")
-    return Measured(*map(float, done.stdout.split()[-3:]))
-
-
-def reason(returncode: int, stderr: str) -> str:
-    if returncode < 0:
-        return signal.Signals(-returncode).name
-    lines = stderr.strip().splitlines()
-    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
-    return (errors or lines or [f"exit status {returncode}"])[-1][:120]
+    with fresh_process() as process:
+        try:
+            return process.submit(train, side_px, batch_size, way).result(PROCESS_LIMIT_S)
+        except TimeoutError:
+            for child in multiprocessing.active_children():
+                child.kill()
+            return Measured(NAN, NAN, NAN, f"{way} took over {PROCESS_LIMIT_S} s")
+        except Exception as error:
+            reason = f"{way} failed: {type(error).__name__}: {one_line(error)}"
+            return Measured(NAN, NAN, NAN, reason)
 
 
 def rows() -> list[Row]:
     if DEVICE.type != "cuda":
-        note = "not measured: torch finds no CUDA GPU; goals: 95 % busy with two workers, twice the images/s of torchvision's loop"
-        return [Row("GPU training", NAN, NAN, "", NAN, "", note)]
+        note = "not measured: torch finds no CUDA GPU; "
+        note += "goals: 95 % busy with two workers, twice the images/s of torchvision's loop"
+        return [less("GPU training", NAN, NAN, "", note=note)]
     table, ours = [], {}
-    for side_px in SIDES_PX:
-        for batch_size in BATCHES:
-            ours[side_px, batch_size] = measure(side_px, batch_size, "ours")
-            table += rows_of(
-                side_px,
-                batch_size,
-                "",
-                ours[side_px, batch_size],
-                measure(side_px, batch_size, "peer"),
-            )
+    for at in [(side, batch) for side in SIDES_PX for batch in BATCHES]:
+        ours[at] = measure(*at, "ours")
+        table += rows_of(*at, "", ours[at], measure(*at, "peer"))
     for way, name in VARIANTS.items():
-        variant = measure(VARIANTS_SIDE_PX, VARIANTS_BATCH, way)
-        table += rows_of(
-            VARIANTS_SIDE_PX,
-            VARIANTS_BATCH,
-            f", {name}",
-            variant,
-            ours[VARIANTS_SIDE_PX, VARIANTS_BATCH],
-        )
+        variant = measure(*VARIANTS_AT, way)
+        table += rows_of(*VARIANTS_AT, f", {name}", variant, ours[VARIANTS_AT])
     return table
 
 
@@ -383,51 +334,24 @@ def rows_of(
     cells = round(CELLS * side_px**2 / SIDE_PX**2)
     name = f"GPU training, {side_px} px, batch {batch_size}{variant}"
     note = (
-        f"{'peer: ours without; ' if variant else 'goals: 2x the images/s, 95 % working; '}ResNet-50, {resolve_precision(RunConfig())}, "
-        f"up to {cells} drawn cells an image, {RECIPE}, {WORKERS} workers, {TIMED} steps, fewer where they take over {PART_LIMIT_S} s"
+        f"{'peer: ours without' if variant else 'goals: 2x the images/s, 95 % working'}; "
+        f"ResNet-50, {resolve_precision(RunConfig())}, up to {cells} drawn cells an image, "
+        f"{RECIPE}, {WORKERS} workers, {TIMED} steps, fewer where they take over {PART_LIMIT_S} s"
     )
-    note = "; ".join(text for text in (note, ours.failure, peer.failure) if text)
-    speed, waiting, working = ours.images_per_s, ours.waiting, ours.working
+    note = "; ".join(filter(None, (note, ours.failure, peer.failure)))
+
+    def more(what: str, mine: float, theirs: float, unit: str) -> Row:
+        return Row(f"{name}: {what}", mine, theirs, unit, times_less(theirs, mine), "", note)
+
+    waiting = (f"{name}: waiting for the loader", ours.waiting, peer.waiting, "%")
     table = [
-        Row(
-            f"{name}: speed",
-            speed,
-            peer.images_per_s,
-            "images/s",
-            times_less(peer.images_per_s, speed),
-            "",
-            note,
-        ),
-        Row(
-            f"{name}: waiting for the loader",
-            waiting,
-            peer.waiting,
-            "%",
-            times_less(waiting, peer.waiting),
-            "",
-            note,
-        ),
-        Row(
-            f"{name}: GPU works",
-            working,
-            peer.working,
-            "%",
-            times_less(peer.working, working),
-            "",
-            note,
-        ),
+        more("speed", ours.images_per_s, peer.images_per_s, "images/s"),
+        less(*waiting, note=note),
+        more("GPU works", ours.working, peer.working, "%"),
     ]
-    print(
-        *table, sep="\n", file=sys.stderr, flush=True
-    )  # what is measured stays, whatever comes after
+    print(*table, sep="\n", file=sys.stderr, flush=True)  # to have what was measured before an end
     return table
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        print(*rows(), sep="\n")
-        sys.exit()
-    _, side, batch, chosen = sys.argv
-    if chosen not in WAYS:
-        sys.exit(f"{chosen!r} is none of {', '.join(WAYS)}")
-    print(*train(int(side), int(batch), chosen)[:3], flush=True)
+    print(*rows(), sep="\n")

@@ -1,12 +1,9 @@
-"""Prediction: masks of a dense image to run-length encodings, and fields of many tiles, against
+"""Prediction: masks of a dense image to run-length encodings, and fields of many tiles, beside
 torchvision's pasting.
 
-All of it is CPU work, also where there is a GPU. The model is a stand-in, and its time is not
-counted.
+All of it is CPU work, also with a GPU. The model is a stand-in, and its time does not count.
 """
 
-import math
-from collections.abc import Iterator, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from bench.measure import (
-    MEGABYTE,
+    NAN,
     NOT_RUN,
     Call,
     Pair,
@@ -30,7 +27,7 @@ from bench.measure import (
     verdict,
 )
 from bench.scenes import CELLS_PER_PX, dense_label_maps, dense_target, detections_of
-from cellseg_helpers.data.labels import encode_box_masks
+from cellseg_helpers.cells import encode_mask
 from cellseg_helpers.inference import paste_in_boxes, predict
 
 HEIGHT, WIDTH, DETECTIONS, MANY = 1760, 1771, 200, 1000
@@ -38,66 +35,64 @@ THRESHOLD = 0.5
 SAME_IOU = 0.95
 SIDES_PX = (1000, 2500, 5000)
 REPEATS, FIELD_REPEATS = 3, 5
-SHARE_OF_FREE_MEMORY, TIME_LIMIT_S = 0.8, 5  # of the peer in its largest field
+FREE_MEMORY_SHARE, TIME_LIMIT_S = 0.8, 5  # of the peer in its largest field
 TILE_PX, OVERLAP_PX = 512, 128
 Rles = list[dict[str, Any]]
 
 
 def paste_and_encode(found: dict[str, Tensor], height: int, width: int) -> Rles:
-    """As torchvision's COCO evaluation does it, but for ``>=`` in place of ``>``."""
-    masks = (
-        paste_masks_in_image(found["masks"][:, None], found["boxes"], (height, width)) >= THRESHOLD
-    )
+    """As torchvision's COCO evaluation does it, with ``>=`` in place of ``>``."""
+    size = (height, width)
+    masks = paste_masks_in_image(found["masks"][:, None], found["boxes"], size) >= THRESHOLD
     return [coco_mask.encode(np.asfortranarray(mask[0].numpy().astype(np.uint8))) for mask in masks]
 
 
-def same_rles(ours: Rles, theirs: Rles) -> str:
-    """How many are the same, pair by pair."""
-    same = sum(
-        one == other for one, other in zip(map(plain, ours), map(plain, theirs), strict=False)
-    )
-    return verdict(
-        same == len(ours) == len(theirs),
-        f"{same} of {len(ours)} RLEs the same, peer has {len(theirs)}",
-    )
+def plain(rle: dict[str, Any]) -> tuple[tuple[int, ...], str]:
+    """Size and counts as str; pycocotools' are bytes."""
+    counts = rle["counts"]
+    return tuple(rle["size"]), counts.decode() if isinstance(counts, bytes) else counts
 
 
 def same_cells(ours: Rles, theirs: Rles) -> str:
-    """How many are the same, in any order. A pixel at an edge may differ: in a tile, float32 rounds
-    a box's place otherwise.
+    """How many RLEs are the same, in any order. In a tile, float32 rounds a box's position
+    otherwise, so that a pixel at an edge may differ.
     """
     known = set(map(plain, theirs))
     others = [rle for rle in ours if plain(rle) not in known]
-    iou = coco_mask.iou(others, theirs, [0] * len(theirs)).max(1).min() if others else 1.0
-    told = f", the others' IoU {iou:.3f} or more (float32 in a tile)" if others else ""
-    found = f"{len(ours) - len(others)} of {len(ours)} RLEs the same{told}, peer has {len(theirs)}"
-    return verdict(len(ours) == len(theirs) and iou > SAME_IOU, found)
-
-
-def plain(rle: dict[str, Any]) -> tuple[tuple[int, ...], str]:
-    """Size and counts; pycocotools' are bytes."""
-    counts = rle["counts"]
-    return tuple(rle["size"]), counts.decode() if isinstance(counts, bytes) else counts
+    found = f"{len(ours) - len(others)} of {len(ours)} RLEs the same"
+    iou = 1.0
+    if others:
+        iou = coco_mask.iou(others, theirs, [0] * len(theirs)).max(1).min()
+        found += f", the others' IoU {iou:.3f} or more (float32 in a tile)"
+    same = len(ours) == len(theirs) and iou > SAME_IOU
+    return verdict(same, f"{found}, peer has {len(theirs)}")
 
 
 def masks_to_rles(detections: int) -> Pair:
     """An image's detections, from the model's masks (float32 [N, 28, 28]) to encodings; the peer
     takes ``DETECTIONS`` at a time.
     """
-    label_maps = np.pad(dense_label_maps(HEIGHT, detections), ((0, 0), (0, 0), (0, WIDTH - HEIGHT)))
+    label_maps = dense_label_maps(HEIGHT, detections)
+    label_maps = np.pad(label_maps, ((0, 0), (0, 0), (0, WIDTH - HEIGHT)))
     found = detections_of(dense_target(label_maps))
-    sizes = [(HEIGHT, WIDTH)] * detections
+    tensors = (found["masks"], found["boxes"])
     parts = [
-        {name: found[name][at : at + DETECTIONS] for name in ("masks", "boxes")}
-        for at in range(0, detections, DETECTIONS)
+        dict(zip(("masks", "boxes"), part, strict=True))
+        for part in zip(*(tensor.split(DETECTIONS) for tensor in tensors), strict=True)
     ]
-    return Pair(
-        lambda: encode_box_masks(
-            paste_in_boxes(found["masks"], found["boxes"], HEIGHT, WIDTH, THRESHOLD), sizes
-        ),
-        lambda: [rle for part in parts for rle in paste_and_encode(part, HEIGHT, WIDTH)],
-        same_rles,
-    )
+
+    def compare(ours: Rles, theirs: Rles) -> str:
+        found = same_cells(ours, theirs)
+        return verdict(list(map(plain, ours)) == list(map(plain, theirs)), found)
+
+    def ours() -> Rles:
+        masks = paste_in_boxes(*tensors, HEIGHT, WIDTH, THRESHOLD)
+        return [encode_mask(mask, HEIGHT, WIDTH) for mask in masks]
+
+    def peer() -> Rles:
+        return [rle for part in parts for rle in paste_and_encode(part, HEIGHT, WIDTH)]
+
+    return Pair(ours, peer, compare)
 
 
 class ReadsColours(nn.Module):
@@ -105,21 +100,18 @@ class ReadsColours(nn.Module):
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         colours = [(image.numpy() * 255).round().astype(np.int32) for image in images]
-        return [
-            detections_of(dense_target((red << 16 | green << 8 | blue)[None]))
-            for red, green, blue in colours
-        ]
+        ids = [(red << 16 | green << 8 | blue)[None] for red, green, blue in colours]
+        return [detections_of(dense_target(label_map)) for label_map in ids]
 
 
 class Remembers(ReadsColours):
-    """It looks at a field's tiles once; after ``repeat``, every pass over them gives the same again
+    """Looks at a field's tiles once. After ``repeat``, every pass over them gives the same again
     and takes no time.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[list[dict[str, Tensor]]] = []
-        self.repeated: Iterator[list[dict[str, Tensor]]] | None = None
+        self.found, self.repeated = [], None
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         if self.repeated:
@@ -136,22 +128,19 @@ def field(side_px: int, model: nn.Module | None = None) -> Pair:
     large as the field.
     """
     label_map = dense_label_maps(side_px, round(CELLS_PER_PX * side_px**2), num_classes=1)[0]
-    image = torch.from_numpy(
-        np.stack([label_map >> 16, label_map >> 8 & 255, label_map & 255]).astype(np.uint8)
-    )
+    colours = np.stack([label_map >> 16, label_map >> 8 & 255, label_map & 255])
+    image = torch.from_numpy(colours.astype(np.uint8))
     found = detections_of(dense_target(label_map[None]))
-    del label_map
+    model = model or ReadsColours()
     return Pair(
-        lambda: predict(model or ReadsColours(), image, TILE_PX, OVERLAP_PX, THRESHOLD).to_rles(),
+        lambda: predict(model, image, TILE_PX, OVERLAP_PX, THRESHOLD).to_rles(),
         lambda: paste_and_encode(found, side_px, side_px),
         same_cells,
     )
 
 
-def seconds_of_fields(sides_px: Sequence[int]) -> dict[int, float]:
-    """Median seconds of ours for each side after a warm-up, without the model's; the fields are
-    taken in turn.
-    """
+def seconds_of_fields(sides_px: list[int]) -> dict[int, float]:
+    """Median seconds of ours for each side, without the model's; the fields are taken in turn."""
     calls = []
     for side in sides_px:
         model = Remembers()
@@ -165,10 +154,9 @@ def largest_side_px(side_px: int, peer: Call) -> int:
     """The largest field that the peer can do in the free memory and in the time; both grow with the
     side's 4th power.
     """
-    free_mb = SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available / MEGABYTE
-    return 100 * int(
-        side_px / 100 * min(free_mb / peer.megabytes, TIME_LIMIT_S / peer.seconds) ** 0.25
-    )
+    free_mb = FREE_MEMORY_SHARE * psutil.virtual_memory().available / 1e6
+    times = min(free_mb / peer.megabytes, TIME_LIMIT_S / peer.seconds)
+    return 100 * int(side_px / 100 * times**0.25)
 
 
 def rows() -> list[Row]:
@@ -176,14 +164,19 @@ def rows() -> list[Row]:
 
 
 def rows_of_an_image() -> list[Row]:
-    note = f"{DETECTIONS} drawn cells, {HEIGHT} x {WIDTH} px; paste_masks_in_image, threshold, pycocotools' encode"
-    masks_gb = 4e-9 * MANY * HEIGHT * WIDTH
-    in_parts = f"{MANY} drawn cells; peer: {DETECTIONS} at a time, one call, as the float masks of all are {masks_gb:.1f} GB"
-    measured = side_by_side(masks_to_rles, DETECTIONS, repeats=REPEATS)
+    few = side_by_side(masks_to_rles, DETECTIONS, repeats=REPEATS)
     many = side_by_side(masks_to_rles, MANY, repeats=REPEATS, repeat_peer=False)
+    note = (
+        f"{DETECTIONS} drawn cells, {HEIGHT} x {WIDTH} px; "
+        "paste_masks_in_image, threshold, pycocotools' encode"
+    )
+    many_note = (
+        f"{MANY} drawn cells; peer: {DETECTIONS} at a time, one call, as the float masks of all "
+        f"are {4e-9 * MANY * HEIGHT * WIDTH:.1f} GB"
+    )
     return [
-        *time_and_memory("prediction to RLE", measured, f"goal 20x; {note}", f"goal 50x; {note}"),
-        *time_and_memory(f"prediction to RLE, {MANY} cells", many, in_parts, in_parts),
+        *time_and_memory("prediction to RLE", few, note, "goal 20x", "goal 50x"),
+        *time_and_memory(f"prediction to RLE, {MANY} cells", many, many_note),
     ]
 
 
@@ -196,18 +189,18 @@ def rows_of_fields() -> list[Row]:
     taken = seconds_of_fields(sorted(found))
     peers = {
         small: f"in one piece, median of {REPEATS}",
-        most: f"in one piece, one call: the largest field for this machine's free memory and {TIME_LIMIT_S} s",
+        most: "in one piece, one call: the largest field for this machine's free memory and "
+        f"{TIME_LIMIT_S} s",
     }
     growth = taken[large] / taken[small] * (small / large) ** 2
     linear = f"goal 1: time a megapixel at {large} px over that at {small} px"
-    table = [Row("field: growth of time a megapixel", growth, math.nan, "x", math.nan, "", linear)]
-    for side, (ours, peer, alike) in sorted(found.items()):
+    table = [Row("field: growth of time a megapixel", growth, NAN, "x", NAN, "", linear)]
+    for side, (ours, peer, identical) in sorted(found.items()):
         cells = round(CELLS_PER_PX * side**2)
         not_run = f"not run: its float masks alone are {4e-9 * cells * side**2:.0f} GB"
         note = f"{TILE_PX} px tiles, {cells} drawn cells; peer: {peers.get(side, not_run)}"
-        time = f"{1e6 * taken[side] / side**2:.3f} s a megapixel, the model's time left out; {note}"
-        memory = f"goal: bounded by a few tiles and the detections; stand-in model included; {note}"
-        table += time_and_memory(
-            f"field of {side} px", (ours._replace(seconds=taken[side]), peer, alike), time, memory
-        )
+        rate = f"{1e6 * taken[side] / side**2:.3f} s a megapixel, the model's time left out"
+        bounded = "goal: bounded by a few tiles and the detections; stand-in model included"
+        measured = (ours._replace(seconds=taken[side]), peer, identical)
+        table += time_and_memory(f"field of {side} px", measured, note, rate, bounded)
     return table

@@ -1,5 +1,5 @@
-"""Dense drawn scenes that the benchmarks share: cells about equally spaced, as many as one likes,
-none on another.
+"""Dense drawn scenes that the benchmarks share: any number of cells, about equally spaced, none on
+another.
 """
 
 import numpy as np
@@ -22,19 +22,14 @@ def dense_label_maps(
     """
     rng = np.random.default_rng(seed)
     per_row = int(np.ceil(np.sqrt(num_cells)))
-    places = rng.choice(per_row**2, num_cells, replace=False)
-    spacing = side_px / per_row
-    centres = (
-        np.column_stack(np.divmod(places, per_row)) + rng.uniform(0.35, 0.65, (num_cells, 2))
-    ) * spacing
-    waves = np.column_stack(
-        [rng.normal(0, 0.07, (num_cells, 2)), rng.uniform(0, 2 * np.pi, (num_cells, 2))]
-    )
-    shapes = np.column_stack([centres, rng.uniform(7.5, 20, num_cells), waves])
+    squares = np.column_stack(np.divmod(rng.choice(per_row**2, num_cells, replace=False), per_row))
+    centres = (squares + rng.uniform(0.35, 0.65, (num_cells, 2))) * (side_px / per_row)
+    waves = (rng.normal(0, 0.07, (num_cells, 2)), rng.uniform(0, 2 * np.pi, (num_cells, 2)))
+    shapes = np.column_stack([centres, rng.uniform(7.5, 20, num_cells), *waves])
     label_maps = np.zeros((num_classes, side_px, side_px), np.int32)
     taken = np.zeros((side_px, side_px), bool)
     for number, shape in enumerate(shapes):
-        mask, x0, y0 = mask_of(shape, {"height": side_px, "width": side_px})
+        mask, x0, y0 = mask_of(shape, side_px, side_px)
         window = np.s_[y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]]
         free = mask & ~taken[window]
         taken[window] |= free
@@ -55,13 +50,12 @@ def dense_image(label_maps: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def with_dense_masks(target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same target as torchvision's Mask R-CNN takes it: ``masks`` uint8 [N, H, W] for ``ids``
-    and ``label_maps``.
+    """The same target as torchvision's Mask R-CNN takes it: ``masks`` uint8 [N, H, W] in place of
+    ``ids`` and ``label_maps``.
     """
     label_maps, labels, ids = target["label_maps"], target["labels"], target["ids"]
-    masks = torch.empty(
-        (len(ids), *label_maps.shape[1:]), dtype=torch.uint8, device=label_maps.device
-    )
+    size = (len(ids), *label_maps.shape[1:])
+    masks = torch.empty(size, dtype=torch.uint8, device=label_maps.device)
     for mask, label, instance_id in zip(masks, labels, ids, strict=True):
         torch.eq(label_maps[label - 1], instance_id, out=mask)
     return {"boxes": target["boxes"], "labels": labels, "masks": masks}
@@ -71,12 +65,7 @@ def detections_of(target: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a perfect model finds: ``boxes``, ``labels``, ``scores`` of 1 and ``masks`` float32 [N,
     28, 28] in their boxes.
     """
-    masks = mask_targets(
-        target["label_maps"], target["labels"], target["ids"], target["boxes"], MASK_SIDE
-    )
-    return {
-        "boxes": target["boxes"],
-        "labels": target["labels"],
-        "scores": torch.ones(len(masks)),
-        "masks": masks,
-    }
+    cells = (target["labels"], target["ids"], target["boxes"])
+    masks = mask_targets(target["label_maps"], *cells, MASK_SIDE)
+    found = {name: target[name] for name in ("boxes", "labels")}
+    return found | {"scores": torch.ones(len(masks)), "masks": masks}

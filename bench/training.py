@@ -1,4 +1,4 @@
-"""Training on a dense image: mask targets, matching of anchors, RoIAlign, and a whole step, against
+"""Training on a dense image: mask targets, matching of anchors, RoIAlign, and a whole step, beside
 torchvision's Mask R-CNN.
 
 Both sides have the same weights, anchors, proposals, samples and losses; torchvision takes a dense
@@ -6,6 +6,7 @@ mask for each cell.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +19,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image
 
-from bench.measure import (
-    MEGABYTE,
-    NOT_RUN,
-    Pair,
-    Row,
-    alone,
-    side_by_side,
-    time_and_memory,
-    times_less,
-    verdict,
-)
+from bench.measure import NOT_RUN, Pair, Row, alone, less, side_by_side, time_and_memory, verdict
 from bench.scenes import MASK_SIDE, dense_image, dense_label_maps, dense_target, with_dense_masks
 from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import RunConfig
@@ -39,8 +30,8 @@ from study.runs import settings as study_settings
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIDE_PX, CELLS, FEW_CELLS, POSITIVES = 1024, 772, 5, 512
+SIZE = (SIDE_PX, SIDE_PX)
 STRIDES = (4, 8, 16, 32, 64)
-REPORT_A = study_settings("a/resnet101", "full", "drawn", 0)
 CHUNK = 2**14  # anchors
 TOLERANCE = 1e-4
 AS_TORCHVISION = {
@@ -50,31 +41,15 @@ AS_TORCHVISION = {
     "mask_batch_size_per_image": 0,
 }
 SCENE = f"{CELLS} drawn cells, {SIDE_PX} px"
-MASKS_MB = CELLS * SIDE_PX**2 / MEGABYTE  # of the peer's dense masks, uint8
+MASKS_MB = CELLS * SIDE_PX**2 / 1e6  # of the peer's dense masks, uint8
 LEAST_DIFFERENCE_MB = 50  # of two peaks of some GB
 SEED = 7
+DEFAULTS = RunConfig()
 
 
 def scene_target(cells: int) -> dict[str, Tensor]:
-    return {
-        name: tensor.to(DEVICE)
-        for name, tensor in dense_target(dense_label_maps(SIDE_PX, cells)).items()
-    }
-
-
-def targets_of_boxes() -> Pair:
-    """Mask targets of boxes near cells; the peer's dense masks are there before the call."""
-    target = scene_target(CELLS)
-    masks = with_dense_masks(target)["masks"]
-    match, boxes = boxes_near_cells(target, POSITIVES)
-    return Pair(
-        lambda: mask_targets(
-            target["label_maps"], target["labels"][match], target["ids"][match], boxes, MASK_SIDE
-        ),
-        lambda: project_masks_on_boxes(masks, boxes, match, MASK_SIDE),
-        lambda ours, theirs: largest_difference([ours], [theirs]),
-        DEVICE.type,
-    )
+    target = dense_target(dense_label_maps(SIDE_PX, cells))
+    return {name: tensor.to(DEVICE) for name, tensor in target.items()}
 
 
 def boxes_near_cells(
@@ -85,20 +60,29 @@ def boxes_near_cells(
     """
     rng = torch.Generator().manual_seed(0)
     match = torch.randint(len(target["boxes"]), (count,), generator=rng).to(DEVICE)
-    moved = target["boxes"][match] + spread_px * torch.randn(count, 2, generator=rng).repeat(
-        1, 2
-    ).to(DEVICE)
-    return match, clip_boxes_to_image(moved, (SIDE_PX, SIDE_PX))
+    shifts = torch.randn(count, 2, generator=rng).repeat(1, 2).to(DEVICE)
+    return match, clip_boxes_to_image(target["boxes"][match] + spread_px * shifts, SIZE)
 
 
 def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> str:
-    difference = max(
-        (one - other).abs().max().item() for one, other in zip(ours, theirs, strict=True)
-    )
+    pairs = zip(ours, theirs, strict=True)
+    difference = max((one - other).abs().max().item() for one, other in pairs)
     largest = max(other.abs().max().item() for other in theirs)
-    return verdict(
-        difference < TOLERANCE * largest,
-        f"max difference {difference:.0e} in values up to {largest:.0f}",
+    found = f"max difference {difference:.0e} in values up to {largest:.0f}"
+    return verdict(difference < TOLERANCE * largest, found)
+
+
+def targets_of_boxes() -> Pair:
+    """Mask targets of boxes near cells; the peer's dense masks are made before the call."""
+    target = scene_target(CELLS)
+    masks = with_dense_masks(target)["masks"]
+    match, boxes = boxes_near_cells(target, POSITIVES)
+    cells = (target["labels"][match], target["ids"][match], boxes)
+    return Pair(
+        lambda: [mask_targets(target["label_maps"], *cells, MASK_SIDE)],
+        lambda: [project_masks_on_boxes(masks, boxes, match, MASK_SIDE)],
+        largest_difference,
+        DEVICE.type,
     )
 
 
@@ -108,51 +92,45 @@ def roi_align() -> Pair:
     """
     _, boxes = boxes_near_cells(scene_target(CELLS), POSITIVES)
     rng = torch.Generator().manual_seed(0)
-    sides = [SIDE_PX // stride for stride in STRIDES[:4]]
     levels = {
-        str(level): torch.randn(1, 256, side, side, generator=rng)
-        for level, side in enumerate(sides)
+        str(level): torch.randn(1, 256, SIDE_PX // stride, SIDE_PX // stride, generator=rng)
+        for level, stride in enumerate(STRIDES[:4])
     }
     upstream = torch.randn(POSITIVES, 256, 7, 7, generator=rng)
 
     def pool_by(kind: type[MultiScaleRoIAlign]) -> list[Tensor]:
         features = {name: level.clone().requires_grad_() for name, level in levels.items()}
-        pooled = kind(list(levels), 7, 2)(features, [boxes.cpu()], [(SIDE_PX, SIDE_PX)])
+        pooled = kind(list(levels), 7, 2)(features, [boxes.cpu()], [SIZE])
         pooled.backward(upstream)
         return [pooled.detach(), *(level.grad for level in features.values())]
 
-    return Pair(
-        lambda: pool_by(GatherRoIAlign), lambda: pool_by(MultiScaleRoIAlign), largest_difference
-    )
+    ours, peer = partial(pool_by, GatherRoIAlign), partial(pool_by, MultiScaleRoIAlign)
+    return Pair(ours, peer, largest_difference)
 
 
 def anchor_matches(
-    anchors: RunConfig = RunConfig(), iou: Callable[[Tensor, Tensor], Tensor] = box_iou
+    anchors: RunConfig = DEFAULTS, iou: Callable[[Tensor, Tensor], Tensor] = box_iou
 ) -> Pair:
     """Labels and cells of all anchors of an image; ``iou`` gives the peer its matrix, float32
     [cells, anchors].
     """
-    rpn = build_model(
-        RunConfig(anchor_sizes=anchors.anchor_sizes, anchor_ratios=anchors.anchor_ratios)
-    ).rpn
+    shapes = {"anchor_sizes": anchors.anchor_sizes, "anchor_ratios": anchors.anchor_ratios}
+    rpn = build_model(RunConfig(**shapes)).rpn
     rpn.box_similarity = iou
-    features = [
-        torch.zeros(1, 1, SIDE_PX // stride, SIDE_PX // stride, device=DEVICE) for stride in STRIDES
-    ]
-    places = rpn.anchor_generator(
-        ImageList(torch.zeros(1, 3, SIDE_PX, SIDE_PX), [(SIDE_PX, SIDE_PX)]), features
-    )
+    sides = [SIDE_PX // stride for stride in STRIDES]
+    features = [torch.zeros(1, 1, side, side, device=DEVICE) for side in sides]
+    placed = rpn.anchor_generator(ImageList(torch.zeros(1, 3, *SIZE), [SIZE]), features)
     targets = [scene_target(CELLS)]
 
-    def identical(ours: tuple, theirs: tuple) -> str:
+    def compare(ours: tuple, theirs: tuple) -> str:
         (labels,), (boxes,), (their_labels,), (their_boxes,) = *ours, *theirs
         same = (labels == their_labels) & (boxes == their_boxes).all(1)
         return verdict(bool(same.all()), f"same matches of {same.sum()} of {len(same)} anchors")
 
     return Pair(
-        lambda: rpn.assign_targets_to_anchors(places, targets),
-        lambda: RegionProposalNetwork.assign_targets_to_anchors(rpn, places, targets),
-        identical,
+        lambda: rpn.assign_targets_to_anchors(placed, targets),
+        lambda: RegionProposalNetwork.assign_targets_to_anchors(rpn, placed, targets),
+        compare,
         DEVICE.type,
     )
 
@@ -174,36 +152,31 @@ def our_model() -> nn.Module:
 
 
 def give_images(model: nn.Module, memory_format: torch.memory_format) -> None:
-    """Have a package's model take its images in this order, whatever their size."""
+    """Have a package's model take its images in this order of memory, whatever their size."""
 
     def batch_images(*args: Any, **named: Any) -> Tensor:
-        return GeneralizedRCNNTransform.batch_images(model.transform, *args, **named).contiguous(
-            memory_format=memory_format
-        )
+        batch = GeneralizedRCNNTransform.batch_images(model.transform, *args, **named)
+        return batch.contiguous(memory_format=memory_format)
 
     model.transform.batch_images = batch_images
 
 
 def torchvision_model() -> nn.Module:
-    """torchvision's own, of the same weights and anchors, spared its resizing to the size that
-    images have.
-    """
-    config = RunConfig()
-    sizes = tuple((size,) for size in config.anchor_sizes)
+    """torchvision's own, of the same weights and anchors, without its resizing."""
+    sizes = tuple((size,) for size in DEFAULTS.anchor_sizes)
     torch.manual_seed(0)
     model = maskrcnn_resnet50_fpn(
         weights=None,
         weights_backbone=None,
         num_classes=len(CLASS_NAMES) + 1,
-        rpn_anchor_generator=AnchorGenerator(sizes, (config.anchor_ratios,) * len(sizes)),
+        rpn_anchor_generator=AnchorGenerator(sizes, (DEFAULTS.anchor_ratios,) * len(sizes)),
         _skip_resize=True,
     )
     return model.to(DEVICE).train()
 
 
 def step(cells: int) -> Pair:
-    """Forward, backward and SGD step on one image; the peer's dense masks are there before the
-    call.
+    """Forward, backward and SGD step on one image; the peer's dense masks are made before the call.
 
     Both RPNs make their proposals, but the same boxes go on to both models' heads: of two boxes
     that overlap, a rounding decides which one is left. On a GPU convolutions are without TF32,
@@ -214,28 +187,23 @@ def step(cells: int) -> Pair:
     target = scene_target(cells)
     dense = with_dense_masks(target)
     ours, theirs = our_model(), torchvision_model()
-    proposals = boxes_near_cells(target, AS_TORCHVISION["rpn_post_nms_top_n_train"], spread_px=10)[
-        1
-    ]
+    count = AS_TORCHVISION["rpn_post_nms_top_n_train"]
+    _, proposals = boxes_near_cells(target, count, spread_px=10)
     for model in (ours, theirs):
         model.rpn.register_forward_hook(lambda module, inputs, output: ([proposals], output[1]))
     for part in (theirs.rpn, theirs.roi_heads):
-        part.fg_bg_sampler = SeededSampler(
-            part.fg_bg_sampler.batch_size_per_image, part.fg_bg_sampler.positive_fraction
-        )
+        old = part.fg_bg_sampler
+        part.fg_bg_sampler = SeededSampler(old.batch_size_per_image, old.positive_fraction)
         part.fg_bg_sampler.seeds = [SEED]
     our_step, their_step = stepper(ours, image), stepper(theirs, image)
 
-    def identical(ours: dict[str, float], theirs: dict[str, float]) -> str:
+    def compare(ours: dict[str, float], theirs: dict[str, float]) -> str:
         difference = max(abs(ours[name] - loss) / loss for name, loss in theirs.items())
-        return verdict(
-            difference < TOLERANCE,
-            f"{len(theirs)} losses, largest relative difference {difference:.0e}",
-        )
+        found = f"{len(theirs)} losses, largest relative difference {difference:.0e}"
+        return verdict(difference < TOLERANCE, found)
 
-    return Pair(
-        lambda: our_step(target | {"seed": SEED}), lambda: their_step(dense), identical, DEVICE.type
-    )
+    seeded = target | {"seed": SEED}
+    return Pair(lambda: our_step(seeded), lambda: their_step(dense), compare, DEVICE.type)
 
 
 def stepper(model: nn.Module, image: Tensor) -> Callable[[dict[str, Tensor]], dict[str, float]]:
@@ -253,76 +221,66 @@ def stepper(model: nn.Module, image: Tensor) -> Callable[[dict[str, Tensor]], di
 
 def rows() -> list[Row]:
     repeats, steps = (5, 5) if DEVICE.type == "cuda" else (3, 2)
+    boxes = (
+        f"{POSITIVES} boxes, {SCENE}; project_masks_on_boxes, without making its masks "
+        f"({MASKS_MB:.0f} MB)"
+    )
+    pooled = (
+        f"CPU, {POSITIVES} boxes, 256 channels, pyramid of {SIDE_PX} px, 7 x 7 bins; "
+        "torchvision's MultiScaleRoIAlign"
+    )
+    targets = side_by_side(targets_of_boxes, repeats=repeats)
+    aligned = side_by_side(roi_align, repeats=repeats)
     return [
-        *rows_of_mask_targets(repeats),
+        *time_and_memory("mask targets", targets, boxes, "goal: not slower", "goal 20x"),
         *rows_of_matching(repeats),
-        *rows_of_roi_align(repeats),
+        *time_and_memory("RoIAlign, forward and backward", aligned, pooled),
         *rows_of_steps(steps),
     ]
 
 
-def rows_of_mask_targets(repeats: int) -> list[Row]:
-    note = f"{POSITIVES} boxes, {SCENE}; project_masks_on_boxes, without making its masks ({MASKS_MB:.0f} MB)"
-    measured = side_by_side(targets_of_boxes, repeats=repeats)
-    return time_and_memory(
-        "mask targets", measured, f"goal: not slower; {note}", f"goal 20x; {note}"
-    )
-
-
 def rows_of_matching(repeats: int) -> list[Row]:
+    report_a = study_settings("a/resnet101", "full", "drawn", 0)
     three = side_by_side(anchor_matches, repeats=1)
-    eight, oracle, alike = side_by_side(
-        anchor_matches, REPORT_A, iou_in_chunks, repeats=repeats, repeat_peer=False
-    )
-    matrix_gb = (
-        4e-9
-        * CELLS
-        * len(REPORT_A.anchor_ratios)
-        * sum((SIDE_PX // stride) ** 2 for stride in STRIDES)
-    )
-    note = (
-        f"three ratios, {SCENE}; torchvision's assign_targets_to_anchors; one timed after a warm-up"
-    )
+    call = {"repeats": repeats, "repeat_peer": False}
+    eight, oracle, identical = side_by_side(anchor_matches, report_a, iou_in_chunks, **call)
+    anchors = len(report_a.anchor_ratios) * sum((SIDE_PX // stride) ** 2 for stride in STRIDES)
+    note = f"three ratios, {SCENE}; torchvision's assign_targets_to_anchors; one after a warm-up"
     eight_note = (
-        f"eight ratios, report A's anchors, {SCENE}; torchvision's own is too large to measure ({matrix_gb:.1f} GB of IoUs, on the "
-        f"way to them 8 times that); same matches as its Matcher's on the matrix filled chunk by chunk ({oracle.seconds:.1f} s, "
+        f"eight ratios, report A's anchors, {SCENE}; torchvision's own is too large to measure "
+        f"({4e-9 * CELLS * anchors:.1f} GB of IoUs, on the way to them 8 times that); same matches "
+        f"as its Matcher's on the matrix filled chunk by chunk ({oracle.seconds:.1f} s, "
         f"{oracle.megabytes:.0f} MB)"
     )
-    bounded = f"goal: same matches, memory bounded by a chunk; {three[0].megabytes:.0f} MB at three ratios; {eight_note}"
+    bounded = "goal: same matches, memory bounded by a chunk; "
+    bounded += f"{three[0].megabytes:.0f} MB at three ratios"
+    without_peer = (eight, NOT_RUN, identical)
     return [
-        *time_and_memory("matching, three ratios", three, note, note),
-        *time_and_memory("matching, eight ratios", (eight, NOT_RUN, alike), eight_note, bounded),
+        *time_and_memory("matching, three ratios", three, note),
+        *time_and_memory("matching, eight ratios", without_peer, eight_note, "", bounded),
     ]
 
 
-def rows_of_roi_align(repeats: int) -> list[Row]:
-    note = f"CPU, {POSITIVES} boxes, 256 channels, pyramid of {SIDE_PX} px, 7 x 7 bins; torchvision's MultiScaleRoIAlign"
-    return time_and_memory(
-        "RoIAlign, forward and backward", side_by_side(roi_align, repeats=repeats), note, note
-    )
-
-
 def rows_of_steps(steps: int) -> list[Row]:
-    ours, peer, alike = side_by_side(step, CELLS, repeats=steps)
+    ours, peer, identical = side_by_side(step, CELLS, repeats=steps)
     ours_few, peer_few = (alone(side, step, FEW_CELLS) for side in ("ours", "peer"))
     ours_mb, peer_mb = ours.megabytes - ours_few.megabytes, peer.megabytes - peer_few.megabytes
     note = (
-        f"goal 2.5x; ResNet-50, {SCENE}, SGD; {steps} timed after a warm-up; maskrcnn_resnet50_fpn without its resizing, channels "
-        f"first as it comes, ours last{', both without TF32' if DEVICE.type == 'cuda' else ''}"
+        f"goal 2.5x; ResNet-50, {SCENE}, SGD; {steps} timed after a warm-up; "
+        "maskrcnn_resnet50_fpn without its resizing, channels first as it comes, ours last"
     )
-    peaks = f"ours {ours.megabytes:.0f} - {ours_few.megabytes:.0f} MB, peer {peer.megabytes:.0f} - {peer_few.megabytes:.0f} MB"
-    compared = f"peak of a step with {CELLS} cells above that with {FEW_CELLS}, without the peer's dense masks ({MASKS_MB:.0f} MB)"
-    memory = f"goal 3x; {compared}: {peaks}; in the ratio, less than {LEAST_DIFFERENCE_MB} MB counts as {LEAST_DIFFERENCE_MB}"
-    fewer_times = times_less(max(ours_mb, LEAST_DIFFERENCE_MB), peer_mb)
+    if DEVICE.type == "cuda":
+        note += ", both without TF32"
+    memory_note = (
+        f"goal 3x; peak of a step with {CELLS} cells above that with {FEW_CELLS}, without the "
+        f"peer's dense masks ({MASKS_MB:.0f} MB): "
+        f"ours {ours.megabytes:.0f} - {ours_few.megabytes:.0f} MB, "
+        f"peer {peer.megabytes:.0f} - {peer_few.megabytes:.0f} MB; "
+        f"in the ratio, less than {LEAST_DIFFERENCE_MB} MB counts as {LEAST_DIFFERENCE_MB}"
+    )
+    name = "training step: memory"
+    memory = less(name, max(ours_mb, LEAST_DIFFERENCE_MB), peer_mb, "MB", identical, memory_note)
     return [
-        Row(
-            "training step: time",
-            ours.seconds,
-            peer.seconds,
-            "s",
-            times_less(ours.seconds, peer.seconds),
-            alike,
-            note,
-        ),
-        Row("training step: memory", ours_mb, peer_mb, "MB", fewer_times, alike, memory),
+        less("training step: time", ours.seconds, peer.seconds, "s", identical, note),
+        memory._replace(ours=ours_mb),
     ]

@@ -63,11 +63,11 @@ def holders(seconds: float, megabytes: int) -> measure.Pair:
         time.sleep(seconds)
         return hold(10 * megabytes)
 
-    return measure.Pair(
-        lambda: hold(megabytes),
-        peer,
-        lambda ours, peer: measure.verdict(ours == peer, f"{ours} and {peer}"),
-    )
+    return measure.Pair(lambda: hold(megabytes), peer, compare)
+
+
+def compare(ours: int, peer: int) -> str:
+    return measure.verdict(ours == peer, f"{ours} and {peer}")
 
 
 @pytest.mark.parametrize("pixels", [np.zeros((9, 8), np.uint8), np.zeros((9, 8, 3), np.uint16)])
@@ -75,10 +75,10 @@ def test_loading_names_an_image_that_its_peer_cannot_read(pixels, tmp_path, monk
     (tmp_path / "train" / "a").mkdir(parents=True)
     tifffile.imwrite(tmp_path / "train" / "a" / "image.tif", pixels)
     monkeypatch.setenv("BENCH_SAMPLE", str(tmp_path))
-    with pytest.raises(
-        ValueError,
-        match=r"a/image\.tif: the peer reads RGB of 8 bits a channel only; name a folder of such images",
-    ):
+    only = (
+        r"a/image\.tif: the peer reads RGB of 8 bits a channel only; name a folder of such images"
+    )
+    with pytest.raises(ValueError, match=only):
         next(loading.tiff_samples())
 
 
@@ -101,9 +101,7 @@ def test_pair_that_differs_is_called_so_side_by_side() -> None:
 
 
 def differing() -> measure.Pair:
-    return measure.Pair(
-        lambda: 1, lambda: 2, lambda ours, peer: measure.verdict(ours == peer, f"{ours} and {peer}")
-    )
+    return measure.Pair(lambda: 1, lambda: 2, compare)
 
 
 def test_benchmark_that_fails_leaves_a_row_that_says_so() -> None:
@@ -197,9 +195,16 @@ def test_reference_loop_finds_the_masks_of_over_256_cells_in_bfloat16(monkeypatc
     assert seen and all(dtype == torch.float32 for dtype, _ in seen) and seen[0][1] > 256
 
 
+def test_training_in_a_process_of_its_own_says_why_it_failed(monkeypatch) -> None:
+    failed = gpu.measure(0, 1, "ours")
+    assert failed.failure.startswith("ours failed: ") and math.isnan(failed.working)
+    monkeypatch.setattr(gpu, "PROCESS_LIMIT_S", 0.1)
+    assert gpu.measure(64, 1, "ours").failure == "ours took over 0.1 s"
+
+
 def test_rows_of_a_gpu_say_what_failed(capsys) -> None:
-    reason = gpu.reason(1, "x\nOutOfMemoryError: CUDA out of memory\nhint")
-    failed = gpu.Measured(gpu.NAN, gpu.NAN, gpu.NAN, f"peer failed: {reason}")
+    nan = float("nan")
+    failed = gpu.Measured(nan, nan, nan, "peer failed: OutOfMemoryError: CUDA out of memory")
     table = gpu.rows_of(512, 2, "", gpu.Measured(8.0, 0.0, 0.0), failed)
     assert [row.ours for row in table] == [8.0, 0.0, 0.0] and all(
         math.isnan(row.ratio) for row in table
@@ -207,7 +212,6 @@ def test_rows_of_a_gpu_say_what_failed(capsys) -> None:
     assert all(
         row.note.endswith("peer failed: OutOfMemoryError: CUDA out of memory") for row in table
     )
-    assert gpu.reason(-9, "") == "SIGKILL" and gpu.reason(3, "") == "exit status 3"
     assert "8.0" in capsys.readouterr().err
 
 
