@@ -43,7 +43,8 @@ def annotation(layers: dict[str, list]) -> str:
             regions += (
                 f'<Region Id="{number}"><Attributes/><Vertices>{vertices}</Vertices></Region>'
             )
-        text += f'<Annotation><Attributes><Attribute Name="{name}"/></Attributes><Regions>{regions}</Regions></Annotation>'
+        attributes = f'<Attributes><Attribute Name="{name}"/></Attributes>'
+        text += f"<Annotation>{attributes}<Regions>{regions}</Regions></Annotation>"
     return f"<Annotations>{text}</Annotations>"
 
 

@@ -1,7 +1,6 @@
 """How near the drawn tissue comes to real images, in numbers.
 
-    python tools/drawn_vs_real.py outputs/sample [--drawn drawn] [--out
-    outputs/reference/drawn_vs_real.csv]
+    python -m tools.drawn_vs_real outputs/sample [--drawn drawn] [--out FILE]
 
 Each row holds a quantity, its value on drawn and on real images, and their distance:
 
@@ -12,8 +11,8 @@ Each row holds a quantity, its value on drawn and on real images, and their dist
 A quantity of pixels is taken in each image first and then averaged over images, so that one large
 image does not outweigh the others. Amounts of stain come from optical density, -log10(value / 255),
 unmixed with the fixed vectors of haematoxylin and eosin (Ruifrok and Johnston 2001; the third
-vector stands at right angles to both). Images whose nuclei absorb more blue than red hold their
-channels as B, G, R (haematoxylin absorbs red) and are turned round first.
+vector is at right angles to both). If nuclei absorb more blue than red, the channels are B, G, R
+(haematoxylin absorbs red), and are put in order first.
 """
 
 import argparse
@@ -55,7 +54,7 @@ def holds_bgr(dataset: CellDataset) -> bool:
 
 
 def touches_another(label_maps: np.ndarray, found: Instances) -> np.ndarray:
-    """bool [N]: whether another instance of any class lies in the 8-neighbourhood of each instance."""
+    """Whether another instance lies in the 8-neighbourhood of each instance: bool [N]."""
     touches = []
     for (x1, y1, x2, y2), label, instance_id in zip(
         found.boxes.astype(int), found.labels, found.ids, strict=True
@@ -77,33 +76,31 @@ def measure(dataset: CellDataset) -> tuple[dict[str, float], dict[str, float]]:
         image = cells.image[::-1] if bgr else cells.image
         found = find_instances(cells.label_maps)
         area_px = image.shape[1] * image.shape[2]
-        cells_seen.append(pd.DataFrame({
-            "label": found.labels, "size": np.sqrt(found.area_px), "border": found.touches_border,
+        columns = {
+            "label": found.labels,
+            "size": np.sqrt(found.area_px),
+            "border": found.touches_border,
             "touching": touches_another(cells.label_maps, found),
-        }))  # fmt: skip
+        }
+        cells_seen.append(pd.DataFrame(columns))
         counts = np.bincount(found.labels, minlength=5)
-        densities.append({name: counts[k] / area_px * 1e4 for k, name in enumerate(CLASS_NAMES, 1) if counts[k]}
-                         | {"all classes": len(found.labels) / area_px * 1e4})  # fmt: skip
+        named = {name: counts[k] for k, name in enumerate(CLASS_NAMES, 1) if counts[k]}
+        named["all classes"] = len(found.labels)
+        densities.append({name: count / area_px * 1e4 for name, count in named.items()})
         amounts = np.tensordot(inverse.T, optical_density(image), 1)[:2]
         grounds = {name: cells.label_maps[k] > 0 for k, name in enumerate(CLASS_NAMES)}
         grounds["background"] = ~cells.label_maps.any(0)
-        row = {
-            "fine detail": (image[1] - ndimage.gaussian_filter(image[1].astype(float), 1.0)).std()
-        }
+        smooth = ndimage.gaussian_filter(image[1].astype(float), 1.0)
+        row = {"fine detail": (image[1] - smooth).std()}
         for name, where in grounds.items():
             for stain, values in zip(("haematoxylin", "eosin"), amounts[:, where], strict=True):
                 if values.size > 30:
-                    row |= {
-                        f"{stain} in {name}": values.mean(),
-                        f"{stain} in {name}, spread within images": values.std(),
-                    }
+                    row[f"{stain} in {name}"] = values.mean()
+                    row[f"{stain} in {name}, spread within images"] = values.std()
         pixels.append(row)
 
-    cells_seen, densities, pixels = (
-        pd.concat(cells_seen),
-        pd.DataFrame(densities),
-        pd.DataFrame(pixels),
-    )
+    cells_seen = pd.concat(cells_seen)
+    densities, pixels = pd.DataFrame(densities), pd.DataFrame(pixels)
     numbers, deviations = {}, {}
     for label, name in [*enumerate(CLASS_NAMES, 1), (0, "all classes")]:
         own = cells_seen[cells_seen.label == label] if label else cells_seen
@@ -154,7 +151,8 @@ def main() -> None:
     )
     print(table.assign(near=np.where(near, "yes", "")).to_string(index=False))
     print(
-        f"{near.sum()} of {len(table)} quantities are near (ratio within 25 %, mean within 0.5 sd); written to {out}"
+        f"{near.sum()} of {len(table)} are near (ratio within 25 %, mean within 0.5 sd), "
+        f"written to {out}"
     )
 
 

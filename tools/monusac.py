@@ -1,8 +1,7 @@
 """MoNuSAC 2020 in the HW3 layout: from the published originals, or from the public Parquet copy.
 
-    python -m tools.monusac SOURCE DESTINATION      originals (.svs or .tif beside
-    .xml), or Parquet python -m tools.monusac download DESTINATION    the Parquet
-    copy RationAI/MoNuSAC, one pinned revision
+    python -m tools.monusac SOURCE DESTINATION      originals (.svs, .tif beside .xml) or Parquet
+    python -m tools.monusac download DESTINATION    the Parquet copy RationAI/MoNuSAC
 
 What is written, whatever the source:
 
@@ -11,20 +10,17 @@ What is written, whatever the source:
 - ``train/<image id>/class<k>.tif`` for each class present: uint16, LZW, 0 = background, other
   values = instance ids, which count a class's regions from 1 in the source's order (a vanished one
   leaves a gap). The course release has float64, four times the size for the same numbers. An image
-  without any cell gets an empty ``class1.tif``, so that "looked at, no cells" is not taken for a
-  missing annotation.
+  without any cell gets an empty ``class1.tif``: it has an annotation, without cells.
 - ``patients.csv``: image_id, patient, organ ("" in the originals, which do not state it). Left out
   where an image or its folder has no TCGA name, since the patient is then unknown.
 
-The image id is the original's file name (``TCGA-5P-A9K0-01Z-00-DX1_1``), or in the Parquet copy,
-which holds no names, the patient and a running number (``TCGA-5P-A9K0_001``), so that the patient
-stays readable in it.
+The image id is the original's file name (``TCGA-5P-A9K0-01Z-00-DX1_1``). The Parquet copy holds no
+names: there it is the patient and a running number (``TCGA-5P-A9K0_001``).
 
-**Overlaps.** A label map has room for one id a pixel. Where instances of one class overlap, the
-smaller one keeps the pixel (of two equal ones, the earlier): a small cell on a large one would else
-disappear, while the large one only loses a part, and the result does not depend on the order of the
-file. Classes have a label map each, so that overlaps between classes stay. Every instance that lost
-all its pixels, or never had one, is named in the report.
+**Overlaps.** A label map holds one id a pixel. Where instances of one class overlap, the smaller
+one gets the pixel (of two equal ones, the earlier): a small cell on a large one would otherwise
+disappear, while the large one only loses a part. Classes have a label map each, so that overlaps
+between classes stay. The report names every instance that has no pixel.
 
 **Outlines.** A pixel belongs to a region if its centre (at whole coordinates) lies inside the
 outline by ``skimage.draw.polygon``, cut to the image; the hole that an outline leaves by crossing
@@ -36,15 +32,13 @@ MoNuSAC 2020: Verma et al., IEEE Transactions on Medical Imaging 2021, licence C
 import argparse
 import csv
 import io
-import os
 import re
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -52,23 +46,24 @@ import tifffile
 from tqdm import tqdm
 
 from cellseg_helpers.cells import CLASS_NAMES
+from cellseg_helpers.config import one_line, replacing
 from cellseg_helpers.data.cache import DataError
 from cellseg_helpers.data.splits import patient_of
 
 HUB_NAME = "RationAI/MoNuSAC"
-# Taken from the copy's public commit list, without a network: that this commit already holds the
-# Parquet files has not been tried. Where it does not, `download` says so, and `--revision` takes
-# another.
+# From the copy's public commit list; that this commit holds the Parquet files has not been tried.
+# If it does not, `download` says so, and `--revision` takes another.
 HUB_REVISION = "72affa16ec0dcbb53aafbd2ad3d75114e3e8c6c8"
 HUB_COLUMNS = ("patient", "image", "instances", "categories", "tissue")
 AMBIGUOUS = "ambiguous"
 MAX_INSTANCES = np.iinfo(np.uint16).max
+PROGRESS = {"desc": "converting", "unit": "image", "leave": False}
 
 
 class Region(NamedTuple):
-    """One annotated cell: where it stands in its source, its pixels, and why it has none."""
+    """One annotated cell: its name in the source, its pixels, and why it has none."""
 
-    class_id: int
+    class_id: int  # 0: ambiguous
     name: str
     pixels: np.ndarray  # int [n], row * width + column
     clipped: bool = False  # reaches beyond the image
@@ -83,7 +78,6 @@ class AnnotatedImage(NamedTuple):
     organ: str
     image: np.ndarray  # uint8 [H, W, 3]
     regions: list[Region]
-    ambiguous: int  # regions left out
 
 
 class ConversionReport(NamedTuple):
@@ -92,7 +86,7 @@ class ConversionReport(NamedTuple):
     destination: Path
     images: int
     patients: int
-    instances: dict[str, int]  # by class, as they stand in the label maps
+    instances: dict[str, int]  # by class, in the label maps
     ambiguous: int  # regions of the class "Ambiguous", left out
     overlapping: int  # instances that lost pixels, but not all, to smaller ones of their class
     clipped: int  # instances that reach beyond the image and were cut
@@ -110,7 +104,7 @@ class ConversionReport(NamedTuple):
         ]
         table = [f"  {name:<14}{count:>7}  {remark}".rstrip() for name, count, remark in rows]
         return "\n".join(
-            [str(self.destination), *table, *(f"    {sentence}" for sentence in self.vanished)]
+            [str(self.destination), *table, *(f"    {each}" for each in self.vanished)]
         )
 
 
@@ -119,10 +113,8 @@ def convert_originals(source: str | Path, destination: str | Path) -> Conversion
 
     Args:
         source: folder with, at any depth, images ``<name>.svs`` or ``<name>.tif`` and beside each
-            ``<name>.xml``. Where both kinds of image are there, the ``.svs`` is read, and of its
-            pages the first: the others are a thumbnail and pictures of the glass slide, which can
-            be larger. Training and test set are published as two folders: convert each into a
-            destination of its own.
+            ``<name>.xml``. Of both kinds of image, the ``.svs`` is read, and of its pages the
+            first: the others are a thumbnail and pictures of the glass slide.
         destination: a new or empty folder.
 
     Raises:
@@ -130,16 +122,17 @@ def convert_originals(source: str | Path, destination: str | Path) -> Conversion
             empty. Nothing is left behind.
     """
     pairs, destination = _pair_originals(Path(source)), Path(destination).absolute()
-    with _new_folder(destination) as folder:
-        progress = tqdm(pairs, desc="converting", unit="image", leave=False)
-        return _write_layout((_read_original(*pair) for pair in progress), folder, destination)
+    _refuse_full(destination)
+    with replacing(destination, folder=True) as folder:
+        images = (_read_original(*pair) for pair in tqdm(pairs, **PROGRESS))
+        return _write_layout(images, folder, destination)
 
 
 def convert_parquet(source: str | Path, destination: str | Path) -> dict[str, ConversionReport]:
     """Write the Parquet copy of MoNuSAC in the HW3 layout (module docstring).
 
-    The split ``train`` goes to ``destination``; any other, to a folder of the same layout beside
-    it: ``test``, whose truth is public, to ``<destination>_test``. Classes are known by their names
+    The split ``train`` goes to ``destination``, any other to a folder of the same layout beside it:
+    ``test``, with public annotations, to ``<destination>_test``. Classes are known by their names
     in the file, never by their numbers. The masks of an image are decoded one at a time.
 
     Args:
@@ -154,22 +147,18 @@ def convert_parquet(source: str | Path, destination: str | Path) -> dict[str, Co
         DataError: the file is unreadable, has other columns or unknown classes, a row is damaged,
             or a destination is not empty. Nothing is left behind.
     """
-    splits = _open_parquet(Path(source))
-    train = Path(destination).absolute()
-    destinations = {
-        name: train if name == "train" else train.with_name(f"{train.name}_{name}")
-        for name in splits
-    }
+    splits, train = _open_parquet(Path(source)), Path(destination).absolute()
+    targets = {name: train.with_name(f"{train.name}_{name}") for name in splits} | {"train": train}
+    for target in targets.values():
+        _refuse_full(target)
+    reports = {}
     with ExitStack() as stack:
-        folders = {
-            name: stack.enter_context(_new_folder(target)) for name, target in destinations.items()
-        }
-        return {
-            name: _write_layout(
-                _read_rows(rows, f"{source}, split {name}"), folders[name], destinations[name]
-            )
-            for name, rows in splits.items()
-        }
+        for name, rows in splits.items():
+            target = targets[name]
+            folder = stack.enter_context(replacing(target, folder=True))
+            images = _read_rows(rows, f"{source}, split {name}")
+            reports[name] = _write_layout(images, folder, target)
+    return reports
 
 
 def download(destination: str | Path, revision: str = HUB_REVISION) -> dict[str, ConversionReport]:
@@ -188,27 +177,24 @@ def download(destination: str | Path, revision: str = HUB_REVISION) -> dict[str,
     _refuse_full(Path(destination).absolute())
     from huggingface_hub import HfApi, snapshot_download
 
+    options = {"repo_type": "dataset", "revision": revision}
     try:
-        HfApi().dataset_info(
-            HUB_NAME, revision=revision, timeout=10
-        )  # fails at once where the download would retry
+        HfApi().dataset_info(HUB_NAME, revision=revision, timeout=10)  # the download would retry
         wanted = ["*.parquet", "README.md"]
-        folder = Path(
-            snapshot_download(
-                HUB_NAME, repo_type="dataset", revision=revision, allow_patterns=wanted
-            )
-        )
+        folder = Path(snapshot_download(HUB_NAME, allow_patterns=wanted, **options))
     except Exception as error:  # the network's errors are of many libraries
         raise DataError(
-            f"the dataset {HUB_NAME}, revision {revision}, could not be downloaded from Hugging Face ({_first_line(error)}); "
-            "with a network, try again, or name another revision (--revision main is the newest); without one, get the "
-            "originals of the MoNuSAC 2020 challenge (grand-challenge.org, 'MoNuSAC 2020', page 'Data'; licence "
-            "CC BY-NC-SA 4.0) on another machine, unpack them here, and convert each of their two folders: "
+            f"the dataset {HUB_NAME}, revision {revision}, could not be downloaded from Hugging "
+            f"Face ({one_line(error)}); with a network, try again, or name another revision "
+            "(--revision main is the newest); without one, get the originals of the MoNuSAC 2020 "
+            "challenge (grand-challenge.org, 'MoNuSAC 2020', page 'Data'; licence CC BY-NC-SA 4.0) "
+            "on another machine, unpack them here, and convert each of their two folders: "
             f"python -m tools.monusac FOLDER {destination}"
         ) from error
     if not any(folder.rglob("*.parquet")):
         raise DataError(
-            f"revision {revision} of {HUB_NAME} holds no Parquet files; take another one, such as --revision main"
+            f"revision {revision} of {HUB_NAME} holds no Parquet files; take another one, such as "
+            "--revision main"
         )
     return convert_parquet(folder, destination)
 
@@ -217,23 +203,17 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.monusac",
-        description="Write MoNuSAC 2020 in the HW3 layout: train/<image id>/image.tif and class<k>.tif, patients.csv.",
-        epilog=(
-            "The originals are published as two folders, training and test: convert each into a destination of its own. "
-            "From Parquet, the training split goes to DESTINATION and the test split, masks included, to DESTINATION_test. "
-            "Licence of the data: CC BY-NC-SA 4.0."
-        ),
+        description="Write MoNuSAC 2020 in the HW3 layout: train/<image id>/image.tif and "
+        "class<k>.tif, patients.csv.",
+        epilog="The originals are published as two folders, training and test: convert each into a "
+        "destination of its own. From Parquet, the training split goes to DESTINATION and the test "
+        "split, masks included, to DESTINATION_test. Licence of the data: CC BY-NC-SA 4.0.",
     )
-    parser.add_argument(
-        "source",
-        help="folder of originals (.svs or .tif beside .xml), Parquet file or folder, or the word 'download'",
-    )
+    source = "folder of originals (.svs or .tif beside .xml), Parquet file or folder, or 'download'"
+    revision = f"for 'download': commit or branch of {HUB_NAME} (default: %(default)s)"
+    parser.add_argument("source", help=source)
     parser.add_argument("destination", help="a new or empty folder")
-    parser.add_argument(
-        "--revision",
-        default=HUB_REVISION,
-        help=f"for 'download': commit or branch of {HUB_NAME} (default: %(default)s)",
-    )
+    parser.add_argument("--revision", default=HUB_REVISION, help=revision)
     options = parser.parse_args(arguments)
     source = Path(options.source)
     try:
@@ -254,56 +234,53 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _pair_originals(source: Path) -> list[tuple[Path, Path]]:
-    """Every image with its annotation; hidden files (``._x``, ``__MACOSX``) are no part of the
-    data.
-    """
+    """Every image with its annotation, without hidden files (``._x``, ``__MACOSX``)."""
     if not source.is_dir():
         raise DataError(f"{source}: no such folder")
-    files = [
-        path
-        for path in sorted(source.rglob("*"))
-        if not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(source).parts)
-    ]
-    of_kind = {
-        kind: {p.with_suffix(""): p for p in files if p.suffix.lower() == kind}
-        for kind in (".tif", ".svs", ".xml")
-    }
+    of_kind: dict[str, dict[Path, Path]] = {".tif": {}, ".svs": {}, ".xml": {}}
+    for path in sorted(source.rglob("*")):
+        parts = path.relative_to(source).parts
+        if path.suffix.lower() in of_kind and not any(
+            part.startswith((".", "__MACOSX")) for part in parts
+        ):
+            of_kind[path.suffix.lower()][path.with_suffix("")] = path
     images, annotations = of_kind[".tif"] | of_kind[".svs"], of_kind[".xml"]
     if not images and not annotations:
         raise DataError(
-            f"{source}: no MoNuSAC originals (.svs or .tif images beside .xml) and no .parquet in this folder"
+            f"{source}: no MoNuSAC originals (.svs or .tif images beside .xml) and no .parquet in "
+            "this folder"
         )
-    alone = sorted(images.keys() ^ annotations.keys())
+    alone = [f"{images[path]} has no .xml beside it" for path in images.keys() - annotations.keys()]
+    alone += [
+        f"{annotations[path]} has no image beside it" for path in annotations.keys() - images.keys()
+    ]
     if alone:
-        kinds = [(images[p], ".xml") if p in images else (annotations[p], "image") for p in alone]
-        raise DataError("; ".join(f"{path} has no {kind} beside it" for path, kind in kinds))
-    by_name = {}
+        raise DataError("; ".join(sorted(alone)))
+    by_name: dict[str, Path] = {}
     for path in sorted(images):
-        if path.name in by_name:
+        first = by_name.setdefault(path.name, path)
+        if first != path:
             raise DataError(
-                f"{images[path]} and {images[by_name[path.name]]} have the same name; image ids must differ"
+                f"{images[path]} and {images[first]} have the same name; image ids must differ"
             )
-        by_name[path.name] = path
     return [(images[path], annotations[path]) for path in sorted(images)]
 
 
 def _read_original(image_file: Path, annotation_file: Path) -> AnnotatedImage:
     image = _read_tiff(image_file)
-    regions, ambiguous = _read_annotation(annotation_file, image.shape[:2])
+    regions = _read_annotation(annotation_file, image.shape[:2])
     image_id = image_file.stem
     patient = patient_of(image_id) or patient_of(image_file.parent.name)
-    return AnnotatedImage(image_id, patient, "", image, regions, ambiguous)
+    return AnnotatedImage(image_id, patient, "", image, regions)
 
 
 def _read_tiff(path: Path) -> np.ndarray:
     try:
         with tifffile.TiffFile(path) as tiff:
             image = tiff.pages[0].asarray()
-    except (
-        Exception
-    ) as error:  # tifffile and its codecs raise errors of many kinds for a damaged file
+    except Exception as error:  # tifffile and its codecs raise many kinds for a damaged file
         raise DataError(
-            f"{path}: the image cannot be read ({error}); get this file again"
+            f"{path}: the image cannot be read ({one_line(error)}); get this file again"
         ) from error
     if image.ndim != 3 or image.shape[2] not in (3, 4) or image.dtype != np.uint8:
         raise DataError(
@@ -312,52 +289,47 @@ def _read_tiff(path: Path) -> np.ndarray:
     return image[..., :3]
 
 
-def _read_annotation(path: Path, shape: tuple[int, int]) -> tuple[list[Region], int]:
-    """The regions of the four classes, and the number of ambiguous ones."""
+def _read_annotation(path: Path, shape: tuple[int, int]) -> list[Region]:
     try:
         layers = ElementTree.parse(path).getroot().findall("Annotation")
     except (ElementTree.ParseError, OSError) as error:
         raise DataError(
-            f"{path}: the annotation cannot be read ({error}); get this file again"
+            f"{path}: the annotation cannot be read ({one_line(error)}); get this file again"
         ) from error
     if not layers:
         raise DataError(
             f"{path}: no element Annotations/Annotation, so this is no MoNuSAC annotation"
         )
-    regions, ambiguous = [], 0
+    regions = []
     for layer in layers:
         outlines = layer.findall("Regions/Region")
-        if not outlines:
-            continue
-        attribute = layer.find("Attributes/Attribute")
-        class_id = _class_id("" if attribute is None else attribute.get("Name", ""), path)
-        if class_id is None:
-            ambiguous += len(outlines)
-        else:
+        if outlines:
+            attribute = layer.find("Attributes/Attribute")
+            class_id = _class_id("" if attribute is None else attribute.get("Name", ""), path)
             regions += [_read_region(outline, class_id, shape, path) for outline in outlines]
-    return regions, ambiguous
+    return regions
 
 
-def _class_id(name: str, where: object) -> int | None:
-    """1..K, or None for ambiguous."""
+def _class_id(name: str, where: object) -> int:
+    """1..K, or 0 for ambiguous."""
     known = name.strip().lower()
-    if known == AMBIGUOUS:
-        return None
-    if known not in CLASS_NAMES:
+    if known not in (AMBIGUOUS, *CLASS_NAMES):
         raise DataError(
             f"{where}: unknown class {name!r}; one of {', '.join(CLASS_NAMES)}, {AMBIGUOUS}"
         )
-    return CLASS_NAMES.index(known) + 1
+    return (AMBIGUOUS, *CLASS_NAMES).index(known)
 
 
 def _read_region(
     outline: ElementTree.Element, class_id: int, shape: tuple[int, int], path: Path
 ) -> Region:
-    name = f"{path.name}, region {outline.get('Id', '?')} ({CLASS_NAMES[class_id - 1]})"
+    name = f"{path.name}, region {outline.get('Id', '?')}"
+    if class_id == 0:
+        return Region(0, name, np.empty(0, int))
+    name += f" ({CLASS_NAMES[class_id - 1]})"
     try:
-        vertices = [
-            (float(v.attrib["Y"]), float(v.attrib["X"])) for v in outline.findall("Vertices/Vertex")
-        ]
+        points = [vertex.attrib for vertex in outline.findall("Vertices/Vertex")]
+        vertices = np.array([(float(point["Y"]), float(point["X"])) for point in points])
     except (KeyError, ValueError) as error:
         raise DataError(
             f"{path.parent / name}: a vertex without a numeric X and Y ({error})"
@@ -365,25 +337,19 @@ def _read_region(
     if not np.isfinite(vertices).all():
         raise DataError(f"{path.parent / name}: a vertex that is not a finite number")
     if len(vertices) < 3:
-        return Region(
-            class_id,
-            name,
-            np.empty(0, int),
-            problem=f"has {len(vertices)} vertices, an outline needs 3",
-        )
-    outside = (np.array(vertices) < 0) | (np.array(vertices) > np.array(shape) - 1)
-    pixels = fill_outline(np.array(vertices), shape)
-    problem = (
-        "" if len(pixels) else "encloses no pixel centre of the image: too thin, or outside it"
-    )
-    return Region(class_id, name, pixels, bool(outside.any()), problem)
+        problem = f"has {len(vertices)} vertices, an outline needs 3"
+        return Region(class_id, name, np.empty(0, int), problem=problem)
+    outside = (vertices < 0) | (vertices > np.array(shape) - 1)
+    pixels = fill_outline(vertices, shape)
+    no_pixel = "encloses no pixel centre of the image: too thin, or outside it"
+    return Region(class_id, name, pixels, bool(outside.any()), "" if len(pixels) else no_pixel)
 
 
 def fill_outline(vertices: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Pixels inside an outline, by the rule of the module docstring.
 
     Args:
-        vertices: float [n, 2], row and column, px; pixel centres stand at whole numbers.
+        vertices: float [n, 2], row and column, px; pixel centres are at whole numbers.
         shape: height and width of the image; what lies outside is cut off.
 
     Returns:
@@ -405,7 +371,7 @@ def fill_outline(vertices: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 # Parquet
 
 
-def _open_parquet(source: Path) -> dict:
+def _open_parquet(source: Path) -> dict[str, Any]:
     """Split name -> rows, read as a stream, images and masks still encoded."""
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
@@ -417,54 +383,49 @@ def _open_parquet(source: Path) -> dict:
         else:
             splits = load_dataset(str(source), streaming=True)
     except Exception as error:  # of many libraries below
-        raise DataError(f"{source}: cannot be read as Parquet ({_first_line(error)})") from error
+        raise DataError(f"{source}: cannot be read as Parquet ({one_line(error)})") from error
     for name, rows in splits.items():
         _check_features(rows.features or {}, f"{source}, split {name}")
+    encoded = Image(decode=False)
     return {
-        name: rows.cast_column("image", Image(decode=False)).cast_column(
-            "instances", List(Image(decode=False))
-        )
+        name: rows.cast_column("image", encoded).cast_column("instances", List(encoded))
         for name, rows in splits.items()
     }
 
 
-def _check_features(features: dict, where: str) -> None:
+def _check_features(features: dict[str, Any], where: str) -> None:
     missing = [column for column in HUB_COLUMNS if column not in features]
     if missing:
         raise DataError(
             f"{where}: no column {', '.join(missing)}; expected {', '.join(HUB_COLUMNS)}"
         )
-    for column, feature in (
-        ("categories", getattr(features["categories"], "feature", None)),
-        ("tissue", features["tissue"]),
-    ):
+    categories = getattr(features["categories"], "feature", None)
+    for column, feature in (("categories", categories), ("tissue", features["tissue"])):
         if not hasattr(feature, "names"):
             raise DataError(
                 f"{where}: column {column} has no class names, so its numbers cannot be understood"
             )
-    for name in features["categories"].feature.names:
+    for name in categories.names:
         _class_id(name, f"{where}, column categories")
 
 
-def _read_rows(rows, where: str) -> Iterator[AnnotatedImage]:
-    class_names, organs = rows.features["categories"].feature.names, rows.features["tissue"].names
+def _read_rows(rows: Any, where: str) -> Iterator[AnnotatedImage]:
+    names = (rows.features["categories"].feature.names, rows.features["tissue"].names)
     numbers = Counter()
     try:
-        for index, row in enumerate(tqdm(rows, desc="converting", unit="image", leave=False), 1):
+        for index, row in enumerate(tqdm(rows, **PROGRESS), 1):
             numbers[row["patient"]] += 1
-            yield _read_row(
-                row, class_names, organs, numbers[row["patient"]], f"{where}, row {index}"
-            )
+            yield _read_row(row, *names, numbers[row["patient"]], f"{where}, row {index}")
     except DataError:
         raise
     except Exception as error:  # of many libraries below
         raise DataError(
-            f"{where}: cannot be read to its end ({_first_line(error)}); get this file again"
+            f"{where}: cannot be read to its end ({one_line(error)}); get this file again"
         ) from error
 
 
 def _read_row(
-    row: dict, class_names: list[str], organs: list[str], number: int, where: str
+    row: dict[str, Any], class_names: list[str], organs: list[str], number: int, where: str
 ) -> AnnotatedImage:
     patient, instances, categories = row["patient"], row["instances"], row["categories"]
     if not re.fullmatch(r"[\w-][\w.-]*", patient or ""):
@@ -472,26 +433,23 @@ def _read_row(
     if instances is None or categories is None or len(instances) != len(categories):
         raise DataError(f"{where}: instances and categories must be two lists of the same length")
     image = _decode(row["image"], "RGB", f"{where}, image")
-    regions, ambiguous = [], 0
+    regions = []
     for index, (encoded, category) in enumerate(zip(instances, categories, strict=True), 1):
         class_id = _class_id(_name_of(category, class_names, where), where)
-        if class_id is None:
-            ambiguous += 1
-            continue
-        name = f"{where}, instance {index} ({CLASS_NAMES[class_id - 1]})"
-        mask = _decode(encoded, "1", name)
-        if mask.shape != image.shape[:2]:
-            raise DataError(
-                f"{name}: mask of shape {mask.shape} on an image of shape {image.shape[:2]}"
-            )
-        pixels = np.flatnonzero(mask)
-        regions.append(
-            Region(class_id, name, pixels, problem="" if len(pixels) else "has an empty mask")
-        )
+        name, pixels = f"{where}, instance {index}", np.empty(0, int)
+        if class_id:
+            name += f" ({CLASS_NAMES[class_id - 1]})"
+            mask = _decode(encoded, "1", name)
+            if mask.shape != image.shape[:2]:
+                raise DataError(
+                    f"{name}: mask of shape {mask.shape} on an image of shape {image.shape[:2]}"
+                )
+            pixels = np.flatnonzero(mask)
+        problem = "" if len(pixels) else "has an empty mask"
+        regions.append(Region(class_id, name, pixels, problem=problem))
     organ = _name_of(row["tissue"], organs, where).lower()
-    return AnnotatedImage(
-        f"{patient}_{number:03d}", patient_of(patient) or patient, organ, image, regions, ambiguous
-    )
+    image_id = f"{patient}_{number:03d}"
+    return AnnotatedImage(image_id, patient_of(patient) or patient, organ, image, regions)
 
 
 def _name_of(number: int | None, names: list[str], where: str) -> str:
@@ -500,19 +458,14 @@ def _name_of(number: int | None, names: list[str], where: str) -> str:
     return names[number]
 
 
-def _decode(encoded: dict | None, mode: str, where: str) -> np.ndarray:
+def _decode(encoded: dict[str, Any] | None, mode: str, where: str) -> np.ndarray:
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(encoded["bytes"])) as picture:
             return np.asarray(picture.convert(mode))
-    except Exception as error:  # Pillow raises errors of many kinds for a damaged picture
-        raise DataError(f"{where}: cannot be decoded ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    except Exception as error:  # Pillow raises many kinds for a damaged picture
+        raise DataError(f"{where}: cannot be decoded ({one_line(error)})") from error
 
 
 # Writing
@@ -530,7 +483,7 @@ def draw_instances(
 
     Returns:
         label_map: uint16 [H, W], instance i has the id i + 1.
-        areas_px: int64 [N], the pixels that each kept.
+        areas_px: int64 [N], the pixels of each in the label map.
     """
     label_map = np.zeros(shape, np.uint16)
     for index in sorted(range(len(pixels)), key=lambda i: (-len(pixels[i]), -i)):
@@ -543,43 +496,41 @@ def _write_layout(
 ) -> ConversionReport:
     instances, counts, vanished, rows = Counter(), Counter(), [], []
     for item in images:
-        image_folder = folder / "train" / item.image_id
+        image_folder, shape = folder / "train" / item.image_id, item.image.shape[:2]
         image_folder.mkdir(parents=True)
         _write_tiff(image_folder / "image.tif", item.image)
-        for class_id in range(1, len(CLASS_NAMES) + 1):
+        for class_id, class_name in enumerate(CLASS_NAMES, 1):
             regions = [region for region in item.regions if region.class_id == class_id]
             if len(regions) > MAX_INSTANCES:
-                class_name = CLASS_NAMES[class_id - 1]
                 raise DataError(
-                    f"{item.image_id}: {len(regions)} regions of class {class_name}, at most {MAX_INSTANCES} fit"
+                    f"{item.image_id}: {len(regions)} regions of class {class_name}, at most "
+                    f"{MAX_INSTANCES} fit"
                 )
-            label_map, kept = draw_instances(
-                [region.pixels for region in regions], item.image.shape[:2]
-            )
-            if kept.any():
+            label_map, areas_px = draw_instances([region.pixels for region in regions], shape)
+            if areas_px.any():
                 _write_tiff(image_folder / f"class{class_id}.tif", label_map)
-            instances[class_id] += int((kept > 0).sum())
-            for region, area in zip(regions, kept, strict=True):
-                counts["overlapping"] += 0 < area < len(region.pixels)
+            instances[class_name] += int((areas_px > 0).sum())
+            for region, area_px in zip(regions, areas_px, strict=True):
+                counts["overlapping"] += 0 < area_px < len(region.pixels)
                 counts["clipped"] += region.clipped
-                if area == 0:
-                    vanished.append(
-                        f"{region.name} {region.problem or 'is covered by smaller or equal ones of its class'}"
-                    )
+                if area_px == 0:
+                    covered = "is covered by smaller or equal ones of its class"
+                    vanished.append(f"{region.name} {region.problem or covered}")
         if not any(image_folder.glob("class*.tif")):
-            _write_tiff(image_folder / "class1.tif", np.zeros(item.image.shape[:2], np.uint16))
-        counts["ambiguous"] += item.ambiguous
+            _write_tiff(image_folder / "class1.tif", np.zeros(shape, np.uint16))
+        counts["ambiguous"] += sum(region.class_id == 0 for region in item.regions)
         rows.append((item.image_id, item.patient, item.organ))
     if not rows:
         raise DataError(f"no images for {destination}")
-    if all(patient for _, patient, _ in rows):
+    patients = {patient for _, patient, _ in rows}
+    if None not in patients:
         with open(folder / "patients.csv", "w", newline="") as file:
             csv.writer(file).writerows([("image_id", "patient", "organ"), *rows])
     return ConversionReport(
         destination,
         images=len(rows),
-        patients=len({patient for _, patient, _ in rows if patient}),
-        instances={name: instances[class_id] for class_id, name in enumerate(CLASS_NAMES, 1)},
+        patients=len(patients - {None}),
+        instances={name: instances[name] for name in CLASS_NAMES},
         ambiguous=counts["ambiguous"],
         overlapping=counts["overlapping"],
         clipped=counts["clipped"],
@@ -588,37 +539,18 @@ def _write_layout(
 
 
 def _write_tiff(path: Path, array: np.ndarray) -> None:
-    photometric = "rgb" if array.ndim == 3 else "minisblack"
-    tifffile.imwrite(
-        path,
-        array,
-        compression="lzw",
-        predictor=array.ndim == 3,
-        photometric=photometric,
-        metadata=None,
-    )
+    is_rgb = array.ndim == 3
+    photometric = "rgb" if is_rgb else "minisblack"
+    options = {"compression": "lzw", "predictor": is_rgb, "metadata": None}
+    tifffile.imwrite(path, array, photometric=photometric, **options)
 
 
 def _refuse_full(destination: Path) -> None:
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise DataError(
-            f"{destination} exists and is not an empty folder; remove it, or name another destination"
+            f"{destination} exists and is not an empty folder; remove it, or name another "
+            "destination"
         )
-
-
-@contextmanager
-def _new_folder(destination: Path) -> Iterator[Path]:
-    """A folder beside the destination that takes its name at the end, and is removed if anything
-    fails before.
-    """
-    _refuse_full(destination)
-    folder = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        os.replace(folder, destination)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ on a ResNet-18 FPN, dense masks, torchvision's default sampling, and no part of 
 It trains for a budget of CPU minutes of this process (loading and evaluation do not count), then
 measures COCO mask AP on the validation images.
 
-    python tools/plain_torchvision.py DATA SPLIT_JSON WEIGHTS OUT_DIR --cpu-minutes 60 --seed 0
+    python -m tools.plain_torchvision DATA SPLIT_JSON WEIGHTS OUT_DIR --cpu-minutes 60 --seed 0
 
-DATA        folder with train/<uuid>/image.tif (RGBA uint8) and class<k>.tif (label maps, k = 1..4,
-absent classes have no file) SPLIT_JSON  {"train": [uuid, ...], "validation": [uuid, ...]} WEIGHTS
-ImageNet weights of ResNet-18 under torchvision's key names (safetensors); it may be partial OUT_DIR
-receives history.csv, weights.pt, detections.json and metrics.json
+DATA        folder with train/<uuid>/image.tif (RGBA uint8) and class<k>.tif (label maps, k = 1..4;
+            absent classes have no file)
+SPLIT_JSON  {"train": [uuid, ...], "validation": [uuid, ...]}
+WEIGHTS     ImageNet weights of ResNet-18 under torchvision's key names (safetensors), also partial
+OUT_DIR     gets history.csv, weights.pt, detections.json and metrics.json
 
 With --eval-only the weights of an earlier run in OUT_DIR are evaluated again.
 """
@@ -20,6 +21,7 @@ import csv
 import json
 import math
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +62,8 @@ def load_images(folder, uuids):
 def build_model(weights, rois_per_image, proposals, detections):
     resnet = resnet18(weights=None, norm_layer=FrozenBatchNorm2d)
     missing, unexpected = resnet.load_state_dict(load_file(weights), strict=False)
-    print(
-        "not in the checkpoint:",
-        ", ".join(missing),
-        "| unknown:",
-        ", ".join(unexpected) or "none",
-        flush=True,
-    )
+    unknown = ", ".join(unexpected) or "none"
+    print(f"not in the checkpoint: {', '.join(missing)} | unknown: {unknown}", flush=True)
     for name in {key.rpartition(".")[0] for key in missing if key.endswith("running_mean")}:
         resnet.set_submodule(name, nn.BatchNorm2d(resnet.get_submodule(name).weight.numel()))
     model = MaskRCNN(
@@ -123,7 +120,7 @@ def random_batch(images, rng):
         while sample is None:
             sample = random_crop(*images[index], rng)
         batch.append(sample)
-    return zip(*batch)
+    return zip(*batch, strict=True)
 
 
 def train(model, images, cpu_minutes, seed, history):
@@ -181,8 +178,8 @@ def tile_spans(size, tile):
     axis.
     """
     starts = [*range(0, max(size - tile, 0), tile - OVERLAP), max(size - tile, 0)]
-    cuts = [(left + tile + right) / 2 for left, right in zip(starts, starts[1:])]
-    return list(zip(starts, [-math.inf, *cuts], [*cuts, math.inf]))
+    cuts = [(left + tile + right) / 2 for left, right in pairwise(starts)]
+    return list(zip(starts, [-math.inf, *cuts], [*cuts, math.inf], strict=True))
 
 
 def encode(mask, y, x, shape):
@@ -203,12 +200,15 @@ def detect(model, image, tile):
             keep = (centre_x >= left) & (centre_x < right) & (centre_y >= top) & (centre_y < bottom)
             for i in keep.nonzero().flatten().tolist():
                 x1, y1, x2, y2 = corners[i].tolist()
-                results.append({
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "score": found["scores"][i].item(),
-                    "category_id": found["labels"][i].item(),
-                    "segmentation": encode(found["masks"][i, 0].numpy() >= 0.5, y, x, image.shape[:2]),
-                })  # fmt: skip
+                mask = found["masks"][i, 0].numpy() >= 0.5
+                results.append(
+                    {
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "score": found["scores"][i].item(),
+                        "category_id": found["labels"][i].item(),
+                        "segmentation": encode(mask, y, x, image.shape[:2]),
+                    }
+                )
     return results
 
 
@@ -288,7 +288,7 @@ def main():
         default=1000,
         help="of the RPN in prediction, before and after its NMS",
     )
-    parser.add_argument("--detections", type=int, default=300, help="kept a tile")
+    parser.add_argument("--detections", type=int, default=300, help="at most a tile")
     parser.add_argument("--eval-only", action="store_true")
     args = parser.parse_args()
 
