@@ -186,7 +186,8 @@ def _page(table: pd.DataFrame, columns: list[str], reasons: dict[str, str]) -> p
     """
     page = table.set_index(table.columns[0])
     if "low" in page:
-        spans = [f"[{low:.3f}, {high:.3f}]" for low, high in page[["low", "high"]].to_numpy(float)]
+        ends = page[["low", "high"]].to_numpy(float)
+        spans = [f"[{low:.3f},\u00a0{high:.3f}]" for low, high in ends]  # in one line
         page["95 % interval"] = np.where(page["low"].isna(), "", spans)
     if "seed_sd" in page and page["seed_sd"].notna().any():
         after = columns.index("reproduced") + 1
@@ -536,7 +537,7 @@ SCALE_COLUMNS = ["scale", "weights"]
 # Each with the columns that a reader sees beside the rows' names; none: the figure says it all.
 BUILDERS: dict[str, tuple[Callable[[Shown, list[Trained]], None], list[str]]] = {
     "A-Fig3": (_curves, []),
-    "B-T1": (_coco_lines, SCORE_PAGE),
+    "B-T1": (_coco_lines, ["reported", "reproduced", "95 % interval", "maxDets", *SCALE_COLUMNS]),
     "B-T2": (_losses, ["reported", "reproduced", *SCALE_COLUMNS]),
     "B-Fig1": (_score_histogram, []),
     "C-T1": (_data_set, ["reported", "here"]),

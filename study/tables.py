@@ -36,6 +36,7 @@ FORMATS: dict[str, Callable[[Any], Any]] = {
     "epochs": _short,
     "minutes": "{:.1f}".format,
     "parameters": lambda count: f"{count / 1e6:.1f} M",
+    "split": lambda text: text.removesuffix(", validation side"),
     "verdict": _bold_verdicts,
     "verdict on the claim": _bold_verdicts,
 }
@@ -48,15 +49,18 @@ def page(table: pd.DataFrame, name: str, wide: Sequence[str] = ()) -> HTML:
         table: as it is to be shown; its index names the rows. Columns in ``FORMATS`` have their own
             format.
         name: unique in the notebook; the HTML is the same each time.
-        wide: columns of sentences; they get 18 em at least.
+        wide: columns of sentences; they get 15 em at least.
     """
     formats = {column: FORMATS[column] for column in table if column in FORMATS}
-    style = Styler(table.rename_axis(None), cell_ids=False, uuid=name)
+    corner = table.rename_axis(index=None, columns=table.index.name)
+    style = Styler(corner, cell_ids=False, uuid=name)
+    style = style.format(formats, na_rep="", precision=3, escape="html")
     style = style.format_index(lambda column: column.replace("_", " "), axis=1)
-    style = style.format(formats, na_rep="", precision=3)
+    style = style.format_index(escape="html")
     cells = {"selector": "td, th", "props": "text-align: left; vertical-align: top"}
-    style = style.set_table_styles([cells])
-    room = [{"selector": "", "props": "min-width: 18em"}]
+    names = {"selector": "th.row_heading", "props": "white-space: nowrap"}
+    room = [{"selector": "", "props": "min-width: 15em"}]
+    style = style.set_table_styles([cells, names])
     style = style.set_table_styles(dict.fromkeys(wide, room), overwrite=False)
     return HTML(style.to_html())
 

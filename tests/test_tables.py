@@ -47,9 +47,13 @@ def test_a_page_formats_numbers_empties_and_verdicts():
         {"reported": [0.3336, "chosen"], "low_end": [0.12345, np.nan], "parameters": [2e6, 3e6]},
         index=pd.Index(["a", "b"], name="row"),
     )
-    table["verdict"] = ["over a: the opposite holds here", ""]
+    table["verdict"] = ["over <a>: the opposite holds here", ""]
     html = tables.page(table, "t", wide=["verdict"]).data
     assert ">0.3336<" in html and ">chosen<" in html and ">0.123<" in html and ">2.0 M<" in html
-    assert "over a: <b>the opposite holds here</b>" in html and ">low end<" in html
-    assert "nan" not in html and "min-width: 18em" in html
+    assert (
+        "over &lt;a&gt;: <b>the opposite holds here</b>" in html
+        and ">low end<" in html
+        and ">row<" in html
+    )
+    assert "nan" not in html and "min-width: 15em" in html
     assert html == tables.page(table, "t", wide=["verdict"]).data
