@@ -2,6 +2,7 @@
 how a table of the study looks on a page.
 """
 
+import html
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ def _short(value: Any) -> Any:
 
 
 def _bold_verdicts(text: str) -> str:
-    return re.sub("|".join(WORDS), "<b>\\g<0></b>", text)
+    return re.sub("|".join(WORDS), "<b>\\g<0></b>", html.escape(text))
 
 
 TIFF = (".tif", ".tiff")
@@ -37,8 +38,6 @@ FORMATS: dict[str, Callable[[Any], Any]] = {
     "minutes": "{:.1f}".format,
     "parameters": lambda count: f"{count / 1e6:.1f} M",
     "split": lambda text: text.removesuffix(", validation side"),
-    "verdict": _bold_verdicts,
-    "verdict on the claim": _bold_verdicts,
 }
 
 
@@ -55,6 +54,8 @@ def page(table: pd.DataFrame, name: str, wide: Sequence[str] = ()) -> HTML:
     corner = table.rename_axis(index=None, columns=table.index.name)
     style = Styler(corner, cell_ids=False, uuid=name)
     style = style.format(formats, na_rep="", precision=3, escape="html")
+    found = [column for column in table if column.startswith("verdict")]
+    style = style.format(_bold_verdicts, subset=found, na_rep="")
     style = style.format_index(lambda column: column.replace("_", " "), axis=1)
     style = style.format_index(escape="html")
     cells = {"selector": "td, th", "props": "text-align: left; vertical-align: top"}
