@@ -1,10 +1,9 @@
-"""The named augmentation recipes, the reports' among them: what moves cells moves image and label
-maps together.
+"""The named augmentation recipes. A step that moves cells moves image and label maps together.
 
-Images are sampled bilinearly, label maps by nearest neighbour, so that no id is ever mixed or
-rounded (exact below 2^24). A cell stays one cell: no transform folds or tears. Pieces may come off
-where a cell is a pixel or two thin, or where the frame cuts it; what leaves the frame is gone. All
-randomness comes from torch's default generator.
+Images are sampled bilinearly, label maps by nearest neighbour, so ids are never mixed or rounded
+(exact below 2^24). A cell stays one cell: no transform folds or tears it. Pieces may come off where
+a cell is a pixel or two thin, or where the image's edge cuts it. All randomness comes from torch's
+default generator.
 """
 
 import math
@@ -20,21 +19,21 @@ STRIP_ROWS = 128
 
 
 class StripedImage(tv_tensors.Image):
-    """An image whose hue and blur torchvision changes strip by strip: the same pixels as of the
-    whole image at once.
+    """An image that gets hue and blur strip by strip: the same pixels as the whole image at once.
 
-    With reach r (0 px for hue, half a kernel for blur), rows a to b of f(image) are those of f(rows
-    a - r to b + r). Strips stay in a processor's cache: at 1024 px a blur takes half the time and a
-    third of the memory. torchvision calls for a class of tensors what is registered for it; what it
-    does with the whole image is the oracle (``tests/test_recipes.py``).
+    How it works: 1. torchvision calls the functions registered for a tensor's class. 2. With reach
+    r (0 px for hue, half a kernel for blur), rows a to b of f(image) follow from the image's rows
+    a - r to b + r alone. 3. Strips stay in a processor's cache: at 1024 px a blur takes half the
+    time and a third of the memory. The oracle is torchvision on the whole image
+    (``tests/test_recipes.py``).
     """
 
 
 def _strip_by_strip(
     functional: Callable[..., Tensor], image: Tensor, reach_px: int, **parameters
 ) -> Tensor:
-    """``functional`` of an image uint8 [3, H, W], of which a pixel depends on no row further away
-    than ``reach_px``.
+    """``functional`` of an image uint8 [3, H, W]; a pixel of its result may depend on rows up to
+    ``reach_px`` away.
     """
     strips = []
     for top in range(0, image.shape[1], STRIP_ROWS):
@@ -61,9 +60,7 @@ def _gaussian_blur(image: Tensor, kernel_size: Sequence[int], sigma: Sequence[fl
 
 
 class QuarterTurn(v2.Transform):
-    """A turn by 0, 90, 180 or 270 degrees, each as likely: on tissue every direction is as good as
-    another.
-    """
+    """A turn by 0, 90, 180 or 270 degrees, equally likely: tissue has no upright direction."""
 
     def make_params(self, flat_inputs):
         return {"turns": int(torch.randint(4, ()))}
@@ -75,11 +72,11 @@ class QuarterTurn(v2.Transform):
 
 
 class OnWhite(v2.Transform):
-    """A transform that shows what is beyond the image, there in white and without labels.
+    """A transform with white, unlabelled pixels where it samples outside the image.
 
-    White is the bare glass of a slide; mirrored tissue would show cells that no label names. The
-    image is transformed as its negative, in which white is the 0 that is sampled beyond it:
-    torchvision's own ``fill`` leaves a grey line along the edge.
+    White is the bare glass of a slide; mirrored tissue would show cells without labels. The inner
+    transform gets the image's negative: outside it samples 0, the negative of white. torchvision's
+    ``fill`` would leave a grey line along the edge.
     """
 
     def __init__(self, inner: v2.Transform):
@@ -92,16 +89,16 @@ class OnWhite(v2.Transform):
 
 
 class ResizedCrop(v2.Transform):
-    """A crop at a random place, stretched back to the size of the image.
+    """A crop at a random position, stretched back to the size of the image.
 
-    torchvision's own knows only one output size, takes the crop's shape without the image's and
-    samples masks half a pixel off.
+    torchvision's ``RandomResizedCrop`` has one fixed output size, draws the crop's shape without
+    regard to the image's, and samples masks half a pixel off.
 
     Args:
         area: range of the crop's share of the image's area, drawn uniformly; up to 1.
         ratio: range of the crop's width over height, relative to the image's, drawn uniformly on a
-            log scale. A side longer than the image's is cut to it, which keeps both within their
-            ranges where ``ratio`` holds 1.
+            log scale. A side longer than the image's is cut to it; area and ratio stay in their
+            ranges if ``ratio`` contains 1.
     """
 
     def __init__(self, area: tuple[float, float], ratio: tuple[float, float]):
@@ -132,8 +129,8 @@ class ResizedCrop(v2.Transform):
 
 
 class Displacement(v2.Transform):
-    """Moves pixels by its parameter ``displacement``: from how far each comes, float [1, H, W, 2]
-    of x, y, a side being 2.
+    """Moves pixels by the parameter ``displacement``: how far away each pixel is sampled, float
+    [1, H, W, 2] of x, y, in units of half a side.
     """
 
     def transform(self, inpt, params):
@@ -148,8 +145,8 @@ class ElasticDistortion(Displacement):
     B-spline functions, Graphical Models 62, 2000).
 
     Args:
-        displacement_px: the most that a control point moves in x and in y, drawn uniformly; the
-            field has a quarter of it as RMS in each.
+        displacement_px: largest move of a control point in x and in y, drawn uniformly; the root
+            mean square of the pixels' moves is a quarter of it in each.
         spacing_px: of the control points.
 
     Raises:
@@ -180,13 +177,13 @@ class ElasticDistortion(Displacement):
 
 
 class GridDistortion(Displacement):
-    """Columns and rows of a grid stretched or squeezed, the image's edges left in place, as
-    albumentations' own (normalised).
+    """Columns and rows of a grid stretched or squeezed, with the image's edges fixed, as
+    albumentations' ``GridDistortion`` (normalised).
 
     Args:
-        steps: columns, and rows.
-        limit: each is made wider by a factor in 1 +- ``limit``, drawn uniformly, then all are
-            fitted to the image. Below 1.
+        steps: number of columns, and of rows.
+        limit: below 1. The width of each is multiplied by a factor in 1 +- ``limit``, drawn
+            uniformly; then all are scaled to fit the image.
     """
 
     def __init__(self, steps: int, limit: float):
@@ -204,16 +201,17 @@ class GridDistortion(Displacement):
         moves[1:-1] = (
             widths.cumsum(0) / widths.sum() - torch.arange(1, self.steps + 1) / self.steps
         )[:-1]
-        place = torch.linspace(0, self.steps, length)
-        step = place.long().clamp(max=self.steps - 1)
-        return torch.lerp(moves[step], moves[step + 1], place - step) * (2 * (length - 1) / length)
+        position = torch.linspace(0, self.steps, length)
+        step = position.long().clamp(max=self.steps - 1)
+        moves = torch.lerp(moves[step], moves[step + 1], position - step)
+        return moves * (2 * (length - 1) / length)
 
 
 class GaussianNoise(v2.Transform):
     """Normal noise on each channel of each pixel, ``std`` on a scale of 0 to 1.
 
-    torchvision's own rounds noise on uint8 towards 0, which leaves 0.0185 of a standard deviation
-    of 0.02.
+    torchvision's ``GaussianNoise`` rounds on uint8 towards 0, which turns a standard deviation of
+    0.02 into 0.0185.
     """
 
     def __init__(self, std: float):
@@ -228,7 +226,7 @@ class GaussianNoise(v2.Transform):
 
 
 class Gamma(v2.Transform):
-    """Intensities on a scale of 0 to 1 to the power of a number drawn uniformly from a range."""
+    """Intensities on a scale of 0 to 1, raised to a power drawn uniformly from a range."""
 
     def __init__(self, low: float, high: float):
         super().__init__()
@@ -250,7 +248,7 @@ def _uniform(low: float, high: float) -> float:
 
 
 def _with(p: float, *transforms: v2.Transform) -> v2.RandomApply:
-    """With probability ``p`` one of these, each as likely."""
+    """With probability ``p`` one of the transforms, all equally likely."""
     return v2.RandomApply(
         [transforms[0] if len(transforms) == 1 else v2.RandomChoice(transforms)], p
     )
@@ -270,16 +268,16 @@ RECIPES = {
         QuarterTurn(),
         _with(0.8, v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.04)),
     ],
-    # Report C. It names 15 degrees alone: p 0.5 and always are torchvision's, the colours'
-    # strengths moderate ones of our own.
+    # Published are only the kinds of steps and the 15 degrees. The probabilities are torchvision's
+    # defaults; the strengths of the colour changes are our choice, moderate ones.
     "flip_colour_rotation": [
         v2.RandomHorizontalFlip(p=0.5),
         v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05),
         OnWhite(v2.RandomRotation((-15, 15), BILINEAR, fill=None)),
     ],
-    # Report D, table 1. Of the colour jitter 0.3, 0.3, 0.3, 0.15 can be read: taken, in the order
-    # of the names, for brightness, contrast, saturation and hue. Its probability cannot; 0.3 is the
-    # table's most frequent one.
+    # As published, but for the colour jitter: 0.3, 0.3, 0.3, 0.15 are legible and taken, in the
+    # order of the names, for brightness, contrast, saturation and hue. Its probability is not
+    # legible; 0.3 is the most frequent one in the published table.
     "joint_full": [
         v2.RandomHorizontalFlip(p=0.5),
         v2.RandomVerticalFlip(p=0.3),
@@ -293,12 +291,12 @@ RECIPES = {
         _with(0.2, v2.GaussianBlur(3, sigma=(0.1, 1.0))),
         _with(0.3, Gamma(0.8, 1.2)),
     ],
-    # Report E gives no numbers. Probabilities, and ranges where they carry over, are the defaults
-    # of albumentations: p 0.5 each, or together where the released code takes one of several;
-    # quarter turns by 0 among them; brightness, contrast, saturation +-0.2; hue +-20 of 180; 5 grid
-    # steps +-0.3; the blur of kernels of 3 to 7 px. Its elastic default (alpha 1, sigma 50) moves
-    # nothing visible, so that ours is set to the size of cells. Only what the report names is here:
-    # the released code also shifts, scales, adds noise, motion blur and optical distortion.
+    # No numbers are published. Probabilities, and ranges that carry over, are albumentations'
+    # defaults: p 0.5 for each step, or for one of several; quarter turns by 0 included; brightness,
+    # contrast, saturation +-0.2; hue +-20 of 180; 5 grid steps +-0.3; the blur of kernels of 3 to
+    # 7 px. Its elastic default (alpha 1, sigma 50) moves nothing visibly, so ours has the size of
+    # cells. Only the published steps are included: the released code also shifts, scales, adds
+    # noise, motion blur and optical distortion.
     "basic": BASIC,
     "full": [
         *BASIC,
@@ -327,7 +325,7 @@ def augment(
     (``tests/test_oracles.py``).
 
     Args:
-        image: uint8 [3, H, W]; 4 px a side or more where the recipe blurs.
+        image: uint8 [3, H, W]; at least 4 px a side if the recipe blurs.
         label_maps: int32 [K, H, W], ids below 2^24.
         recipe: one of ``RECIPES``.
         seed: in [0, 2^63).

@@ -8,9 +8,9 @@ torch.
     test_release/<name>.tif         optional: images without annotations
     test_image_name_to_ids.json     optional: their file_name, id, height, width
 
-File names are taken in any case, with ``.tif`` or ``.tiff``; other files and hidden ones are left
-alone. A COCO data set is one ``.json`` file, which names its images (TIFF, PNG or JPEG);
-``data.coco`` says what of it is read.
+File names may be in upper or lower case, with ``.tif`` or ``.tiff``; other files and hidden ones
+are ignored. A COCO data set is one ``.json`` file, which names its images (TIFF, PNG or JPEG);
+``data.coco`` lists what is read from it.
 """
 
 import csv

@@ -23,8 +23,8 @@ class SampleKey(NamedTuple):
 
 
 class EpochSampler(Sampler):
-    """The keys of one epoch, shuffled by (seed, epoch); ``set_epoch`` before each, as torch's
-    DistributedSampler.
+    """The keys of one epoch, shuffled by (seed, epoch). Call ``set_epoch`` before each epoch, as
+    for torch's DistributedSampler.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class TrainingSet(Dataset):
     """Cropped and augmented samples with their targets; ``[SampleKey]`` gives (image uint8 [3, h,
     w], target).
 
-    A share ``class_balance`` of the samples is drawn by class: a class, each as likely, then one of
-    its instances in the training images, each as likely, whose middle the crop then holds. The rest
-    are crops at a random place of the key's own image.
+    A share ``class_balance`` of the samples is drawn by class: first a class, then one of its
+    instances in the training images, all with the same probability; the crop holds its centre. The
+    other samples are crops at a random position in the key's own image.
 
     Args:
         dataset: all images.
@@ -73,7 +73,7 @@ class TrainingSet(Dataset):
         augmentation: a name in ``recipes.RECIPES``.
         seed: of every random choice, together with the key.
         drop_cut_cells: leave cells that reach the crop's border out of the targets, as annotators
-            leave out those that reach the image's; else what is left of them is annotated.
+            leave out cells at the image's border; otherwise their visible part is a target.
         boxes_miss_last_pixel: as in ``make_target``.
     """
 
@@ -145,9 +145,9 @@ def crop(
         cell_image: to cut from.
         size_px: side; 0, or a shorter image side, keeps that side whole.
         center: (row, column) that the crop must hold, somewhere in its middle half; None: anywhere.
-        rng: draws the place.
-        drop_cut_cells: whether instances become background that reach a side of the crop inside the
-            image.
+        rng: draws the position.
+        drop_cut_cells: whether instances that reach a side of the crop inside the image become
+            background.
     """
     height, width = cell_image.image.shape[1:]
     starts, sides = [], []
@@ -180,8 +180,8 @@ def make_target(label_maps: Tensor, boxes_miss_last_pixel: bool = False) -> dict
     ids int32 [N], label_maps.
 
     With ``boxes_miss_last_pixel`` a box ends at its cell's last pixel row and column instead of
-    behind them, and cells of one row or column are left out, as in the released code of reports B,
-    C and E.
+    behind them, and cells of one row or column are left out: a common mistake, whose effect the
+    study measures.
     """
     boxes, labels, ids = find_boxes(label_maps.numpy())
     if boxes_miss_last_pixel:

@@ -36,9 +36,9 @@ def make_split(
 ) -> Split:
     """Split images so that the validation side holds about the same share of every class.
 
-    Of 500 seeded random draws of groups (patients, or single images for ``random``), the one whose
-    shares of images and of instances per class lie nearest to ``validation_fraction`` is taken;
-    before all, as many classes as can stand on both sides.
+    How it works: 1. 500 validation sides are drawn at random, by group (patients, or single images
+    for ``random``). 2. The draws with the most classes on both sides are compared. 3. The one with
+    shares of images and of instances per class nearest to ``validation_fraction`` is taken.
 
     Args:
         image_ids: N names.
@@ -70,14 +70,16 @@ def make_split(
     unknown = [i for i, patient in zip(image_ids, patients, strict=True) if patient is None]
     if kind == "patient" and unknown:
         raise ValueError(
-            f"split 'patient' needs the patient of every image, but {len(unknown)} of {len(image_ids)} have none "
-            f"(first: {unknown[0]}); add patients.csv (columns image_id, patient) beside train/, or use split 'random'"
+            f"split 'patient' needs the patient of every image, but {len(unknown)} of "
+            f"{len(image_ids)} have none (first: {unknown[0]}); add patients.csv (columns "
+            "image_id, patient) beside train/, or use split 'random'"
         )
     groups = np.array(patients if kind == "patient" else image_ids, dtype=str)
     names, group_of = np.unique(groups, return_inverse=True)
     if len(names) < 2:
         raise ValueError(
-            f"split {kind!r} needs at least two {'patients' if kind == 'patient' else 'images'}, found {len(names)}"
+            f"split {kind!r} needs at least two {'patients' if kind == 'patient' else 'images'}, "
+            f"found {len(names)}"
         )
 
     size = min(max(round(validation_fraction * len(names)), 1), len(names) - 1)
@@ -109,7 +111,14 @@ def _random_split_warning(patients: list[str | None], held_out: np.ndarray) -> s
     ]
     shared = sorted(known[0] & known[1])
     if shared:
-        return f"{len(shared)} patients have images on both sides of this random split ({', '.join(shared[:3])} ...): scores will be too high"
+        first = ", ".join(shared[:3])
+        return (
+            f"{len(shared)} patients have images on both sides of this random split ({first} ...): "
+            "scores will be too high"
+        )
     if None in patients:
-        return "patients are unknown, so one patient's images may be on both sides of this random split: scores may be too high"
+        return (
+            "patients are unknown, so one patient's images may be on both sides of this random "
+            "split: scores may be too high"
+        )
     return ""
