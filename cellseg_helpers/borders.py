@@ -1,15 +1,16 @@
-"""Cells at the image border: as many as chance would put there? And a filter that drops detections
+"""Are as many cells at the image border as expected by chance? And a filter that drops detections
 at the border. No torch.
 
-Whoever takes no notice of the border finds a cell of a given size equally often at every position
-of its box. So each cell that lies wholly inside its image stands for ``positions at the border /
-positions inside`` cells of its size at the border, and the sum of these weights is how many to
-expect there (edge correction of Miles, "On the elimination of edge effects in planar sampling",
-1974, and Lantuejoul, "On the estimation of mean values in individual analysis of particles", 1980).
+How many are expected: 1. An annotator who ignores the border finds a cell of a given size equally
+often at every position of its box. 2. So each cell that lies wholly inside its image stands for
+``positions at the border / positions inside`` cells of its size at the border. 3. The sum of these
+weights is the expected number (edge correction of Miles, "On the elimination of edge effects in
+planar sampling", 1974, and Lantuejoul, "On the estimation of mean values in individual analysis of
+particles", 1980).
 
-Boxes are all that is used: a round cell whose box shows in a corner of the image need not show
-there itself, so that about 5 % of cell width / image width too many are expected. Cells too large
-to lie inside their image are not expected at all.
+Only boxes are used. In a corner of the image a round cell's box can be visible while the cell is
+not, so the expected number is too high by about 5 % of cell width / image width. Cells too large to
+lie inside their image do not count in it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,37 +34,36 @@ def border_contact(
     inset_px: int = 32,
     min_visible_px: int = 3,
 ) -> pd.DataFrame:
-    """Cells at the image border, and how many to expect there if whoever found them took no notice
-    of it.
+    """Cells at the image border, and the number expected if annotators (or the model) ignored it.
 
-    The negative control is ``virtual=True``: a border ``inset_px`` inside the image's own, where
-    nobody saw one. It takes only cells, and positions, away from the image's own border, so that it
-    makes no difference whether cells are missing there.
+    ``virtual=True`` is the negative control: a border that nobody saw, ``inset_px`` inside the
+    image's own. Only cells and positions away from the image's own border count, so cells that are
+    missing at that border make no difference.
 
-    The interval is of a Poisson process: ``at_border - expected`` has the variance ``sum of weight
-    * (1 + weight)``. As cells cluster, this is multiplied by a dispersion (quasi-Poisson; McCullagh
-    and Nelder, "Generalized linear models", 1989) that is measured at the virtual border: the sum
-    over images of the squared difference, divided by its variance, at least 1. From a few images
-    with cells in large clumps, it comes out too small.
+    The interval is that of a Poisson process: ``at_border - expected`` has the variance ``sum of
+    weight * (1 + weight)``. Cells cluster, so this variance is multiplied by a dispersion
+    (quasi-Poisson; McCullagh and Nelder, "Generalized linear models", 1989), measured at the
+    virtual border: the sum over images of the squared difference, divided by its variance, at least
+    1. A few images with cells in large clusters give too small a dispersion.
 
     Args:
         cells: annotations or detections, taken by the tight boxes of their masks.
-        images: of a COCO data set; those with a side under ``3 * inset_px`` are left out, as there
-            one cell would stand for many.
+        images: of a COCO data set; images with a side under ``3 * inset_px`` are left out, since in
+            them one cell would stand for many.
         border_margin_px: a cell whose box ends this far from an edge is at the border; 0 = it
             reaches the edge. The outline of a cut cell may stop a pixel or two short.
         virtual: whether the table is of the virtual border.
         inset_px: about as wide as a cell, so that as many cells cross the virtual border as the
             image's own.
-        min_visible_px: of thinner slivers (of the box, in either direction) nobody can tell what
-            they are: they do not count.
+        min_visible_px: a cell with a smaller visible part of its box, in either direction, does not
+            count: nobody could recognise it.
 
     Returns:
-        Rows ``all`` and each class. cells: those that count. at_border: those of them at the
-        border. expected, low, high: how many of them by chance, and the 95 % interval. ratio:
-        at_border / expected, NaN where none is expected. dispersion. verdict: ``fewer than by
-        chance``, ``as by chance``, ``more than by chance``; ``cannot tell`` where none would be as
-        by chance (and not more are there than the interval holds), or none is expected.
+        Rows ``all`` and each class. cells: those that count. at_border: how many of them are at the
+        border. expected, low, high: their number by chance, with its 95 % interval. ratio:
+        at_border / expected, NaN if none is expected. dispersion. verdict: ``fewer than by
+        chance``, ``as by chance``, ``more than by chance``; ``cannot tell`` if the interval begins
+        at 0 and ``at_border`` does not exceed it, or if none is expected.
 
     Raises:
         ValueError: a cell of an unknown image or class, or a setting out of range.
@@ -105,8 +105,8 @@ def border_contact(
 def near_border(cells: Cells, border_margin_px: float = 0, by: str = "box") -> np.ndarray:
     """Which cells come within ``border_margin_px`` of an edge of their image: bool [N].
 
-    ``by="box"`` takes the model's box, whose edge, by rounding, may end just short of the image's;
-    ``by="mask"`` the tight box of the mask. An empty one is near no border.
+    ``by="box"`` takes the model's box; by rounding, it may end just short of the image's edge.
+    ``by="mask"`` takes the mask's tight box. An empty box is near no border.
 
     Raises:
         ValueError: a negative margin, or an unknown ``by``.
@@ -136,13 +136,13 @@ def _near(starts: np.ndarray, stops: np.ndarray, sides: np.ndarray, margin_px: f
 def _position_counts(
     sizes: np.ndarray, sides: np.ndarray, margin_px: int, inset_px: int, min_visible_px: int
 ) -> np.ndarray:
-    """Whole-pixel positions of boxes, float64 [2, N]: those at which it counts, and those inside,
-    away from the border.
+    """For each box the number of whole-pixel positions at which it counts, and of those inside,
+    away from the border: float64 [2, N].
 
-    Along a side of L px, a box of s px shows m px of itself or more at L + s - 2m + 1 positions,
-    and lies further than d from either end at L - 2d - s - 1. A virtual border (``inset_px`` above
-    0) takes its inset from L at either end, and of its positions only those further than d from the
-    image's own border.
+    Along a side of L px, a box of s px shows at least m px of itself at L + s - 2m + 1 positions,
+    and lies further than d from both ends at L - 2d - s - 1. A virtual border (``inset_px`` above
+    0) shortens L by its inset at both ends; only positions further than d from the image's own
+    border count.
     """
     inner = sides - 2 * inset_px
     counting = inner + sizes - 2 * min_visible_px + 1
@@ -154,8 +154,8 @@ def _position_counts(
 def _contact(
     cells: Cells, images: Images, virtual: bool, margin_px: int, inset_px: int, min_visible_px: int
 ) -> np.ndarray:
-    """Cells that count, those at the border, how many to expect there, variance: float64 [4, I
-    images, all and K classes].
+    """Numbers of cells that count, of those at the border and of those expected at the border, and
+    the variance: float64 [4, I images, all and K classes].
     """
     if margin_px < 0:
         raise ValueError(f"border_margin_px is {margin_px}; it must be 0 or more")
@@ -187,8 +187,8 @@ def _contact(
 
 
 def _dispersion(contact: np.ndarray) -> np.ndarray:
-    """float64 [all and K classes]. A ratio of sums: one image may hold cells at the border alone,
-    and so no variance.
+    """float64 [all and K classes]. It is a ratio of sums, since an image with cells only at the
+    border has no variance.
     """
     _, at_border, expected, variance = contact
     squares, variances = ((at_border - expected) ** 2).sum(axis=0), variance.sum(axis=0)
