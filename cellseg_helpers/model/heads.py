@@ -88,8 +88,8 @@ def _axis_weights(
 class SeededSampler(BalancedPositiveNegativeSampler):
     """torchvision's balanced sampler, drawing for each image from that image's own seed.
 
-    What is sampled for an image then depends neither on its batch nor on the process or device.
-    Without ``seeds`` it draws from torch's generator, as torchvision's does.
+    So an image's samples depend neither on its batch nor on the process or device. Without
+    ``seeds`` it draws from torch's generator, as torchvision's does.
     """
 
     seeds: Sequence[int] = ()
@@ -253,8 +253,8 @@ class LabelMapTransform(GeneralizedRCNNTransform):
         return image, target
 
     def batch_images(self, images, size_divisible=32):
-        """torchvision's, large images channels last, an order in which convolutions are faster
-        (``bench/README.md``).
+        """torchvision's, but large images in the memory order "channels last", which makes
+        convolutions faster (``bench/README.md``).
         """
         batch = super().batch_images(images, size_divisible)
         large = min(batch.shape[2:]) >= CHANNELS_LAST_FROM_PX

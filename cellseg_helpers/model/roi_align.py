@@ -8,8 +8,8 @@ from torchvision.ops.poolers import _convert_to_roi_format, _setup_scales
 
 
 class GatherRoIAlign(MultiScaleRoIAlign):
-    """torchvision's ``MultiScaleRoIAlign``, several times faster on a CPU. Elsewhere it is
-    torchvision's own, which is also its oracle (values and gradients, ``tests/test_model.py``).
+    """torchvision's ``MultiScaleRoIAlign``, several times faster on a CPU; on other devices it is
+    torchvision's own. That is also its oracle (values and gradients, ``tests/test_model.py``).
 
     How it works: 1. A bin is the mean of ``sampling_ratio ** 2`` bilinear samples (He et al., "Mask
     R-CNN", 2017), a sum of at most ``(2 * sampling_ratio) ** 2`` weighted feature vectors. 2. The

@@ -1,5 +1,5 @@
-"""The region proposal network: anchors matched without the matrix of all pairs, gradients taken
-where anchors are sampled.
+"""The region proposal network: anchors are matched without the matrix of all pairs, and gradients
+are computed only for the sampled anchors.
 """
 
 import torch
@@ -120,9 +120,9 @@ class LabelMapRPN(RegionProposalNetwork):
     """torchvision's region proposal network: the same losses and gradients, in less memory and
     time, with seeded sampling, over any number of processes.
 
-    The losses are of some hundred anchors of an image's 10^5, and proposals carry no gradient. So
-    all anchors are predicted without a graph, and the sampled ones once more with one: there is no
-    backward pass through the head at every pixel.
+    Only some hundred of an image's 10^5 anchors enter the losses, and proposals carry no gradient.
+    So all anchors are predicted without an autograd graph, and the sampled ones again with a graph:
+    no backward pass goes through the head at every pixel.
     """
 
     def __init__(self, config: RunConfig, anchor_generator: AnchorGenerator, head: nn.Module):
@@ -141,8 +141,8 @@ class LabelMapRPN(RegionProposalNetwork):
         # Anchors take the features' type: in bfloat16 they would be whole pixels off.
         grids = [level.new_empty(0, *level.shape[2:], dtype=torch.float32) for level in features]
         anchors = self.anchor_generator(images, grids)
-        # Losses first: autocast kept weights that it had cast without a graph before pytorch's
-        # pull request 165068.
+        # Losses first: before pytorch's pull request 165068, autocast reused weights that it had
+        # cast without a graph.
         losses = self._losses(features, anchors, targets) if self.training else {}
         with torch.no_grad():
             objectness, deltas = self.head(features)
