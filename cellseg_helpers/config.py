@@ -23,7 +23,7 @@ CHECKED = "_parameters_checked"  # a notebook's global once its parameters are c
 
 
 class Check(NamedTuple):
-    """What a number must be, in words and as a test."""
+    """What a number must be: as text for a message, and as a test."""
 
     words: str
     holds: Callable[[float], bool]
@@ -325,7 +325,7 @@ def check_parameters(namespace: dict[str, Any], **kinds: Any) -> dict[str, Any]:
 
 
 def resolve_path(path: str | Path) -> Path:
-    """An absolute path; a relative one stands under the repository's root, whatever the working
+    """An absolute path; a relative one counts from the repository's root, not from the working
     folder.
     """
     return ROOT / Path(path).expanduser()

@@ -24,7 +24,7 @@ NO_MEMORY = (
 
 
 class TrainingError(RuntimeError):
-    """A training or prediction that had to stop, in a sentence for the user."""
+    """A training or prediction had to stop; the message is written for the user."""
 
 
 def accelerator_of(config: RunConfig) -> str:
@@ -51,8 +51,8 @@ def resolve_precision(config: RunConfig) -> str:
 
 
 class AutocastPrecision(MixedPrecision):
-    """Mixed precision that leaves the model's inputs in float32: rounded to bfloat16, a box from
-    256 px on is 1 px off.
+    """Mixed precision that leaves the model's inputs in float32: in bfloat16, coordinates from
+    256 px on are rounded by up to 1 px.
     """
 
     def convert_input(self, data: Any) -> Any:
@@ -95,7 +95,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @contextmanager
 def explaining_errors() -> Iterator[None]:
-    """Errors of torch that a setting remedies become a ``TrainingError`` that names the setting."""
+    """Turn errors of torch that a setting can remedy into a ``TrainingError`` that names it."""
     try:
         yield
     except (MemoryError, RuntimeError, ValueError, OSError) as error:

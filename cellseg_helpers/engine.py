@@ -167,8 +167,8 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
 
 
 def minutes_since(started: tuple[float, float], history: History) -> dict[str, float]:
-    """Minutes of training so far, by the clock and of the processor: those of the last epoch's row,
-    and those since ``started``.
+    """Minutes of training so far, by the clock and of processor time: those in the last epoch's row
+    plus those since ``started``.
     """
     before = history[-1] if history else {"train_minutes": 0.0, "cpu_minutes": 0.0}
     clock, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
@@ -373,8 +373,8 @@ def validation_loss(
     images.
 
     Raises:
-        TrainingError: a loss that is not finite, so that weights which the epoch's last step
-            spoilt reach no checkpoint.
+        TrainingError: a loss that is not finite. So weights that the epoch's last step has spoiled
+            are never saved.
     """
     config = replace(config, class_balance=0.0, augmentation="none", seed=0, num_workers=0)
     keys = [SampleKey(0, position, index) for position, index in enumerate(indices)]
@@ -438,8 +438,8 @@ def to_device(
 
 
 def best_epoch(history: History, config: RunConfig) -> int:
-    """Index of the first validated epoch with the best monitored value; one without a value, or not
-    validated, counts as worst.
+    """Index of the first epoch with the best monitored value; an epoch without a value, or without
+    validation, counts as worst.
 
     >>> rows = [{"validation_ap50": value} for value in (0.1, 0.3, 0.2)]
     >>> best_epoch(rows, RunConfig(monitor="validation_ap50"))
@@ -469,8 +469,8 @@ def _validated(row: dict[str, Any]) -> bool:
 def _finite_losses(
     losses: dict[str, Tensor], targets: list[dict[str, Any]]
 ) -> tuple[Tensor, list[float]]:
-    """The losses as float32 [5], in the order of ``LOSSES``, and their values: read once a step,
-    before a GPU has the backward to do.
+    """The losses as float32 [5], in the order of ``LOSSES``, and their values. They are read from a
+    GPU once a step, before the backward pass.
     """
     stacked = torch.stack([losses[name].float() for name in LOSSES])
     values = stacked.tolist()

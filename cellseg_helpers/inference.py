@@ -1,6 +1,4 @@
-"""Prediction: an image to detections with run-length encoded masks, in one piece or in overlapping
-tiles.
-"""
+"""Prediction: the cells of an image, found in the whole image at once or in overlapping tiles."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -342,8 +340,8 @@ def _crop(mask: BoxMask, window: np.ndarray) -> np.ndarray:
 
 
 def _join(cells: Cells, rows: np.ndarray, tile_of: np.ndarray) -> Cells:
-    """One cell from pieces of it: of each tile the best piece, first by the class that has the
-    highest score, then by its own.
+    """One cell from its pieces, one from each tile: its highest-scored piece of the class
+    of the highest-scored piece or, without one of that class, its highest-scored piece.
     """
     head = rows[np.argmax(cells.scores[rows])]
     best_last = rows[np.lexsort([cells.scores[rows], cells.labels[rows] == cells.labels[head]])]

@@ -48,7 +48,7 @@ PACKAGES = (
 
 
 class RunError(ValueError):
-    """A run that cannot start, go on or be read, in a sentence for the user."""
+    """A run cannot start, continue or be read; the message is written for the user."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ def images_of_run(run: Run) -> tuple[list[CellImage], str]:
             "scored on."
         )
     return images, (
-        f"Pictures are from the data {dataset.name!r}, whose cells are those that the run was "
+        f"Pictures are from the data {dataset.name!r}; their cells are those that the run was "
         "scored on."
     )
 
