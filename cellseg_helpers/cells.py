@@ -1,4 +1,4 @@
-"""``Cells``: the one type for cells, found by a model or annotated. numpy and pycocotools, no torch.
+"""``Cells``: the one type for cells, found by a model or annotated. numpy and pycocotools.
 
 A cell is a box, a class, a score and a mask. The mask is stored in its tight box, never as an array
 of the image's size. Run-length encodings (RLE) exist only in files and where COCO's tools ask for
@@ -30,7 +30,7 @@ class BoxMask(NamedTuple):
 
     @classmethod
     def around(cls, mask: np.ndarray, x0: int = 0, y0: int = 0) -> "BoxMask":
-        """The tight mask of any one: bool [h, w] whose left top pixel is at (x0, y0).
+        """The tight mask of ``mask``, bool [h, w] with its top left pixel at (x0, y0).
 
         >>> BoxMask.around(np.array([[0, 0, 0], [0, 1, 1]], bool), x0=10, y0=20)
         BoxMask(mask=array([[ True,  True]]), x0=11, y0=21)
@@ -46,8 +46,8 @@ class BoxMask(NamedTuple):
 class Cells:
     """N cells of one or more images.
 
-    ``len(cells)`` is N, ``cells[rows]`` selects by a mask, by indices or by a slice, ``cells + more``
-    puts two one behind the other.
+    ``len(cells)`` is N, ``cells[rows]`` selects by a mask, by indices or by a slice,
+    ``cells + more`` appends.
 
     Attributes:
         image_ids: int64 [N].
@@ -161,8 +161,8 @@ class Cells:
         return np.array(corners, np.int64).reshape(-1, 4)
 
     def with_masks(self, masks: Mapping[int, BoxMask]) -> "Cells":
-        """The cells with some masks (by row) replaced; their boxes become the masks' boxes. Cells
-        whose mask is empty then are left out.
+        """The cells with some masks (by row) replaced; the boxes of these rows become their masks'
+        boxes. Cells with an empty mask are left out afterwards.
         """
         changed = replace(self, masks=[masks.get(row, old) for row, old in enumerate(self.masks)])
         rows = np.array(sorted(masks), np.int64)
@@ -185,8 +185,8 @@ def encode_mask(mask: BoxMask, height: int, width: int) -> dict[str, Any]:
 
     How it works: 1. The box's columns become one line of pixels, each followed by an empty pixel
     (unless the box is as high as the image: then a run may go on in the next column). 2. Where two
-    neighbours differ, a run starts or ends. 3. Each such place is turned into COCO's count of
-    pixels, ``x * height + y``.
+    neighbours differ, a run starts or ends. 3. The pixel at each start and end gets its number in
+    COCO's order, ``x * height + y``; the differences are the run lengths.
 
     Returns:
         ``{"size": [height, width], "counts": str}``.

@@ -1,4 +1,4 @@
-"""Tables and controls with which one explores data and runs in a notebook."""
+"""Tables and controls to explore data and runs in a notebook."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence

@@ -250,8 +250,8 @@ def before_and_after(
 def recipe_gallery(
     cell_image: CellImage, recipes: Mapping[str, Sequence[Any]], seed: int
 ) -> Figure:
-    """One column a recipe: the middle of an image, augmented in four draws, and where the cells
-    went, outlined by class.
+    """One column a recipe: the middle of an image in four random augmentations, with its cells
+    outlined by class.
 
     Args:
         cell_image: at most ``GALLERY_PX`` of each side are augmented and shown.
@@ -290,7 +290,7 @@ def outlines(mask: BoxMask) -> list[np.ndarray]:
 def seldom(
     draw: Callable[[pd.DataFrame], None], every_s: float = 30.0
 ) -> Callable[[pd.DataFrame], None]:
-    """``draw``, but at most once in ``every_s`` seconds: a figure can take as long as a training
+    """``draw``, called at most once in ``every_s`` seconds: a figure can take as long as a training
     step.
     """
     drawn = -math.inf
@@ -322,7 +322,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
 
 
 def loss_parts(history: pd.DataFrame) -> Figure:
-    """Each of the five training losses by epoch.
+    """The five training losses by epoch.
 
     Args:
         history: as ``history.csv`` of a run, one row an epoch.
@@ -340,8 +340,8 @@ def losses_beside_reported(history: pd.DataFrame | None, reported: Sequence[floa
     """Training loss by epoch beside reported losses.
 
     Args:
-        history: as ``history.csv`` of a run, one row an epoch; as many epochs as were reported are
-            drawn. None: no run.
+        history: as ``history.csv`` of a run, one row an epoch; only the epochs with a reported loss
+            are drawn. None: no run.
         reported: losses from epoch 1.
     """
     fig, ax = _figure(1, 1, 3.4)
@@ -367,8 +367,8 @@ def precision_recall(
         curves: of ``metrics.precision_recall_curves``.
         per_class: average precision by class name, for the legend; NaN for a class without truth,
             which is left out.
-        counts: score threshold -> counts of ``metrics.count_matches``, shown as a mark on (or, as
-            the curve is COCO's envelope, a little below) each curve; at most ``len(MARKS)``.
+        counts: score threshold -> counts of ``metrics.count_matches``; each is a mark on every
+            curve, or a little below it (the curve is COCO's envelope). At most ``len(MARKS)``.
     """
     fig, ax = _figure(1, 1, 4.6)
     for name, average in per_class.items():
@@ -428,8 +428,8 @@ def threshold_sweep(table: pd.DataFrame) -> Figure:
 
 
 def reliability_diagram(table: pd.DataFrame, errors: pd.Series) -> Figure:
-    """Matched share over score, by class, and how many detections each point stands for; bins of
-    under ten are left out.
+    """Matched share over score, by class, and the number of detections of each point; bins with
+    fewer than ten detections are left out.
 
     Args:
         table: of ``thresholds.reliability``.
@@ -679,7 +679,9 @@ def _sizes_and_anchors(
     columns: int,
     xlabel: str,
 ) -> Figure:
-    """One histogram a title; of the anchors (label -> sizes, colour, line style) a line each."""
+    """One histogram a title, with a line for each size of the anchors (label -> sizes, colour, line
+    style).
+    """
     rows = math.ceil(len(sizes) / columns)
     fig, axes = _figure(rows, columns, 2.2 * rows + 0.6, sharex=True, squeeze=False)
     every = np.concatenate([*sizes.values(), *(values for values, _, _ in anchors.values())])
@@ -694,6 +696,7 @@ def _sizes_and_anchors(
         ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.set_title(title)
         ax.set_ylabel("cells")
+    fig.supxlabel(xlabel, fontsize="medium")
     _legend(
         fig, [Line2D([], [], color=c, linestyle=s, label=n) for n, (_, c, s) in anchors.items()]
     )

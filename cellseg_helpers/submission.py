@@ -51,8 +51,8 @@ class Checked(NamedTuple):
     """What a submission holds.
 
     Attributes:
-        faults: a sentence for each kind of fault: the first result that has it, and how many more
-            have. Results are counted from 0.
+        faults: for each kind of fault a sentence: the first result with it, and the number of
+            further ones. Results are counted from 0.
         summary: results, images with results, images without, results of each class, and what the
             boxes are: "x, y, width, height", "corners", "none", "mixed", or "unclear" where both
             readings suit the masks equally.
