@@ -44,8 +44,8 @@ def end_with(parent: int) -> None:
 
 
 def end_forks_too() -> None:
-    """Have every process that is forked from this one ``end_with`` it. (A DataLoader's worker looks
-    for its parent's end too, but misses one before its first look.)
+    """Have every process that is forked from this one ``end_with`` it. (A DataLoader's worker also
+    checks for its parent's end, but misses an end before its first check.)
     """
     parent = {}
     os.register_at_fork(
