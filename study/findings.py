@@ -66,7 +66,7 @@ def differences_of(report: str) -> HTML:
     """The findings of a report (its letter, or letters): what the text says, what the code does."""
     rows = [finding for finding in FINDINGS.values() if finding.report == report]
     table = pd.DataFrame(rows).set_index("title")[["text_says", "code_does"]]
-    return tables.page(table, f"report-{report[0]}", wide=["text says", "code does"])
+    return tables.page(table, f"report-{report[0]}", wide=["text_says", "code_does"])
 
 
 class Measures:
