@@ -192,9 +192,10 @@ def set_aside_other_run(config: RunConfig) -> Path | None:
         differences = config.differences(json.loads((folder / "settings.json").read_text()))
         if config.precision == "auto":
             differences.pop("precision", None)  # saved as what it was on this machine
-        provenance = json.loads((folder / "provenance.json").read_text())
-        if not differences and provenance["data_fingerprint"] == _fingerprint(config):
-            return None
+        if not differences:
+            provenance = json.loads((folder / "provenance.json").read_text())
+            if provenance["data_fingerprint"] == _fingerprint(config):
+                return None
     except (OSError, ValueError, KeyError):
         return None  # no folder, or one that start_run refuses
     number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
