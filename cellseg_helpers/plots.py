@@ -39,7 +39,7 @@ ALL_COLORS = {"all": "0.1", **CLASS_COLORS}
 BLUE, RED, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # also Okabe and Ito's
 WIDTH_IN, DPI = 9.6, 100
 VIEW_PX = 320  # side of what is shown of a large image
-GALLERY_PX = 128  # side of what the gallery of augmentations shows
+GALLERY_PX = 96  # side of what the gallery of augmentations shows
 WINDOW_PX = 64  # least side of the crop around a detection
 DASHED = (0, (2, 1.5))
 BESIDE = {"frameon": False, "loc": "center left", "bbox_to_anchor": (1, 0.5)}  # of a legend
@@ -69,22 +69,23 @@ def show(figure: Figure, alt: str) -> None:
 # Images and cells
 
 
-def image_beside_instances(cell_image: CellImage, class_name: str = "all") -> Figure:
-    """An image beside its instance map, one colour an instance; of one class or of all.
+def image_beside_instances(cell_image: CellImage, *class_names: str) -> Figure:
+    """An image beside its instances, one colour each: a panel for each of ``class_names``, in which
+    ``all`` shows all classes.
 
     Raises:
-        ValueError: an unknown ``class_name``.
+        ValueError: an unknown class name.
     """
-    if class_name != "all" and class_name not in CLASS_NAMES:
-        raise ValueError(f"unknown class_name {class_name!r}; one of all, {', '.join(CLASS_NAMES)}")
     cells = find_cells(cell_image.label_maps)
-    if class_name != "all":
-        cells = cells[cells.labels == CLASS_NAMES.index(class_name) + 1]
-    picture = colour_instances(cells, *cell_image.image.shape[1:])
-    classes = "all classes" if class_name == "all" else class_name
-    fig, (left, right) = _figure(1, 2, 5)
-    _panel(left, cell_image.image, cell_image.image_id[:8])
-    _panel(right, picture, f"{len(cells)} instances, {classes}")
+    fig, axes = _figure(1, 1 + len(class_names), 5.4 if len(class_names) < 2 else 4)
+    _panel(axes[0], cell_image.image, cell_image.image_id[:8])
+    for ax, name in zip(axes[1:], class_names, strict=True):
+        if name not in ALL_COLORS:
+            raise ValueError(f"unknown class_name {name!r}; one of {', '.join(ALL_COLORS)}")
+        shown = cells if name == "all" else cells[cells.labels == CLASS_NAMES.index(name) + 1]
+        picture = colour_instances(shown, *cell_image.image.shape[1:])
+        classes = "all classes" if name == "all" else name
+        _panel(ax, picture, f"{len(shown)} instances, {classes}")
     return fig
 
 
@@ -193,7 +194,7 @@ def found_and_missed(
         (cell_image.image, left, truth[in_image & ~missed]),
         (cell_image.image, right, detections[counted & ~wrong]),
     ]
-    fig, axes = _image_panels(panels, 2, 5)
+    fig, axes = _image_panels(panels, 2, 4.6)
     _outline(axes[0], truth[in_image & missed], linestyle=DASHED)
     _outline(axes[1], detections[counted & wrong], linestyle=DASHED)
     count = count_matches(matches, score_threshold)["all"]
@@ -250,7 +251,7 @@ def before_and_after(
 def recipe_gallery(
     cell_image: CellImage, recipes: Mapping[str, Sequence[Any]], seed: int
 ) -> Figure:
-    """One column a recipe: the middle of an image in four random augmentations, with its cells
+    """One column a recipe: the middle of an image in three random augmentations, with its cells
     outlined by class.
 
     Args:
@@ -267,7 +268,7 @@ def recipe_gallery(
     pixels = (cell_image.image[window], cell_image.label_maps[window])
     image, label_maps = (torch.from_numpy(part.copy()) for part in pixels)
     panels = []
-    for draw in range(4):
+    for draw in range(3):
         for name, recipe in recipes.items():
             changed, moved = augment(image, label_maps, recipe, seed + draw)
             title = "" if draw else textwrap.fill(name.replace("_", " "), 12)
@@ -468,7 +469,8 @@ def predicted_against_true_counts(counts: dict[str, pd.DataFrame]) -> Figure:
     colours = [BLUE, RED, GREEN, PURPLE][: len(counts)]
     points = {"hue": "threshold", "style": "threshold", "palette": colours}
     grid = sns.relplot(rows, x="cells", y="predicted", s=45, **panels, **points)
-    grid.set_titles("{col_name}").set(xlabel="annotated cells", ylabel="predicted cells")
+    grid.set_titles("{col_name}").set(xlabel="annotated cells", ylabel="")
+    grid.axes[0, 0].set_ylabel("predicted cells")
     for ax in grid.axes.flat:
         ax.axline((0, 0), slope=1, color="0.6", linewidth=0.8, linestyle=":")
         for axis in (ax.xaxis, ax.yaxis):
@@ -589,7 +591,14 @@ def step_effects(effects: pd.DataFrame, steps: pd.DataFrame, metrics: Sequence[s
         ax.hlines(y, rows["low"], rows["high"], color=BLUE, linewidth=1.5)
         pairs = zip(rows["difference"], steps["carried"], strict=True)
         for row, (change, carried) in enumerate(pairs):
-            ax.plot(change, row, "o", markeredgecolor=BLUE, color=BLUE if carried else "white")
+            ax.plot(
+                change,
+                row,
+                "o",
+                markeredgecolor=BLUE,
+                color=BLUE if carried else "white",
+                clip_on=False,
+            )
         ax.set_yticks(y, steps.index)
         ax.set_ylim(len(steps) - 0.5, -0.5)
         ax.set_xscale("symlog", linthresh=0.01)
@@ -696,7 +705,8 @@ def _sizes_and_anchors(
         ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.set_title(title)
         ax.set_ylabel("cells")
-    fig.supxlabel(xlabel, fontsize="medium")
+    for ax in axes[-1]:
+        ax.set_xlabel(xlabel)
     _legend(
         fig, [Line2D([], [], color=c, linestyle=s, label=n) for n, (_, c, s) in anchors.items()]
     )

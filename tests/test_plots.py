@@ -210,7 +210,7 @@ def test_every_figure_draws_and_stays_closed(cell_image, truth, annotated, detec
     curves, counts = precision_recall_curves(coco), count_matches(matches, 0.5)
     average = curves.groupby("class", sort=False)["precision"].mean().to_dict()
     figures = [
-        plots.image_beside_instances(cell_image),
+        plots.image_beside_instances(cell_image, "lymphocyte", "all"),
         plots.sizes_against_anchors(empty, [8, 16]),
         plots.training_curves(history),
         plots.loss_parts(history),

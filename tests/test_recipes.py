@@ -552,11 +552,11 @@ def test_the_gallery_outlines_the_cells_where_they_went():
         0,
     )
     panels = [ax for ax in fig.axes if ax.images]
-    assert len(panels) == 8 and [ax.get_title() for ax in panels[:2]] == ["none", "elastic"]
+    assert len(panels) == 6 and [ax.get_title() for ax in panels[:2]] == ["none", "elastic"]
     for ax in panels:
         shown = ax.images[0].get_array()
-        assert shown.shape == (128, 128, 3)
+        assert shown.shape == (96, 96, 3)
         for line in np.concatenate([collection.get_paths() for collection in ax.collections]):
-            x, y = np.clip(np.round(line.vertices.mean(0)).astype(int), 0, 127)
+            x, y = np.clip(np.round(line.vertices.mean(0)).astype(int), 0, 95)
             assert shown[y, x, 0] == 0  # dark: a cell, also where it went
     assert not plt.get_fignums()
