@@ -16,9 +16,9 @@ import tifffile
 from scipy import ndimage
 
 from cellseg_helpers.config import ROOT
-from cellseg_helpers.data import drawn as synthetic
+from cellseg_helpers.data import drawn
 from cellseg_helpers.data.drawn import (
-    RECIPES,
+    TISSUES,
     VERSION,
     discard_older_drawing,
     draw_dataset,
@@ -112,7 +112,7 @@ def test_files_have_the_quirks_of_the_course_data(folder: Path) -> None:
     assert len(gaps) < 4 * TRAIN
 
 
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("kind", TISSUES)
 def test_instances_are_whole_and_share_no_pixel(kind: str) -> None:
     image, maps = draw_tissue(np.random.default_rng(1), 180, 230, kind)
     assert image.shape == (3, 180, 230) and image.dtype == np.uint8
@@ -130,7 +130,7 @@ def test_some_cells_abut() -> None:
     assert ((left > 0) & (right > 0) & (left != right)).any()
 
 
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("kind", TISSUES)
 def test_border_cells_are_drawn_but_not_annotated(kind: str) -> None:
     image, maps = draw_tissue(np.random.default_rng(3), 160, 160, kind)
     same, all_maps = draw_tissue(
@@ -164,16 +164,15 @@ def test_classes_differ_as_real_ones_do(folder: Path) -> None:
 
 def test_every_patient_of_the_default_size_shows_every_kind() -> None:
     turns = {
-        (turn % 8, synthetic.KINDS[(turn // 8 + turn % 8) % len(synthetic.KINDS)])
-        for turn in range(48)
+        (turn % 8, drawn.KINDS[(turn // 8 + turn % 8) % len(drawn.KINDS)]) for turn in range(48)
     }
-    assert len(turns) == 8 * len(RECIPES)
+    assert len(turns) == 8 * len(TISSUES)
 
 
 def test_stain_turns_into_light_by_beer_lambert() -> None:
     amounts = np.zeros((3, 64, 64))
     amounts[0, :, 32:] = 1.0
-    image = synthetic._expose(
+    image = drawn._expose(
         np.random.default_rng(0), amounts, np.array([[1.0, 0.5, 0.0], [0, 0, 0], [0, 0, 0]])
     )
     clear, stained = image[:, :, :24].mean((1, 2)), image[:, :, 40:].mean((1, 2))
@@ -210,15 +209,15 @@ def test_a_broken_off_drawing_leaves_nothing(
         if len(written) == 4:
             raise OSError("disk full")
 
-    monkeypatch.setattr(synthetic, "_write", write)
+    monkeypatch.setattr(drawn, "_write", write)
     with pytest.raises(OSError, match="disk full"):
         draw_dataset(tmp_path / "tissue", 4, 0)
     assert written and not list(tmp_path.iterdir())
 
 
 def test_two_processes_at_once_end_well(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cellseg_helpers.data.drawn", str(tmp_path / "tissue")]
-    command += ["--num-train", "6", "--num-test", "1"]
+    code = "from sys import argv; from cellseg_helpers.data.drawn import draw_dataset as draw; "
+    command = [sys.executable, "-c", code + "draw(argv[1], 6, 1)", str(tmp_path / "tissue")]
     runs = [
         subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
         for _ in range(2)
@@ -236,7 +235,7 @@ def test_an_unknown_kind_is_refused() -> None:
         draw_tissue(np.random.default_rng(0), kind="bone")
 
 
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("kind", TISSUES)
 def test_small_and_narrow_images(kind: str) -> None:
     for height, width in ((33, 80), (150, 34), (40, 40)):
         image, maps = draw_tissue(np.random.default_rng(2), height, width, kind)
