@@ -25,7 +25,7 @@ class StripedImage(tv_tensors.Image):
     r (0 px for hue, half a kernel for blur), rows a to b of f(image) follow from the image's rows
     a - r to b + r alone. 3. Strips stay in a processor's cache: at 1024 px a blur takes half the
     time and a third of the memory. The oracle is torchvision on the whole image
-    (``tests/test_recipes.py``).
+    (``tests/test_augment.py``).
     """
 
 
