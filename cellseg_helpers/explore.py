@@ -60,19 +60,16 @@ def threshold_slider(
         matches: of ``metrics.match_detections``.
         score_threshold: where the slider starts.
     """
+    threshold = FloatSlider(score_threshold, min=0, max=1, step=0.05, description="score ≥")
+    number = IntSlider(1, 1, len(images), description="image")
+    for slider in (threshold, number):
+        slider.continuous_update = False  # draw when it is let go
     return interact(
         lambda threshold, number: plots.found_and_missed(
             images[number - 1], number, truth, detections, matches, threshold
         ),
-        threshold=FloatSlider(
-            score_threshold,
-            min=0,
-            max=1,
-            step=0.05,
-            continuous_update=False,
-            description="score ≥",
-        ),
-        number=IntSlider(1, 1, len(images), continuous_update=False, description="image"),
+        threshold=threshold,
+        number=number,
     )
 
 

@@ -55,12 +55,7 @@ LOSS_LABELS = {
 
 
 def show(figure: Figure, alt: str) -> None:
-    """Display a figure in a notebook.
-
-    Args:
-        figure: of a function of this module.
-        alt: the alternative text, for a reader who cannot see the figure.
-    """
+    """Display a figure in a notebook, with a text for readers who cannot see it."""
     from IPython.display import display
 
     display(figure, metadata={"image/png": {"alt": alt}})
@@ -77,7 +72,8 @@ def image_beside_instances(cell_image: CellImage, *class_names: str) -> Figure:
         ValueError: an unknown class name.
     """
     cells = find_cells(cell_image.label_maps)
-    fig, axes = _figure(1, 1 + len(class_names), 5.4 if len(class_names) < 2 else 4)
+    height_in = 5.4 if len(class_names) < 2 else 4
+    fig, (axes,) = _figure(1, 1 + len(class_names), height_in, squeeze=False)
     _panel(axes[0], cell_image.image, cell_image.image_id[:8])
     for ax, name in zip(axes[1:], class_names, strict=True):
         if name not in ALL_COLORS:
@@ -306,11 +302,7 @@ def seldom(
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
-    """Training and validation loss and validation AP50 by epoch.
-
-    Args:
-        history: as ``history.csv`` of a run, one row an epoch.
-    """
+    """Training and validation loss and validation AP50 by epoch, of a run's ``history``."""
     fig, (left, right) = _figure(1, 2, 3.4, sharex=True)
     validated = history.dropna(subset="validation_loss")
     _by_epoch(left, history, "loss", BLUE, label="training")
@@ -323,11 +315,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
 
 
 def loss_parts(history: pd.DataFrame) -> Figure:
-    """The five training losses by epoch.
-
-    Args:
-        history: as ``history.csv`` of a run, one row an epoch.
-    """
+    """The five training losses by epoch, of a run's ``history``."""
     fig, ax = _figure(1, 1, 3.4)
     colours = (BLUE, RED, GREEN, PURPLE, "0.1")
     for (name, label), colour, mark in zip(LOSS_LABELS.items(), colours, MARKS, strict=False):
@@ -341,8 +329,7 @@ def losses_beside_reported(history: pd.DataFrame | None, reported: Sequence[floa
     """Training loss by epoch beside reported losses.
 
     Args:
-        history: as ``history.csv`` of a run, one row an epoch; only the epochs with a reported loss
-            are drawn. None: no run.
+        history: of a run; only the epochs with a reported loss are drawn. None: no run.
         reported: losses from epoch 1.
     """
     fig, ax = _figure(1, 1, 3.4)
@@ -481,44 +468,36 @@ def predicted_against_true_counts(counts: dict[str, pd.DataFrame]) -> Figure:
 # Sizes, borders and effects
 
 
-def sizes_against_anchors(instances: pd.DataFrame, anchor_sizes: Sequence[float]) -> Figure:
-    """Histograms of the cells' sizes by class, with the anchor sizes as lines.
-
-    Args:
-        instances: of ``explore.instance_table``.
-        anchor_sizes: px.
-    """
-    sizes = {name: instances.loc[instances["class"] == name, "size_px"] for name in CLASS_NAMES}
-    sizes = {f"{name}, {len(values)} cells": values for name, values in sizes.items()}
-    anchors = {"anchor sizes": (anchor_sizes, "0.3", "--")}
-    fig = _sizes_and_anchors(sizes, anchors, 2, "square root of the cell's area, px")
-    for ax, colour in zip(fig.axes, CLASS_COLORS.values(), strict=True):
-        plt.setp(ax.patches, facecolor=colour)
-    return fig
-
-
-def anchors_against_cells(
-    cells: pd.DataFrame,
-    scales: dict[str, pd.Series],
-    reported: Sequence[float],
-    kept: Sequence[float],
+def sizes_against_anchors(
+    sizes: Mapping[str, pd.Series], anchors: Mapping[str, Sequence[float]], columns: int = 2
 ) -> Figure:
-    """Histograms of the cells' sizes as the model sees them, with the anchors of the text and those
-    that the model has.
+    """Histograms of the cells' sizes, with a line at each anchor size.
 
     Args:
-        cells: width_px and height_px of the boxes.
-        scales: title -> enlargement of each cell's image; one panel each.
-        reported: sizes of the text, px.
-        kept: sizes of the model, px.
+        sizes: title (or class name) -> size of each cell, px: the square root of its area.
+        anchors: label -> sizes of up to two sets of anchors, px.
+        columns: panels side by side.
     """
-    size_px = np.sqrt(cells["width_px"] * cells["height_px"])
-    sizes = {title: size_px * scale for title, scale in scales.items()}
-    anchors = {
-        "anchors of the text": (reported, BLUE, "-"),
-        "anchors of the model": (kept, RED, "--"),
-    }
-    return _sizes_and_anchors(sizes, anchors, 1, "square root of the box's area, px")
+    rows = math.ceil(len(sizes) / columns)
+    fig, axes = _figure(rows, columns, 2.2 * rows + 0.6, sharex=True, squeeze=False)
+    styles = dict(zip(anchors, ({"color": BLUE}, {"color": RED, "ls": "--"}), strict=False))
+    every = np.concatenate([*sizes.values(), *anchors.values()])
+    bins = np.geomspace(every.min() / 1.1, every.max() * 1.1, 45)
+    for ax in axes.flat[len(sizes) :]:
+        ax.set_axis_off()
+    for ax, (title, values) in zip(axes.flat, sizes.items(), strict=False):
+        ax.hist(values, bins, color=CLASS_COLORS.get(title, "0.75"))
+        for label, style in styles.items():
+            for side in anchors[label]:
+                ax.axvline(side, linewidth=1.2, **style)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        ax.set(title=f"{title}, {len(values)} cells", ylabel="cells")
+    for ax in axes[-1]:
+        ax.set_xlabel("size: square root of the area, px")
+    _legend(fig, [Line2D([], [], label=label, **style) for label, style in styles.items()])
+    return fig
 
 
 def value_ranges(table: pd.DataFrame) -> Figure:
@@ -589,22 +568,14 @@ def step_effects(effects: pd.DataFrame, steps: pd.DataFrame, metrics: Sequence[s
         rows = of_all.loc[metric].loc[steps.index]
         ax.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
         ax.hlines(y, rows["low"], rows["high"], color=BLUE, linewidth=1.5)
-        pairs = zip(rows["difference"], steps["carried"], strict=True)
-        for row, (change, carried) in enumerate(pairs):
-            ax.plot(
-                change,
-                row,
-                "o",
-                markeredgecolor=BLUE,
-                color=BLUE if carried else "white",
-                clip_on=False,
-            )
+        for row, carried in enumerate(steps["carried"]):
+            style = {"markeredgecolor": BLUE, "color": BLUE if carried else "white"}
+            ax.plot(rows["difference"].iloc[row], row, "o", clip_on=False, **style)
         ax.set_yticks(y, steps.index)
-        ax.set_ylim(len(steps) - 0.5, -0.5)
+        ax.set(ylim=(len(steps) - 0.5, -0.5), title=metric)
         ax.set_xscale("symlog", linthresh=0.01)
         ax.set_xticks([-0.1, -0.01, 0, 0.01, 0.1], ["−.1", "−.01", "0", ".01", ".1"])
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_title(metric)
     fig.supxlabel("change (linear within ±0.01, logarithmic beyond)")
     return fig
 
@@ -639,10 +610,7 @@ def _image_panels(
         _panel(ax, image, title)
         if cells is not None:
             _outline(ax, cells)
-    colours = CLASS_COLORS.items()
-    _legend(
-        fig, [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in colours]
-    )
+    _legend(fig, [Line2D([], [], color=CLASS_COLORS[name], label=name) for name in CLASS_NAMES])
     return fig, list(axes.flat[: len(panels)])
 
 
@@ -680,34 +648,3 @@ def _by_epoch(
     ax.plot(table["epoch"], table[column], color=color, marker=marker, markersize=4, **style)
     ax.set_xlabel("epoch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _sizes_and_anchors(
-    sizes: Mapping[str, pd.Series],
-    anchors: Mapping[str, tuple[Sequence[float], str, str]],
-    columns: int,
-    xlabel: str,
-) -> Figure:
-    """One histogram a title, with a line for each size of the anchors (label -> sizes, colour, line
-    style).
-    """
-    rows = math.ceil(len(sizes) / columns)
-    fig, axes = _figure(rows, columns, 2.2 * rows + 0.6, sharex=True, squeeze=False)
-    every = np.concatenate([*sizes.values(), *(values for values, _, _ in anchors.values())])
-    bins = np.geomspace(every.min() / 1.1, every.max() * 1.1, 45)
-    for ax, (title, values) in zip(axes.flat, sizes.items(), strict=True):
-        ax.hist(values, bins, color="0.75")
-        for sides, color, style in anchors.values():
-            for side in sides:
-                ax.axvline(side, color=color, linestyle=style, linewidth=1.2)
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        ax.set_title(title)
-        ax.set_ylabel("cells")
-    for ax in axes[-1]:
-        ax.set_xlabel(xlabel)
-    _legend(
-        fig, [Line2D([], [], color=c, linestyle=s, label=n) for n, (_, c, s) in anchors.items()]
-    )
-    return fig

@@ -107,7 +107,7 @@ def check_submission(path: str | Path, images: list[dict[str, Any]]) -> Checked:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
                 if RESULTS not in names:
-                    held = ", ".join(names[:5] + [".."] * (len(names) > 5)) or "nothing"
+                    held = _first(names) or "nothing"
                     problem = f"it has no {RESULTS} at its top; it holds {held}"
                     return Checked([f"{path.name}: {problem}"], {})
                 data = archive.read(RESULTS)
@@ -171,14 +171,20 @@ def _problems(result: Any, sizes: dict[int, list[int]]) -> dict[str, str]:
             problems[key] = f"its {key} is {reprlib.repr(result[key])}; it must be {must_be}"
     image_id = result.get("image_id")
     if "image_id" in result and "image_id" not in problems and image_id not in sizes:
-        some = ", ".join([*map(str, sorted(sizes)[:5]), *[".."] * (len(sizes) > 5)])
-        problems["unknown image"] = f"there is no test image {image_id}; the ids are {some}"
+        known = _first(sorted(sizes))
+        problems["unknown image"] = f"there is no test image {image_id}; the ids are {known}"
     if "segmentation" in result:
         size = None if problems.keys() & {"image_id", "unknown image"} else sizes.get(image_id)
         problem = mask_problem(result["segmentation"], size)
         if problem:
             problems[" ".join(problem.split()[:3])] = problem
     return problems
+
+
+def _first(values: list[Any]) -> str:
+    """The first five, separated by commas; two dots stand for the others."""
+    text = ", ".join(map(str, values[:5]))
+    return f"{text}, .." if len(values) > 5 else text
 
 
 def _kind_of_boxes(results: list[dict[str, Any]]) -> str:

@@ -629,7 +629,8 @@ def test_figures():
         "own": released_code.input_scale(cells, 0),
         "enlarged": released_code.input_scale(cells),
     }
-    fig = plots.anchors_against_cells(cells, scales, [8, 16], [32, 64])
+    sizes = {title: cells["width_px"] * scale for title, scale in scales.items()}
+    fig = plots.sizes_against_anchors(sizes, {"text": [8, 16], "model": [32, 64]}, columns=1)
     assert len(fig.axes) == 2 and len(fig.axes[0].lines) == 4
     values = released_code.normalised_values(
         [cell_image(ids_in_squares(1))], ["imagenet", "imagenet_twice"]

@@ -206,12 +206,11 @@ def test_every_figure_draws_and_stays_closed(cell_image, truth, annotated, detec
         }
     )
     history = history.assign(**dict.fromkeys(plots.LOSS_LABELS, 0.2))
-    empty = pd.DataFrame({"class": [], "size_px": []})
     curves, counts = precision_recall_curves(coco), count_matches(matches, 0.5)
     average = curves.groupby("class", sort=False)["precision"].mean().to_dict()
     figures = [
         plots.image_beside_instances(cell_image, "lymphocyte", "all"),
-        plots.sizes_against_anchors(empty, [8, 16]),
+        plots.sizes_against_anchors({"epithelial": pd.Series(dtype=float)}, {"anchors": [8, 16]}),
         plots.training_curves(history),
         plots.loss_parts(history),
         plots.truth_beside_predictions([cell_image], [annotated], [detections], 0.5),
