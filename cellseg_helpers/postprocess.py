@@ -1,8 +1,9 @@
 """What may be done to detections before they count: score rules, mask refinement, one mask a cell,
 one cell a pixel. No torch.
 
-Each function takes ``Cells`` and returns ``Cells`` in the same order, and leaves its input alone.
-Where a mask changed, the box is the mask's. Functions that change masks drop empty ones.
+Each function takes ``Cells`` and returns ``Cells`` in the same order. Where a mask changed, the box
+is the mask's; functions that change masks drop empty ones. Settings that are no number in their
+range are a ``ValueError``.
 
 Refinement (opening to smoothing) works on each mask alone, as on an endless plane: what is outside
 the image is background, and the result is cut to the image. So closing takes no pixel away at the
@@ -18,20 +19,14 @@ from scipy import ndimage
 
 from cellseg_helpers.cells import BoxMask, Cells
 
-EIGHT_NEIGHBOURS = np.ones((3, 3))
-
 
 def adjust_scores_by_size(cells: Cells, factors: Sequence[tuple[float, float]]) -> Cells:
-    """Size-aware scores: those of small boxes are multiplied by a factor, and cut at 1.
+    """Size-aware scores: those of small boxes times a factor, at most 1.
 
     Args:
         cells: of any images.
-        factors: (share, factor) pairs, smallest share first; the first whose share of the image's
-            area is above the box's area counts. ``[(0.01, 1.15), (0.05, 1.10)]`` raises the scores
-            of boxes under 1 % and 5 % of their image; none changes nothing.
-
-    Raises:
-        ValueError: the shares do not rise within (0, 1], or a factor is not above 0.
+        factors: (share, factor) pairs, smallest share first; the first counts whose share of the
+            image's area is above the box's area. Shares rise within (0, 1], factors are above 0.
     """
     in_pairs = all(np.shape(pair) == (2,) for pair in factors)
     shares, multipliers = np.array(factors if in_pairs else [], float).reshape(-1, 2).T
@@ -41,22 +36,17 @@ def adjust_scores_by_size(cells: Cells, factors: Sequence[tuple[float, float]]) 
             f"factors is {factors}; it must be pairs whose shares rise from above 0 to at most 1 "
             "and whose factors are above 0, as in [(0.01, 1.15), (0.05, 1.10)]"
         )
-    sides = cells.boxes[:, 2:] - cells.boxes[:, :2]
-    share_of_image = sides.prod(1) / cells.sizes.prod(1)
-    factor = np.append(multipliers, 1)[np.searchsorted(shares, share_of_image, side="right")]
-    scores = np.where(factor == 1, cells.scores, np.minimum(cells.scores * factor, 1))
-    return replace(cells, scores=scores)
+    box_area_px = (cells.boxes[:, 2:] - cells.boxes[:, :2]).prod(1)
+    pair = np.searchsorted(shares, box_area_px / cells.sizes.prod(1), side="right")
+    scores = cells.scores * np.append(multipliers, 1)[pair]
+    return replace(cells, scores=np.minimum(scores, 1))
 
 
 def apply_class_thresholds(cells: Cells, score_thresholds: Mapping[int, float]) -> Cells:
-    """The cells that score at least their class's threshold.
-
-    Args:
-        cells: of any images.
-        score_thresholds: class id -> threshold in 0..1; 0 passes the whole class.
+    """The cells that score at least their class's threshold (class id -> 0..1).
 
     Raises:
-        ValueError: a threshold is not in 0..1, or there are cells of a class without one.
+        ValueError: also if there are cells of a class without a threshold.
     """
     for class_id, score_threshold in score_thresholds.items():
         _check_share(f"score_thresholds[{class_id}]", score_threshold)
@@ -64,7 +54,7 @@ def apply_class_thresholds(cells: Cells, score_thresholds: Mapping[int, float]) 
     missing = sorted(set(labels) - set(score_thresholds))
     if missing:
         raise ValueError(
-            f"score_thresholds has nothing for class {missing[0]}, of which there are detections; "
+            f"score_thresholds has nothing for class {missing[0]}, but there are detections of it; "
             f"it has {sorted(score_thresholds)}"
         )
     return cells[cells.scores >= [score_thresholds[class_id] for class_id in labels]]
@@ -76,9 +66,6 @@ def open_masks(cells: Cells, radius_px: float) -> Cells:
 
     The disk holds the pixels at a distance of at most ``radius_px`` from its centre. Masks without
     room for one are dropped.
-
-    Raises:
-        ValueError: ``radius_px`` is below 0 or not finite.
     """
     disk = _disk(radius_px)
     return _change_masks(cells, lambda mask: ndimage.binary_opening(mask, disk))
@@ -86,21 +73,20 @@ def open_masks(cells: Cells, radius_px: float) -> Cells:
 
 def close_masks(cells: Cells, radius_px: float) -> Cells:
     """Masks with gaps and bays filled that no disk of ``radius_px`` enters (morphological closing;
-    0 changes nothing).
-
-    The disk is that of ``open_masks``. No mask loses a pixel.
-
-    Raises:
-        ValueError: ``radius_px`` is below 0 or not finite.
+    0 changes nothing). The disk is that of ``open_masks``; no mask loses a pixel.
     """
     disk = _disk(radius_px)
-    return _change_masks(cells, lambda mask: ndimage.binary_closing(mask, disk), len(disk) // 2)
+    margin_px = len(disk) // 2
+    inside = slice(margin_px, -margin_px or None)
+
+    def close(mask: np.ndarray) -> np.ndarray:
+        return ndimage.binary_closing(np.pad(mask, margin_px), disk)[inside, inside]
+
+    return _change_masks(cells, close)
 
 
 def fill_holes(cells: Cells) -> Cells:
-    """Masks with the background filled that they enclose: from which no path over pixels' sides
-    leads out.
-    """
+    """Masks with the background filled from which no path over pixels' sides leads out."""
     return _change_masks(cells, ndimage.binary_fill_holes)
 
 
@@ -111,44 +97,35 @@ def keep_largest_component(cells: Cells) -> Cells:
 
 def smooth_masks(cells: Cells, sigma_px: float) -> Cells:
     """Masks blurred by a Gaussian (0 outside, cut at 4 ``sigma_px``) and taken where that is at
-    least 0.5.
-
-    It rounds corners and removes what is narrow, so that small masks may vanish. A ``sigma_px`` of
-    0 changes nothing.
-
-    Raises:
-        ValueError: ``sigma_px`` is below 0 or not finite.
+    least 0.5. It rounds corners and removes what is narrow; small masks may vanish.
     """
     _check_length("sigma_px", sigma_px)
-    return _change_masks(
-        cells,
-        lambda mask: ndimage.gaussian_filter(mask.astype(float), sigma_px, mode="constant") >= 0.5,
-    )
+
+    def smooth(mask: np.ndarray) -> np.ndarray:
+        return ndimage.gaussian_filter(mask.astype(float), sigma_px, mode="constant") >= 0.5
+
+    return _change_masks(cells, smooth)
 
 
 def mask_nms(cells: Cells, iou_threshold: float) -> Cells:
     """The cells without those that lie on a higher-scored one: non-maximum suppression by masks,
-    across classes.
+    across classes. (Mask R-CNN's own is by boxes and within a class: one cell may stay under two.)
 
-    Mask R-CNN's own is by boxes and within a class, so that it may leave one cell under two
-    classes. From the highest score down (of equal scores the earlier first), a cell is dropped if
-    its mask's IoU with one that stays is above ``iou_threshold``. 0 leaves no two that overlap, 1
-    drops none.
-
-    Raises:
-        ValueError: ``iou_threshold`` is not in 0..1.
+    From the highest score down (of equal scores the earlier first), a cell is dropped if its mask's
+    IoU with one that stays is above ``iou_threshold``. 0 leaves no two that overlap, 1 drops none.
     """
     _check_share("iou_threshold", iou_threshold)
     area_px, boxes, stays = cells.area_px, cells.mask_boxes, np.ones(len(cells), bool)
     for rows in _rows_by_image(cells):
-        left_top, right_bottom = boxes[rows, :2], boxes[rows, 2:]
-        for i, row in enumerate(rows):
+        for rank, row in enumerate(rows):
             if not stays[row]:
                 continue
-            near = (left_top[i + 1 :] < right_bottom[i]) & (right_bottom[i + 1 :] > left_top[i])
-            for other in rows[i + 1 :][near.all(1)]:
-                shared = _shared_px(cells.masks[row], cells.masks[other])
-                stays[other] &= shared / (area_px[row] + area_px[other] - shared) <= iou_threshold
+            lower = rows[rank + 1 :]
+            near = (boxes[lower, :2] < boxes[row, 2:]) & (boxes[lower, 2:] > boxes[row, :2])
+            for other in lower[near.all(1)]:
+                shared_px = _shared_px(cells.masks[row], cells.masks[other])
+                iou = shared_px / (area_px[row] + area_px[other] - shared_px)
+                stays[other] &= iou <= iou_threshold
     return cells[stays]
 
 
@@ -159,9 +136,6 @@ def resolve_overlaps(cells: Cells, min_visible_share: float) -> Cells:
     mask that no cell before it has, of them the largest 8-connected component (of equal ones the
     leftmost). If that is less than ``min_visible_share`` of its mask, it is dropped; its pixels and
     cut off fragments are free for lower scores.
-
-    Raises:
-        ValueError: ``min_visible_share`` is not in 0..1.
     """
     _check_share("min_visible_share", min_visible_share)
     changed = {}
@@ -199,29 +173,22 @@ def _rows_by_image(cells: Cells) -> Iterator[np.ndarray]:
 def _shared_px(first: BoxMask, second: BoxMask) -> int:
     """Pixels that two masks of one image have in common."""
     x0, y0 = max(first.x0, second.x0), max(first.y0, second.y0)
-    parts = [mask[y0 - y :, x0 - x :] for mask, x, y in (first, second)]
-    height, width = np.min([part.shape for part in parts], 0)
-    return np.count_nonzero(parts[0][:height, :width] & parts[1][:height, :width])
+    ours, theirs = (mask[y0 - y :, x0 - x :] for mask, x, y in (first, second))
+    height, width = np.minimum(ours.shape, theirs.shape)
+    return np.count_nonzero(ours[:height, :width] & theirs[:height, :width])
 
 
-def _change_masks(
-    cells: Cells, change: Callable[[np.ndarray], np.ndarray], margin_px: int = 0
-) -> Cells:
-    """Cells with changed masks: ``change`` gets each (bool [h, w]) with a margin of background."""
+def _change_masks(cells: Cells, change: Callable[[np.ndarray], np.ndarray]) -> Cells:
+    """Cells with each mask, bool [h, w], changed within its box."""
     changed = {}
     for row, (mask, x0, y0) in enumerate(cells.masks):
-        height, width = mask.shape
-        inside = np.s_[margin_px : margin_px + height, margin_px : margin_px + width]
-        plane = np.zeros((height + 2 * margin_px, width + 2 * margin_px), bool)
-        plane[inside] = mask
-        after = change(plane)[inside]
+        after = change(mask)
         if (after != mask).any():
             changed[row] = BoxMask.around(after, x0, y0)
     return cells.with_masks(changed)
 
 
 def _disk(radius_px: float) -> np.ndarray:
-    """bool [2 r + 1, 2 r + 1], True at a distance of at most ``radius_px`` from the centre."""
     _check_length("radius_px", radius_px)
     reach = math.floor(radius_px)
     offsets = np.mgrid[-reach : reach + 1, -reach : reach + 1]
@@ -229,7 +196,5 @@ def _disk(radius_px: float) -> np.ndarray:
 
 
 def _largest_component(mask: np.ndarray) -> np.ndarray:
-    components, count = ndimage.label(mask.T, EIGHT_NEIGHBOURS)
-    if count < 2:
-        return mask
-    return (components == np.bincount(components.ravel())[1:].argmax() + 1).T
+    components, _ = ndimage.label(mask.T, np.ones((3, 3)))
+    return (components == np.bincount(components.ravel(), minlength=2)[1:].argmax() + 1).T

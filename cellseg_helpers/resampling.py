@@ -1,8 +1,9 @@
-"""Halves of a run's images to choose on and to judge on; intervals of scores by bootstrap over
+"""Halves of a run's images, to choose on and to judge on; intervals of scores by bootstrap over
 images or patients. No torch.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,12 @@ from cellseg_helpers.cells import Cells
 from cellseg_helpers.data.splits import make_split
 from cellseg_helpers.metrics import (
     COCO_AREAS_PX,
+    COCO_IOUS,
     Matches,
     average_precision,
     count_by_image,
     dense_max_dets,
+    limit_detections,
     match_detections,
 )
 from cellseg_helpers.runs import RunError, read_json, write_json
@@ -28,15 +31,14 @@ ALIKE = 1e-4  # smaller differences of two scores count as none
 RESAMPLES = 1000  # bootstrap samples of a saved score
 DRAW_SEED = 0  # of these samples
 DIGITS = 6  # of a saved score
-COCO_IOUS = np.linspace(0.5, 0.95, 10)
 
 
 class Scores(NamedTuple):
-    """Scores of some images and of bootstrap samples of them.
+    """Scores of some images and of B bootstrap samples of them.
 
     Attributes:
         values: (metric, of) -> float64 [1 + B]; ``of`` is ``all``, a class or an area.
-        images: of -> in how many images such a cell stands; for ``all`` the number of images.
+        images: of -> number of images that hold such a cell; for ``all`` of all images.
     """
 
     values: dict[tuple[str, str], np.ndarray]
@@ -49,7 +51,7 @@ class Draw(NamedTuple):
     Attributes:
         weights: int [1 + B, I], how often each image stands in each; the first row is the images
             themselves.
-        unit: what was drawn: ``images`` or ``patients``, of which all images are drawn together.
+        unit: what was drawn: ``images``, or ``patients`` with all their images.
         units: number of these.
     """
 
@@ -59,16 +61,14 @@ class Draw(NamedTuple):
 
 
 class SavedScores(NamedTuple):
-    """A run's AP50 with its bootstrap values, as ``scores.json`` holds it.
+    """A run's AP50 and its bootstrap values, as ``scores.json`` holds them.
 
     Attributes:
         max_dets: the dense limit.
-        unit: what was drawn, ``images`` or ``patients``.
-        units: number of these.
+        unit, units: as of ``Draw``.
         names: of the validation images, in the order of the truth.
-        resamples: number B of bootstrap samples.
-        seed: of these.
-        AP50: 1 + B values in [0, 1], mean over the classes that have a cell; the first is the run's
+        resamples, seed: B bootstrap samples, and of what seed.
+        AP50: 1 + B values in 0..1, mean over the classes that have a cell; the first is the run's
             own; None without a cell.
     """
 
@@ -106,48 +106,46 @@ def halve(
     images = truth["images"]
     if len(images) < 2:
         raise ValueError(
-            f"{len(images)} image is too few to choose on one half and judge on the other; take a run with two or more"
+            f"{len(images)} image is too few to choose on one half and judge on the other; "
+            "take a run with two or more"
         )
-    place = {image["id"]: i for i, image in enumerate(images)}
-    classes = {category["id"]: k for k, category in enumerate(truth["categories"])}
-    counts = np.zeros((len(images), len(classes)), int)
-    for cell in truth["annotations"]:
-        counts[place[cell["image_id"]], classes[cell["category_id"]]] += 1
-    drawn = make_split(
-        [str(image["id"]) for image in images],
-        counts,
-        [image.get("patient") for image in images],
-        split,
-        0.5,
-        seed,
-    )
-    first, second = (
-        part_of(truth, detections, {int(image_id) for image_id in side})
-        for side in (drawn.train, drawn.validation)
-    )
+    ids = [image["id"] for image in images]
+    classes = [category["id"] for category in truth["categories"]]
+    cells = pd.DataFrame(truth["annotations"], columns=["image_id", "category_id"])
+    counts = pd.crosstab(cells["image_id"], cells["category_id"])
+    counts = counts.reindex(index=ids, columns=classes, fill_value=0).to_numpy(int)
+    patients = [image.get("patient") for image in images]
+    drawn = make_split([str(number) for number in ids], counts, patients, split, 0.5, seed)
+    halves = [_part(truth, detections, side) for side in (drawn.train, drawn.validation)]
+    sides = [_size_of(half) for half in halves]
     rule = "no patient in both" if drawn.kind == "patient" else "drawn by image"
-    sides = [f"{len(half.truth['images'])} images{_patients(half)}" for half in (first, second)]
-    return first, second, f"{sides[0]} to choose on and {sides[1]} to judge on ({rule})."
+    return *halves, f"{sides[0]} to choose on and {sides[1]} to judge on ({rule})."
 
 
-def _patients(half: Half) -> str:
-    patients = {image.get("patient") for image in half.truth["images"]}
-    return (
-        "" if None in patients else f" of {len(patients)} patient{'s' if len(patients) > 1 else ''}"
-    )
-
-
-def part_of(truth: dict[str, Any], detections: Cells, image_ids: set[int]) -> Half:
-    """The truth and the detections of some images."""
-    images = [image for image in truth["images"] if image["id"] in image_ids]
-    cells = [cell for cell in truth["annotations"] if cell["image_id"] in image_ids]
-    found = detections[np.isin(detections.image_ids, sorted(image_ids))]
+def _part(truth: dict[str, Any], detections: Cells, names: list[str]) -> Half:
+    ids = {int(name) for name in names}
+    images = [image for image in truth["images"] if image["id"] in ids]
+    cells = [cell for cell in truth["annotations"] if cell["image_id"] in ids]
+    found = detections[np.isin(detections.image_ids, list(ids))]
     return Half({**truth, "images": images, "annotations": cells}, found)
+
+
+def _size_of(half: Half) -> str:
+    patients = {image.get("patient") for image in half.truth["images"]}
+    images = f"{len(half.truth['images'])} images"
+    if None in patients:
+        return images
+    return f"{images} of {len(patients)} patient{'s' if len(patients) > 1 else ''}"
 
 
 def draw_images(images: int, resamples: int, seed: int) -> np.ndarray:
     """How often each image stands in each bootstrap sample: int [1 + resamples, images]; the first
     row is the images themselves.
+
+    >>> draw_images(images=4, resamples=2, seed=0)
+    array([[1, 1, 1, 1],
+           [1, 0, 0, 3],
+           [0, 2, 2, 0]])
     """
     drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), resamples)
     return np.concatenate([np.ones((1, images), int), drawn])
@@ -155,16 +153,14 @@ def draw_images(images: int, resamples: int, seed: int) -> np.ndarray:
 
 def draw_units(truth: dict[str, Any], resamples: int = RESAMPLES, seed: int = DRAW_SEED) -> Draw:
     """Bootstrap samples of patients where every image's is known and there are five or more of
-    them, else of images.
-
-    Images of one patient are alike, so that samples of images would vary too little.
+    them, else of images. (Images of one patient are alike: samples of images vary too little.)
     """
     patients = [image.get("patient") for image in truth["images"]]
     names = sorted(set(patients) - {None})
     if None in patients or len(names) < FEWEST_IMAGES:
         return Draw(draw_images(len(patients), resamples, seed), "images", len(patients))
-    place = [names.index(patient) for patient in patients]
-    return Draw(draw_images(len(names), resamples, seed)[:, place], "patients", len(names))
+    columns = [names.index(patient) for patient in patients]
+    return Draw(draw_images(len(names), resamples, seed)[:, columns], "patients", len(names))
 
 
 def bootstrap_ap50(
@@ -173,23 +169,24 @@ def bootstrap_ap50(
     """AP50 at the dense ``maxDets``, mean over classes that have a cell, of each row of weights:
     float64 [1 + B], 6 digits.
 
-    Each is pycocotools' AP50 of the images written out as often as the row's weights say, from one
-    matching of all of them.
+    Equals AP50 on a data set in which image i is repeated ``weight[i]`` times, from one matching.
     """
-    per_class = average_precision(
-        match_detections(truth, detections, 0.5), image_weights, dense_max_dets(truth)[-1]
-    )
-    return _mean_of_defined(per_class).round(DIGITS)
+    matches = limit_detections(match_detections(truth, detections), dense_max_dets(truth)[-1])
+    return _mean_of_defined(average_precision(matches, image_weights)).round(DIGITS)
 
 
 def score_run(truth: dict[str, Any], detections: Cells) -> SavedScores:
     """What ``scores.json`` holds; the same truth and detections give the same values."""
     draw = draw_units(truth)
     values = bootstrap_ap50(truth, detections, draw.weights).tolist()
-    names = [image["file_name"] for image in truth["images"]]
-    ap50 = [None if math.isnan(value) else value for value in values]
     return SavedScores(
-        dense_max_dets(truth)[-1], draw.unit, draw.units, names, RESAMPLES, DRAW_SEED, ap50
+        max_dets=dense_max_dets(truth)[-1],
+        unit=draw.unit,
+        units=draw.units,
+        names=[image["file_name"] for image in truth["images"]],
+        resamples=RESAMPLES,
+        seed=DRAW_SEED,
+        AP50=[None if math.isnan(value) else value for value in values],
     )
 
 
@@ -215,10 +212,7 @@ def load_scores(path: Path) -> SavedScores:
 
 
 def bootstrap_summary(
-    truth: dict[str, Any],
-    detections: Cells,
-    image_weights: np.ndarray,
-    max_dets: tuple[int, int, int],
+    truth: dict[str, Any], detections: Cells, image_weights: np.ndarray, max_dets: Sequence[int]
 ) -> dict[str, np.ndarray]:
     """COCO's 12 lines of each row of weights.
 
@@ -229,38 +223,22 @@ def bootstrap_summary(
         max_dets: three rising limits; the last is of all lines but the first two AR.
 
     Returns:
-        The names of ``metrics.summarize`` -> float64 [1 + B]; NaN where no such cell is.
+        The names of ``metrics.summarize`` -> float64 [1 + B]; NaN without such a cell.
     """
+    areas = {"": (0, math.inf)} | {name[0]: limits for name, limits in COCO_AREAS_PX.items()}
     average, recall = {}, {}
-    for area, limits in {
-        "": (0, math.inf),
-        **{name[0]: limits for name, limits in COCO_AREAS_PX.items()},
-    }.items():
-        of_ious = [match_detections(truth, detections, iou, limits) for iou in COCO_IOUS]
-        average[area] = [
-            _mean_of_defined(average_precision(matches, image_weights, max_dets[-1]))
-            for matches in of_ious
-        ]
+    for area, area_px in areas.items():
+        of_ious = [match_detections(truth, detections, iou, area_px) for iou in COCO_IOUS]
         for limit in max_dets if not area else max_dets[-1:]:
-            recall[area or limit] = np.mean(
-                [_mean_recall(matches, image_weights, limit) for matches in of_ious], axis=0
-            )
-    lines = {f"AP{area}": np.mean(of_ious, axis=0) for area, of_ious in average.items()}
-    lines |= {"AP50": average[""][0], "AP75": average[""][5]}
-    lines |= {f"AR{name}": values for name, values in recall.items()}
-    order = (
-        "AP",
-        "AP50",
-        "AP75",
-        "APs",
-        "APm",
-        "APl",
-        *(f"AR{limit}" for limit in max_dets),
-        "ARs",
-        "ARm",
-        "ARl",
-    )
-    return {name: lines[name] for name in order}
+            limited = [limit_detections(matches, limit) for matches in of_ious]
+            recalls = [_mean_recall(matches, image_weights) for matches in limited]
+            recall[f"AR{area or limit}"] = np.mean(recalls, axis=0)
+        average[f"AP{area}"] = [
+            _mean_of_defined(average_precision(matches, image_weights)) for matches in limited
+        ]
+    means = {name: np.mean(of_ious, axis=0) for name, of_ious in average.items()}
+    lines = {"AP": means.pop("AP"), "AP50": average["AP"][0], "AP75": average["AP"][5]}
+    return lines | means | recall
 
 
 def resampled_scores(
@@ -282,20 +260,21 @@ def resampled_scores(
         mask IoU 0.5. ``of``: ``all``, each class, and for AP50 the areas small, medium and large.
         AP and PQ of ``all`` are means over the classes that have a cell, precision, recall and F1
         of ``all`` are of the added counts. PQ is panoptic quality, the sum of the matched pairs'
-        IoU / (tp + fp / 2 + fn / 2) (Kirillov et al., "Panoptic segmentation", 2019), here of the
-        counts of all images together. NaN where nothing is to be found.
+        IoU / (tp + fp / 2 + fn / 2) (Kirillov et al., "Panoptic segmentation", 2019), of the counts
+        of all images together. NaN where nothing is to be found.
     """
     limit = dense_max_dets(truth)[-1]
-    matches = match_detections(truth, detections, 0.5)
-    values = _with_mean("AP50", matches, average_precision(matches, image_weights, limit))
-    at75 = match_detections(truth, detections, 0.75)
-    values |= _with_mean("AP75", at75, average_precision(at75, image_weights, limit))
+    matches = match_detections(truth, detections)
     counts = count_scores(matches, image_weights, score_threshold)
-    images = dict(counts.images)
-    for area, limits in COCO_AREAS_PX.items():
-        of_area = match_detections(truth, detections, 0.5, limits)
-        values["AP50", area] = _mean_of_defined(average_precision(of_area, image_weights, limit))
-        images[area] = of_area.truths.loc[of_area.truths["counted"], "image_id"].nunique()
+    values, images = {}, dict(counts.images)
+    for metric, at in (("AP50", matches), ("AP75", match_detections(truth, detections, 0.75))):
+        averages = average_precision(limit_detections(at, limit), image_weights)
+        values |= _with_mean(metric, at, averages)
+    for area, area_px in COCO_AREAS_PX.items():
+        of_area = match_detections(truth, detections, 0.5, area_px)
+        averages = average_precision(limit_detections(of_area, limit), image_weights)
+        values["AP50", area] = _mean_of_defined(averages)
+        images[area] = of_area.truths.query("counted")["image_id"].nunique()
     return Scores(values | counts.values, images)
 
 
@@ -306,21 +285,16 @@ def count_scores(
     least ``score_threshold``.
     """
     by_image = count_by_image(matches, score_threshold)
+    names = ("all", *matches.class_names.values())
     holds = (by_image.tp + by_image.fn > 0).sum(0).tolist()
     tp, fp, fn, iou_sum = (image_weights @ table for table in by_image)
     with np.errstate(invalid="ignore", divide="ignore"):
         pq = np.where(tp + fn > 0, iou_sum / (tp + fp / 2 + fn / 2), np.nan)
         tp, fp, fn = (np.column_stack([table.sum(1), table]) for table in (tp, fp, fn))
-        ratios = {
-            "precision": tp / (tp + fp),
-            "recall": tp / (tp + fn),
-            "F1": 2 * tp / (2 * tp + fp + fn),
-        }
-    names = ("all", *matches.class_names.values())
+        ratios = {"precision": tp / (tp + fp), "recall": tp / (tp + fn)}
+        ratios["F1"] = 2 * tp / (2 * tp + fp + fn)
     values = {
-        (metric, name): ratio[:, k]
-        for metric, ratio in ratios.items()
-        for k, name in enumerate(names)
+        (metric, name): of[:, k] for metric, of in ratios.items() for k, name in enumerate(names)
     }
     images = dict(zip(names, (len(matches.image_ids), *holds), strict=True))
     return Scores(values | _with_mean("PQ", matches, pq), images)
@@ -340,15 +314,14 @@ def compare(before: Scores, after: Scores) -> pd.DataFrame:
         nothing differs by 0.0001, else ``cannot tell``.
     """
     rows = []
-    for key, old in before.values.items():
-        new = after.values[key]
-        low, high = interval((new - old)[1:], before.images[key[1]])
-        rows.append(
-            (*key, old[0], new[0], new[0] - old[0], low, high, _verdict(new[0] - old[0], low, high))
-        )
-    return pd.DataFrame(
-        rows, columns=["metric", "of", "before", "after", "difference", "low", "high", "verdict"]
-    )
+    for (metric, of), old in before.values.items():
+        new = after.values[metric, of]
+        difference = new - old
+        low, high = interval(difference[1:], before.images[of])
+        row = {"metric": metric, "of": of, "before": old[0], "after": new[0]}
+        row |= {"difference": difference[0], "low": low, "high": high}
+        rows.append(row | {"verdict": _verdict(difference[0], low, high)})
+    return pd.DataFrame(rows)
 
 
 def interval(values: np.ndarray, images: int) -> tuple[float, float]:
@@ -366,9 +339,8 @@ def interval(values: np.ndarray, images: int) -> tuple[float, float]:
 
 
 def _verdict(difference: float, low: float, high: float) -> str:
-    if abs(difference) < ALIKE and not (
-        abs(low) >= ALIKE or abs(high) >= ALIKE
-    ):  # an end may be NaN
+    moved = abs(low) >= ALIKE or abs(high) >= ALIKE  # False where an end is NaN
+    if abs(difference) < ALIKE and not moved:
         return "unchanged"
     if low > 0:
         return "better"
@@ -378,24 +350,13 @@ def _verdict(difference: float, low: float, high: float) -> str:
 def _with_mean(
     metric: str, matches: Matches, per_class: np.ndarray
 ) -> dict[tuple[str, str], np.ndarray]:
-    names = matches.class_names.values()
-    scores = {(metric, "all"): _mean_of_defined(per_class)}
-    return scores | {(metric, name): per_class[:, k] for k, name in enumerate(names)}
+    columns = zip(matches.class_names.values(), per_class.T, strict=True)
+    return {(metric, "all"): _mean_of_defined(per_class)} | {(metric, n): v for n, v in columns}
 
 
-def _mean_recall(matches: Matches, image_weights: np.ndarray, max_dets: int) -> np.ndarray:
-    """Recall of the highest-scored ``max_dets`` detections of each image and class, mean over the
-    classes: float64 [1 + B].
-    """
-    table = matches.detections
-    ranked = (
-        table.sort_values("score", ascending=False, kind="stable")
-        .groupby(["image_id", "class_id"])
-        .cumcount()
-    )
-    counts = count_by_image(
-        matches._replace(detections=table[ranked.reindex(table.index) < max_dets])
-    )
+def _mean_recall(matches: Matches, image_weights: np.ndarray) -> np.ndarray:
+    """Mean recall over the classes that have a cell: float64 [1 + B]."""
+    counts = count_by_image(matches)
     found, cells = image_weights @ counts.tp, image_weights @ (counts.tp + counts.fn)
     with np.errstate(invalid="ignore", divide="ignore"):
         return _mean_of_defined(np.where(cells > 0, found / cells, np.nan))

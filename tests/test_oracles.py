@@ -301,7 +301,6 @@ def test_coco_scores_equal_pycocotools(images, seed):
     for values, key in (
         (found.precision, "precision"),
         (found.recall, "recall"),
-        (found.score, "scores"),
     ):
         np.testing.assert_array_equal(values, with_nan(expected[key]))
 
