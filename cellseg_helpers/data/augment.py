@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-BILINEAR = v2.InterpolationMode.BILINEAR
+BILINEAR, NEAREST = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.NEAREST_EXACT
 STRIP_ROWS = 128
 
 
@@ -50,13 +50,8 @@ def _adjust_hue(image: Tensor, hue_factor: float) -> Tensor:
 
 @v2.functional.register_kernel(v2.functional.gaussian_blur, StripedImage)
 def _gaussian_blur(image: Tensor, kernel_size: Sequence[int], sigma: Sequence[float]) -> Tensor:
-    return _strip_by_strip(
-        v2.functional.gaussian_blur,
-        image,
-        kernel_size[1] // 2,
-        kernel_size=kernel_size,
-        sigma=sigma,
-    )
+    blur, reach_px = v2.functional.gaussian_blur, kernel_size[1] // 2
+    return _strip_by_strip(blur, image, reach_px, kernel_size=kernel_size, sigma=sigma)
 
 
 class QuarterTurn(v2.Transform):
@@ -66,9 +61,8 @@ class QuarterTurn(v2.Transform):
         return {"turns": int(torch.randint(4, ()))}
 
     def transform(self, inpt, params):
-        return tv_tensors.wrap(
-            torch.rot90(inpt, params["turns"], (-2, -1)).contiguous(), like=inpt
-        )  # the next steps are faster
+        turned = torch.rot90(inpt, params["turns"], (-2, -1))
+        return tv_tensors.wrap(turned.contiguous(), like=inpt)  # the next steps are faster
 
 
 class OnWhite(v2.Transform):
@@ -108,23 +102,19 @@ class ResizedCrop(v2.Transform):
     def make_params(self, flat_inputs):
         size = v2.query_size(flat_inputs)
         area, ratio = _uniform(*self.area), math.exp(_uniform(*map(math.log, self.ratio)))
-        sides = [math.sqrt(area / ratio), math.sqrt(area * ratio)]
-        sides = [
-            max(round(min(side, 1) * length), 1) for side, length in zip(sides, size, strict=True)
-        ]
-        top, left = (
-            int(torch.randint(length - side + 1, ()))
-            for side, length in zip(sides, size, strict=True)
+        height, width = (
+            max(round(min(math.sqrt(share), 1) * length), 1)
+            for share, length in zip((area / ratio, area * ratio), size, strict=True)
         )
-        return {"top": top, "left": left, "height": sides[0], "width": sides[1], "size": list(size)}
+        top = int(torch.randint(size[0] - height + 1, ()))
+        left = int(torch.randint(size[1] - width + 1, ()))
+        return {"top": top, "left": left, "height": height, "width": width, "size": list(size)}
 
     def transform(self, inpt, params):
-        interpolation = (
-            BILINEAR if isinstance(inpt, tv_tensors.Image) else v2.InterpolationMode.NEAREST_EXACT
-        )
-        resized = v2.functional.resized_crop(
-            inpt.as_subclass(Tensor), **params, interpolation=interpolation
-        )
+        is_image = isinstance(inpt, tv_tensors.Image)
+        interpolation = BILINEAR if is_image else NEAREST
+        whole = inpt.as_subclass(Tensor)
+        resized = v2.functional.resized_crop(whole, **params, interpolation=interpolation)
         return tv_tensors.wrap(resized, like=inpt)
 
 
@@ -197,10 +187,9 @@ class GridDistortion(Displacement):
 
     def _shifts(self, length: int) -> Tensor:
         widths = 1 + (2 * torch.rand(self.steps) - 1) * self.limit
+        ends = widths.cumsum(0) / widths.sum()
         moves = torch.zeros(self.steps + 1)
-        moves[1:-1] = (
-            widths.cumsum(0) / widths.sum() - torch.arange(1, self.steps + 1) / self.steps
-        )[:-1]
+        moves[1:-1] = (ends - torch.arange(1, self.steps + 1) / self.steps)[:-1]
         position = torch.linspace(0, self.steps, length)
         step = position.long().clamp(max=self.steps - 1)
         moves = torch.lerp(moves[step], moves[step + 1], position - step)
@@ -236,11 +225,8 @@ class Gamma(v2.Transform):
         return {"gamma": _uniform(self.low, self.high)}
 
     def transform(self, inpt, params):
-        return (
-            v2.functional.adjust_gamma(inpt, **params)
-            if isinstance(inpt, tv_tensors.Image)
-            else inpt
-        )
+        is_image = isinstance(inpt, tv_tensors.Image)
+        return v2.functional.adjust_gamma(inpt, **params) if is_image else inpt
 
 
 def _uniform(low: float, high: float) -> float:
@@ -249,20 +235,18 @@ def _uniform(low: float, high: float) -> float:
 
 def _with(p: float, *transforms: v2.Transform) -> v2.RandomApply:
     """With probability ``p`` one of the transforms, all equally likely."""
-    return v2.RandomApply(
-        [transforms[0] if len(transforms) == 1 else v2.RandomChoice(transforms)], p
-    )
+    one = transforms[0] if len(transforms) == 1 else v2.RandomChoice(transforms)
+    return v2.RandomApply([one], p)
 
 
-BASIC = [
-    v2.RandomHorizontalFlip(p=0.5),
-    v2.RandomVerticalFlip(p=0.5),
-    _with(0.5, QuarterTurn()),
-]
+FLIPS = [v2.RandomHorizontalFlip(p=0.5), v2.RandomVerticalFlip(p=0.5)]
+BASIC = [*FLIPS, _with(0.5, QuarterTurn())]
+ROTATION = OnWhite(v2.RandomRotation((-15, 15), BILINEAR, fill=None))
+ZOOM = OnWhite(v2.RandomAffine(0, scale=(0.85, 1.15), interpolation=BILINEAR, fill=None))
 
 RECIPES = {
     "none": [],
-    "flips": [v2.RandomHorizontalFlip(p=0.5), v2.RandomVerticalFlip(p=0.5)],
+    "flips": FLIPS,
     "flips_turns_stain": [
         v2.RandomHorizontalFlip(p=0.5),
         QuarterTurn(),
@@ -273,7 +257,7 @@ RECIPES = {
     "flip_colour_rotation": [
         v2.RandomHorizontalFlip(p=0.5),
         v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05),
-        OnWhite(v2.RandomRotation((-15, 15), BILINEAR, fill=None)),
+        ROTATION,
     ],
     # As published, but for the colour jitter: 0.3, 0.3, 0.3, 0.15 are legible and taken, in the
     # order of the names, for brightness, contrast, saturation and hue. Its probability is not
@@ -281,10 +265,8 @@ RECIPES = {
     "joint_full": [
         v2.RandomHorizontalFlip(p=0.5),
         v2.RandomVerticalFlip(p=0.3),
-        _with(0.4, OnWhite(v2.RandomRotation((-15, 15), BILINEAR, fill=None))),
-        _with(
-            0.3, OnWhite(v2.RandomAffine(0, scale=(0.85, 1.15), interpolation=BILINEAR, fill=None))
-        ),
+        _with(0.4, ROTATION),
+        _with(0.3, ZOOM),
         _with(0.3, ResizedCrop(area=(0.8, 1.0), ratio=(0.9, 1.1))),
         _with(0.3, v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.15)),
         _with(0.2, GaussianNoise(std=0.02)),
@@ -300,16 +282,8 @@ RECIPES = {
     "basic": BASIC,
     "full": [
         *BASIC,
-        _with(
-            0.5,
-            v2.ColorJitter(brightness=0.2, contrast=0.2),
-            v2.ColorJitter(0.2, 0.2, saturation=0.2, hue=0.11),
-        ),
-        _with(
-            0.5,
-            OnWhite(ElasticDistortion(displacement_px=8, spacing_px=24)),
-            GridDistortion(steps=5, limit=0.3),
-        ),
+        _with(0.5, v2.ColorJitter(0.2, 0.2), v2.ColorJitter(0.2, 0.2, saturation=0.2, hue=0.11)),
+        _with(0.5, OnWhite(ElasticDistortion(8, spacing_px=24)), GridDistortion(5, limit=0.3)),
         _with(0.5, v2.GaussianBlur(7, sigma=(0.8, 1.4))),
     ],
 }

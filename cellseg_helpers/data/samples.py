@@ -2,7 +2,7 @@
 end.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from torch.utils.data import Dataset, Sampler
 from cellseg_helpers.data.augment import RECIPES, augment
 from cellseg_helpers.data.cache import CellDataset, CellImage
 from cellseg_helpers.data.labels import find_boxes
+
+Sample = tuple[Tensor, dict[str, Any]]  # image and target
 
 
 class SampleKey(NamedTuple):
@@ -48,10 +50,8 @@ class EpochSampler(Sampler):
     def __iter__(self):
         rng = np.random.default_rng((self.seed, self.epoch))
         rounds = -(-self.samples // len(self.indices))
-        order = np.concatenate([rng.permutation(self.indices) for _ in range(rounds)])[
-            : self.samples
-        ]
-        for position, image_index in enumerate(order.tolist()):
+        order = np.concatenate([rng.permutation(self.indices) for _ in range(rounds)])
+        for position, image_index in enumerate(order[: self.samples].tolist()):
             if position // self.batch_size % self.world_size == self.rank:
                 yield SampleKey(self.epoch, position, image_index)
 
@@ -70,7 +70,7 @@ class TrainingSet(Dataset):
         crop_size_px: side of the square crop at native resolution; a smaller image is used whole;
             0: whole images.
         class_balance: in [0, 1].
-        augmentation: a name in ``recipes.RECIPES``.
+        augmentation: a name in ``augment.RECIPES``.
         seed: of every random choice, together with the key.
         drop_cut_cells: leave cells that reach the crop's border out of the targets, as annotators
             leave out cells at the image's border; otherwise their visible part is a target.
@@ -88,23 +88,17 @@ class TrainingSet(Dataset):
         drop_cut_cells: bool = False,
         boxes_miss_last_pixel: bool = False,
     ):
-        self.boxes_miss_last_pixel = boxes_miss_last_pixel
         self.dataset, self.indices, self.seed = dataset, indices, seed
-        self.crop_size_px, self.class_balance, self.drop_cut_cells = (
-            crop_size_px,
-            class_balance,
-            drop_cut_cells,
-        )
+        self.crop_size_px, self.class_balance = crop_size_px, class_balance
+        self.drop_cut_cells, self.boxes_miss_last_pixel = drop_cut_cells, boxes_miss_last_pixel
         self.recipe = RECIPES[augmentation]
         self.counts = np.asarray(dataset.counts)[indices]
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, dict[str, Tensor]]:
+    def __getitem__(self, key: SampleKey) -> Sample:
         image, label_maps, image_id, (model_seed, recipe_seed) = self.draw_crop(key)
         image, label_maps = augment(image, label_maps, self.recipe, recipe_seed)
-        return image, make_target(label_maps, self.boxes_miss_last_pixel) | {
-            "image_id": image_id,
-            "seed": model_seed,
-        }
+        target = make_target(label_maps, self.boxes_miss_last_pixel)
+        return image, target | {"image_id": image_id, "seed": model_seed}
 
     def draw_crop(self, key: SampleKey) -> tuple[Tensor, Tensor, str, list[int]]:
         """A sample before its augmentation: image, label maps, the image's name, and the seeds of
@@ -123,11 +117,9 @@ class TrainingSet(Dataset):
         """
         class_index = rng.choice(np.flatnonzero(self.counts.sum(0)))
         per_image = self.counts[:, class_index]
-        cell_image = self.dataset[
-            self.indices[rng.choice(len(per_image), p=per_image / per_image.sum())]
-        ]
-        label_map = cell_image.label_maps[class_index]
-        boxes, _, _ = find_boxes(label_map[None])
+        chosen = rng.choice(len(per_image), p=per_image / per_image.sum())
+        cell_image = self.dataset[self.indices[chosen]]
+        boxes, _, _ = find_boxes(cell_image.label_maps[class_index][None])
         x1, y1, x2, y2 = boxes[rng.integers(len(boxes))]
         return cell_image, (int(y1 + y2) // 2, int(x1 + x2) // 2)
 
@@ -149,30 +141,26 @@ def crop(
         drop_cut_cells: whether instances that reach a side of the crop inside the image become
             background.
     """
-    height, width = cell_image.image.shape[1:]
-    starts, sides = [], []
-    for axis, length in enumerate((height, width)):
+    window, cuts = [slice(None)], []
+    for axis, length in enumerate(cell_image.image.shape[1:]):
         side = min(size_px or length, length)
         if center is None:
             start = rng.integers(length - side + 1)
         else:
             start = center[axis] - side // 2 + rng.integers(-(side // 4), side // 4 + 1)
-        starts.append(int(np.clip(start, 0, length - side)))
-        sides.append(side)
-    window = np.s_[:, starts[0] : starts[0] + sides[0], starts[1] : starts[1] + sides[1]]
-    label_maps = cell_image.label_maps[window].astype(np.int32)
-    cuts = [(axis, 0) for axis in (0, 1) if starts[axis] > 0]
-    cuts += [
-        (axis, -1)
-        for axis, length in enumerate((height, width))
-        if starts[axis] + sides[axis] < length
-    ]
+        start = int(np.clip(start, 0, length - side))
+        window.append(slice(start, start + side))
+        if start > 0:
+            cuts.append((axis, 0))
+        if start + side < length:
+            cuts.append((axis, -1))
+    label_maps = cell_image.label_maps[tuple(window)].astype(np.int32)
     for label_map in label_maps if drop_cut_cells and cuts else ():
-        kept = np.arange(label_map.max() + 1, dtype=label_map.dtype)
+        new_ids = np.arange(label_map.max() + 1, dtype=label_map.dtype)
         for axis, line in cuts:
-            kept[label_map.take(line, axis)] = 0
-        label_map[...] = kept[label_map]
-    return torch.from_numpy(cell_image.image[window].copy()), torch.from_numpy(label_maps)
+            new_ids[label_map.take(line, axis)] = 0
+        label_map[...] = new_ids[label_map]
+    return torch.from_numpy(cell_image.image[tuple(window)].copy()), torch.from_numpy(label_maps)
 
 
 def make_target(label_maps: Tensor, boxes_miss_last_pixel: bool = False) -> dict[str, Tensor]:
@@ -183,22 +171,15 @@ def make_target(label_maps: Tensor, boxes_miss_last_pixel: bool = False) -> dict
     behind them, and cells of one row or column are left out: a common mistake, whose effect the
     study measures.
     """
-    boxes, labels, ids = find_boxes(label_maps.numpy())
+    boxes, labels, ids = map(torch.from_numpy, find_boxes(label_maps.numpy()))
     if boxes_miss_last_pixel:
-        boxes = boxes - np.float32([0, 0, 1, 1])
-        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        boxes, labels, ids = boxes[kept], labels[kept], ids[kept]
-    return {
-        "boxes": torch.from_numpy(boxes),
-        "labels": torch.from_numpy(labels),
-        "ids": torch.from_numpy(ids),
-        "label_maps": label_maps,
-    }
+        boxes = boxes - torch.tensor([0.0, 0, 1, 1])
+        left = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes, labels, ids = boxes[left], labels[left], ids[left]
+    return {"boxes": boxes, "labels": labels, "ids": ids, "label_maps": label_maps}
 
 
-def collate(
-    samples: list[tuple[Tensor, dict[str, Tensor]]],
-) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Samples of several sizes as lists."""
+def collate(samples: list[Sample]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Samples of several sizes: their images, their targets."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
