@@ -53,8 +53,8 @@ def rgb(seed=0, shape=(HEIGHT, WIDTH)):
 def cells(dtype=np.uint16):
     """Three instances with a gap in the ids; 2 and 7 touch, and 7 comes in two pieces."""
     label_map = np.zeros((HEIGHT, WIDTH), dtype)
-    label_map[0:5, 0:4] = 1 if dtype == bool else 2
-    label_map[5:9, 4:6] = label_map[20, 20] = 1 if dtype == bool else 7
+    label_map[0:5, 0:4] = 1 if dtype is bool else 2
+    label_map[5:9, 4:6] = label_map[20, 20] = 1 if dtype is bool else 7
     label_map[30:40, 25:33] = 1
     return label_map
 

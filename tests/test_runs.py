@@ -52,7 +52,10 @@ def truth() -> dict:
     return to_coco([CellImage("b", "p", np.zeros((3, 20, 30), np.uint8), label_maps)])
 
 
-def finished_run(config=RunConfig(run_name="done")):
+DONE = RunConfig(run_name="done")
+
+
+def finished_run(config=DONE):
     run_dir = start_run(config, FINGERPRINT, SPLIT, truth())
     cell = truth()["annotations"][0]
     detections = [

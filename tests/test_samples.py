@@ -396,7 +396,11 @@ def test_workers_give_the_samples_of_one_process():
     for (images, targets), (other_images, others) in zip(*loaded, strict=True):
         assert all(
             same(*pair)
-            for pair in zip(zip(images, targets), zip(other_images, others), strict=True)
+            for pair in zip(
+                zip(images, targets, strict=True),
+                zip(other_images, others, strict=True),
+                strict=True,
+            )
         )
     assert len(loaded[0]) == 4 and isinstance(loaded[0][0][0], list)
 

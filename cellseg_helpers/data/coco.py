@@ -46,8 +46,8 @@ from cellseg_helpers.data.splits import patient_of
 CLASS_IDS = {name: k for k, own in enumerate(CLASS_NAMES, 1) for name in (own, f"class{k}")}
 LISTS = "images, annotations, categories"
 OWN = "give each its own"
-# Compressed counts: numbers in groups of 5 bits. "0" to "O" is a number's last group, "P" to "o" one
-# that more groups follow; six are enough for 500 million px.
+# Compressed counts: numbers in groups of 5 bits. "0" to "O" ends a number, "P" to "o" is a group
+# that more follow; six groups are enough for 500 million px.
 COUNTS = re.compile("([P-o]{0,5}[0-O])+")
 
 
@@ -229,7 +229,7 @@ def read_json(path: Path) -> Any:
 
 
 class CocoAnnotation(NamedTuple):
-    """One annotation, its mask as the file has it; ``where`` is "annotations.json, annotation 3"."""
+    """One annotation, its mask as in the file; ``where`` is "annotations.json, annotation 3"."""
 
     where: str
     class_id: int
