@@ -73,33 +73,21 @@ def border_contact(
             f"inset_px is {inset_px} and min_visible_px {min_visible_px}; both must be at least 1"
         )
     settings = border_margin_px, inset_px, min_visible_px
-    contact, control = (
-        _contact(cells, images, is_virtual, *settings) for is_virtual in (virtual, True)
-    )
+    contact = _contact(cells, images, virtual, *settings)
+    _, *control, variances = _contact(cells, images, True, *settings)
     counted, at_border, expected, variance = contact.sum(axis=1)
-    dispersion = _dispersion(control)
+    # a ratio of sums, since an image with cells only at the border has no variance
+    squares, variances = ((control[0] - control[1]) ** 2).sum(axis=0), variances.sum(axis=0)
+    dispersion = np.fmax(_ratio(squares, variances), 1)
     reach = Z_95 * np.sqrt(dispersion * variance)
     low, high = np.maximum(expected - reach, 0), expected + reach
-    verdicts = ["more than by chance", "cannot tell", "fewer than by chance"]
-    return pd.DataFrame(
-        {
-            "cells": counted.astype(int),
-            "at_border": at_border.astype(int),
-            "expected": expected,
-            "low": low,
-            "high": high,
-            "ratio": np.divide(
-                at_border, expected, out=np.full_like(expected, np.nan), where=expected > 0
-            ),
-            "dispersion": dispersion,
-            "verdict": np.select(
-                [(expected > 0) & (at_border > high), low == 0, at_border < low],
-                verdicts,
-                "as by chance",
-            ),
-        },
-        index=pd.Index(["all", *CLASS_NAMES], name="class"),
-    )
+    verdict = np.where(at_border < low, "fewer than by chance", "as by chance")
+    verdict = np.where(low == 0, "cannot tell", verdict)
+    verdict = np.where((expected > 0) & (at_border > high), "more than by chance", verdict)
+    columns = {"cells": counted.astype(int), "at_border": at_border.astype(int)}
+    columns |= {"expected": expected, "low": low, "high": high}
+    columns |= {"ratio": _ratio(at_border, expected), "dispersion": dispersion, "verdict": verdict}
+    return pd.DataFrame(columns, index=pd.Index(["all", *CLASS_NAMES], name="class"))
 
 
 def near_border(cells: Cells, border_margin_px: float = 0, by: str = "box") -> np.ndarray:
@@ -127,6 +115,10 @@ def drop_border_detections(
 ) -> Cells:
     """The detections that are not ``near_border``."""
     return detections[~near_border(detections, border_margin_px, by)]
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return part / np.where(whole > 0, whole, np.nan)
 
 
 def _near(starts: np.ndarray, stops: np.ndarray, sides: np.ndarray, margin_px: float) -> np.ndarray:
@@ -179,19 +171,8 @@ def _contact(
         counted &= ~_near(starts, stops, sides, margin_px)
     at_border = _near(starts, stops, sides, margin_px + inset)
     counting, inside = _position_counts(stops - starts, sides, margin_px, inset, min_visible_px)
-    weight = np.divide(counting, inside, out=np.ones(len(cells)), where=counted & ~at_border) - 1
+    weight = np.where(counted & ~at_border, _ratio(counting, inside) - 1, 0)
     totals = np.zeros((4, len(images), len(CLASS_NAMES)))
     for total, value in zip(totals, (1, at_border, weight, weight * (1 + weight)), strict=True):
         np.add.at(total, (rows, cells.labels - 1), counted * value)
     return np.concatenate([totals.sum(axis=2, keepdims=True), totals], axis=2)
-
-
-def _dispersion(contact: np.ndarray) -> np.ndarray:
-    """float64 [all and K classes]. It is a ratio of sums, since an image with cells only at the
-    border has no variance.
-    """
-    _, at_border, expected, variance = contact
-    squares, variances = ((at_border - expected) ** 2).sum(axis=0), variance.sum(axis=0)
-    return np.maximum(
-        np.divide(squares, variances, out=np.ones_like(squares), where=variances > 0), 1
-    )

@@ -9,7 +9,7 @@ from study import ablation
 from study.ablation import (
     Step,
     ablate,
-    apply_recipe,
+    apply_chain,
     panoptic_quality,
     steps_of_report_e,
 )
@@ -52,7 +52,7 @@ def test_a_step_that_helps_is_carried_on_and_one_that_harms_is_not(halves):
     found = ablate(*halves, steps, 200, 0)
     assert found.steps["carried"].tolist() == [True, False, False, True]
     assert found.steps.loc["doubles", "option"] == 0.9  # of equally good ones the first
-    assert [step.name for step, _ in found.recipe] == ["doubles", "needed"]
+    assert [step.name for step, _ in found.chain] == ["doubles", "needed"]
     of_all = found.effects[found.effects["of"] == "all"].set_index(["step", "metric"])
     assert of_all.loc[("doubles", "precision"), "verdict"] == "better"
     assert of_all.loc[("doubles", "recall"), "verdict"] == "unchanged"
@@ -84,7 +84,7 @@ def test_the_best_option_is_that_of_the_choosing_half(halves):
     assert found.steps.loc["cut", "PQ_before"] == qualities[2]
 
 
-def test_the_total_is_the_recipe_applied(halves):
+def test_the_total_is_the_chain_applied(halves):
     choosing, judging = halves
     steps = steps_of_report_e(
         [(0.01, 1.15), (0.05, 1.1)], [0.1, 0.3, 0.5], [1, 2], [1.0], [0.5], [0.25]
@@ -94,7 +94,7 @@ def test_the_total_is_the_recipe_applied(halves):
         "each pixel to one cell",
     ]  # fmt: skip
     found = ablate(choosing, judging, steps, 50, 0)
-    assert [step.name for step, _ in found.recipe] == [
+    assert [step.name for step, _ in found.chain] == [
         "one threshold",
         "mask NMS",
         "each pixel to one cell",
@@ -106,7 +106,7 @@ def test_the_total_is_the_recipe_applied(halves):
         3: 0.3,
         4: 0.3,
     }  # no better than one
-    final = judging._replace(detections=apply_recipe(judging.detections, found.recipe))
+    final = judging._replace(detections=apply_chain(judging.detections, found.chain))
     total = found.total.set_index(["metric", "of"]).loc["PQ", "all"]
     assert total["before"] == panoptic_quality(judging) and total["after"] == panoptic_quality(
         final
@@ -126,16 +126,14 @@ def test_size_aware_scores_help_where_small_cells_score_too_low():
     steps = steps_of_report_e([(0.02, 1.5)], [0.1, 0.31, 0.4], [1], [1.0], [0.5], [0.25])[:3]
     found = ablate(choosing, judging, steps, 50, 0)
     assert found.steps["carried"].tolist() == [False, False, True]
-    assert [step.name for step, _ in found.recipe] == ["size-aware scores"]
+    assert [step.name for step, _ in found.chain] == ["size-aware scores"]
     assert found.steps.loc["size-aware scores", "PQ_after"] == 1.0
     effect = found.effects.query(
         "step == 'size-aware scores' and of == 'all' and metric == 'precision'"
     ).iloc[0]
     assert (effect["before"], effect["after"], effect["verdict"]) == (0.75, 1.0, "better")
     assert (
-        panoptic_quality(
-            judging._replace(detections=apply_recipe(judging.detections, found.recipe))
-        )
+        panoptic_quality(judging._replace(detections=apply_chain(judging.detections, found.chain)))
         == 1.0
     )
 
