@@ -263,4 +263,5 @@ def test_a_figure_is_shown_with_its_alternative_text(monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda *args, **kwargs: shown.append(kwargs))
     plots.show(plt.Figure(), "one dot")
-    assert shown == [{"metadata": {"image/png": {"alt": "one dot"}}}]
+    (only,) = shown
+    assert only["metadata"] == {"image/png": {"alt": "one dot"}}
