@@ -9,14 +9,9 @@ from skimage import measure
 from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.data.labels import (
     connected_components,
-    decode_in_box,
-    decode_in_boxes,
     drop_small_instances,
-    encode_box_mask,
-    encode_box_masks,
-    encode_instances,
+    find_cells,
     find_instances,
-    mask_boxes,
 )
 
 IDS = (0, 1, 2, 7, 255, 256, 65_535)
@@ -26,8 +21,6 @@ label_stacks = hnp.arrays(
     elements=st.sampled_from(IDS),
     fill=st.just(0),
 )
-masks = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=10))
-offsets = st.tuples(*[st.integers(0, 5)] * 4)
 
 
 def brute_force(label_maps):
@@ -57,12 +50,6 @@ def as_tuples(instances):
     ]
 
 
-def full_rle(mask, x0, y0, height, width):
-    image = np.zeros((height, width), np.uint8, order="F")
-    image[y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]] = mask
-    return image, coco_mask.encode(image)["counts"].decode()
-
-
 def test_five_cells_with_known_places():
     label_maps = np.zeros((4, 8, 10), np.int32)
     label_maps[0, 2:5, 3:7] = 9
@@ -90,7 +77,7 @@ def test_empty_maps_have_no_instances(shape):
     assert found.boxes.shape == (0, 4)
     assert [len(column) for column in found] == [0] * 5
     assert [column.dtype for column in found] == [np.float32, np.int64, np.int32, np.int64, bool]
-    assert encode_instances(np.zeros(shape, np.int32), found) == []
+    assert len(find_cells(np.zeros(shape, np.int32))) == 0
 
 
 @settings(deadline=None, max_examples=60)
@@ -120,125 +107,13 @@ def test_ids_with_gaps_up_to_the_largest():
 
 @settings(deadline=None, max_examples=60)
 @given(label_stacks)
-def test_instance_rle_equals_pycocotools(label_maps):
-    found = find_instances(label_maps)
-    rles = encode_instances(label_maps, found)
-    assert len(rles) == len(found.ids)
-    for rle, class_id, instance_id in zip(rles, found.labels, found.ids, strict=True):
-        mask = np.asfortranarray(label_maps[class_id - 1] == instance_id, np.uint8)
-        assert rle == {
-            "size": list(mask.shape),
-            "counts": coco_mask.encode(mask)["counts"].decode(),
-        }
-
-
-@settings(deadline=None, max_examples=60)
-@given(masks, offsets)
-def test_box_rle_equals_pycocotools_of_the_full_image(mask, margins):
-    left, right, top, bottom = margins
-    height, width = mask.shape[0] + top + bottom, mask.shape[1] + left + right
-    rle = encode_box_mask(mask, left, top, height, width)
-    assert rle == {"size": [height, width], "counts": full_rle(mask, left, top, height, width)[1]}
-
-
-@settings(deadline=None, max_examples=60)
-@given(masks, offsets)
-def test_decoding_gives_the_tight_box(mask, margins):
-    left, right, top, bottom = margins
-    image, counts = full_rle(
-        mask, left, top, mask.shape[0] + top + bottom, mask.shape[1] + left + right
-    )
-    for encoded in (counts, counts.encode()):
-        inside, x0, y0 = decode_in_box({"size": list(image.shape), "counts": encoded})
-        assert inside.dtype == bool
-        if not image.any():
-            assert (inside.shape, x0, y0) == ((0, 0), 0, 0)
-            continue
-        assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
-        again = np.zeros(image.shape, bool)
-        again[y0 : y0 + inside.shape[0], x0 : x0 + inside.shape[1]] = inside
-        assert np.array_equal(again, image)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_long_runs_round_trip(seed):
-    """Runs above 32 and 1,024 px need several characters, and shrinking ones negative differences."""
-    rng = np.random.default_rng(seed)
-    image = np.asfortranarray(
-        rng.random((1500, 90)) < [0.001, 0.999, 0.5, 0.03, 0.97][seed], np.uint8
-    )
-    rle = coco_mask.encode(image)
-    inside, x0, y0 = decode_in_box(rle)
-    assert np.array_equal(inside, image[y0 : y0 + inside.shape[0], x0 : x0 + inside.shape[1]])
-    assert inside.sum() == image.sum()
-    assert encode_box_mask(inside, x0, y0, *image.shape)["counts"] == rle["counts"].decode()
-
-
-def extent_of(mask):
-    """x, y, width, height of what is True; all 0 where nothing is."""
-    rows, columns = np.nonzero(mask)
-    return (
-        [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1] if len(rows) else [0] * 4
-    )
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(masks, offsets), max_size=8))
-def test_batches_equal_one_by_one(cases):
-    """Masks of different images; empty ones and ones as high or as large as their image are among
-    them.
-    """
-    full = [
-        full_rle(mask, x, y, mask.shape[0] + y + bottom, mask.shape[1] + x + right)
-        for mask, (x, right, y, bottom) in cases
-    ]
-    sizes = [image.shape for image, _ in full]
-    rles = [{"size": list(image.shape), "counts": counts} for image, counts in full]
-    assert encode_box_masks([(mask, x, y) for mask, (x, _, y, _) in cases], sizes) == rles
-    for (image, _), rle, (inside, x0, y0) in zip(full, rles, decode_in_boxes(rles), strict=True):
-        assert inside.dtype == bool
-        again = np.zeros(image.shape, bool)
-        again[y0 : y0 + inside.shape[0], x0 : x0 + inside.shape[1]] = inside
-        assert np.array_equal(again, image)
-        alone, *corner = decode_in_box(rle)
-        assert np.array_equal(alone, inside) and corner == [x0, y0]
-    assert encode_box_masks(decode_in_boxes(rles), sizes) == rles
-    assert mask_boxes(rles).tolist() == [extent_of(image) for image, _ in full]
-
-
-def test_batch_with_long_runs_and_bytes():
-    rng = np.random.default_rng(0)
-    images = [
-        np.asfortranarray(rng.random((1500, 20)) < share, np.uint8)
-        for share in (0.001, 1, 0.999, 0, 0.5)
-    ]
-    rles = [coco_mask.encode(image) for image in images]
-    inside = decode_in_boxes(rles)
-    assert [mask.sum() for mask, _, _ in inside] == [image.sum() for image in images]
-    assert [
-        rle["counts"].encode() for rle in encode_box_masks(inside, [rle["size"] for rle in rles])
-    ] == [rle["counts"] for rle in rles]
-
-
-def test_work_does_not_grow_with_the_image():
-    """A dense 60,000 x 60,000 px image would take 3.6 GB."""
-    mask = np.array([[True, False], [True, True]])
-    rle = encode_box_mask(mask, 41_000, 59_998, 60_000, 60_000)
-    inside, x0, y0 = decode_in_box(rle)
-    assert (x0, y0) == (41_000, 59_998)
-    assert np.array_equal(inside, mask)
-    assert coco_mask.area(rle) == 3
-
-
-def test_mask_outside_its_image_is_refused():
-    with pytest.raises(
-        ValueError, match="a 2 x 3 px mask at x 8, y 0 reaches outside its 10 x 10 px image"
-    ):
-        encode_box_mask(np.ones((2, 3), bool), 8, 0, 10, 10)
-    with pytest.raises(
-        ValueError, match="a 2 x 3 px mask at x 0, y 4 reaches outside its 5 x 10 px image"
-    ):
-        encode_box_masks([(np.ones((2, 3), bool), 0, 4)] * 2, [(6, 10), (5, 10)])
+def test_cells_are_the_instances_with_their_masks(label_maps):
+    found, cells = find_instances(label_maps), find_cells(label_maps, 3)
+    masks = [label_maps[k - 1] == i for k, i in zip(found.labels, found.ids, strict=True)]
+    rles = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
+    assert [rle["counts"] for rle in cells.to_rles()] == [r["counts"].decode() for r in rles]
+    assert np.array_equal(cells.boxes, found.boxes) and np.array_equal(cells.labels, found.labels)
+    assert cells.image_ids.tolist() == [3] * len(masks)
 
 
 def test_diagonal_neighbours_are_one_component_and_ids_do_not_matter():

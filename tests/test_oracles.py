@@ -37,12 +37,12 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_iou, masks_to_boxes
 from torchvision.transforms import v2
 
-from cellseg_helpers.cells import Cells
+from cellseg_helpers.cells import Cells, encode_mask
 from cellseg_helpers.data import hw3 as readers
 from cellseg_helpers.data.augment import RECIPES, augment
 from cellseg_helpers.data.coco import CocoAnnotation, CocoImage, draw_label_maps
 from cellseg_helpers.data.hw3 import open_dataset
-from cellseg_helpers.data.labels import encode_box_masks, encode_instances, find_instances
+from cellseg_helpers.data.labels import find_cells, find_instances
 from cellseg_helpers.data.samples import make_target
 from cellseg_helpers.inference import paste_in_boxes, predict
 from cellseg_helpers.metrics import match_detections, score_coco
@@ -159,9 +159,8 @@ def test_instances_equal_those_of_masks(label_maps, seed):
     edges = torch.cat([masks[:, [0, -1]].flatten(1), masks[:, :, [0, -1]].flatten(1)], 1).any(1)
     expected = (boxes, labels, ids, masks.sum((1, 2)), edges)
     assert [values.tolist() for values in found] == [values.tolist() for values in expected]
-    assert [rle["counts"] for rle in encode_instances(label_maps, found)] == by_pycocos_encode(
-        masks
-    )
+    rles = find_cells(label_maps).to_rles()
+    assert [rle["counts"] for rle in rles] == by_pycocos_encode(masks)
 
 
 @pytest.mark.parametrize("boxes_miss_last_pixel", [False, True])
@@ -228,9 +227,8 @@ def test_pasted_and_encoded_masks_equal_torchvisions(label_maps, seed):
     expected[seen] = (
         paste_masks_in_image(masks[seen, None], boxes[seen], (height, width))[:, 0] >= 0.5
     )
-    found = encode_box_masks(
-        paste_in_boxes(masks, boxes, height, width, 0.5), [(height, width)] * len(boxes)
-    )
+    pasted = paste_in_boxes(masks, boxes, height, width, 0.5)
+    found = [encode_mask(mask, height, width) for mask in pasted]
     assert [rle["counts"] for rle in found] == by_pycocos_encode(expected)
 
 
@@ -284,8 +282,8 @@ def coco_data(images, seed, times=1):
 
 
 def coco_cells(label_maps, image_id):
-    cells = find_instances(label_maps)
-    columns = cells.labels.tolist(), cells.area_px.tolist(), encode_instances(label_maps, cells)
+    cells = find_cells(label_maps)
+    columns = cells.labels.tolist(), cells.area_px.tolist(), cells.to_rles()
     names = ("category_id", "area", "segmentation", "image_id")
     return [dict(zip(names, (*cell, image_id), strict=True)) for cell in zip(*columns, strict=True)]
 
@@ -569,7 +567,7 @@ def test_more_cells_than_16_bits_can_count():
         np.array_equal(found.ids, np.tile(np.arange(1, 66_301), 2))
         and found.labels.sum() == 3 * 66_300
     )
-    rles = encode_instances(label_maps, found)
+    rles = find_cells(label_maps).to_rles()
     rows = rng.choice(2 * 66_300, 100, replace=False)
     masks = label_maps[found.labels[rows] - 1] == found.ids[rows, None, None]
     assert [rles[row]["counts"] for row in rows] == by_pycocos_encode(torch.from_numpy(masks))
