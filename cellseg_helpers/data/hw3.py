@@ -14,7 +14,6 @@ are ignored. A COCO data set is one ``.json`` file, which names its images (TIFF
 """
 
 import csv
-import logging
 import os
 import re
 from collections import Counter
@@ -23,14 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tifffile
-from PIL import Image
 from tqdm import tqdm
 
 from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import ROOT, one_line, resolve_path
 from cellseg_helpers.data.cache import (
-    LARGEST_ID,
     CellDataset,
     CellImage,
     DataError,
@@ -46,20 +42,24 @@ from cellseg_helpers.data.coco import (
     read_masks,
     wrong_entry,
 )
-from cellseg_helpers.data.labels import connected_components, drop_small_instances
+from cellseg_helpers.data.images import (
+    LARGEST_SIDE_PX,
+    read_image,
+    read_tiff,
+    size_text,
+    to_label_map,
+    to_rgb,
+)
+from cellseg_helpers.data.labels import drop_small_instances
 from cellseg_helpers.data.splits import patient_of
 
 INSTANCE_READINGS = ("pixel_values", "connected_components")
-LARGEST_SIDE_PX = 20_000  # a header that claims more is damaged: decoding would fill the memory
 FAULTS_SHOWN = 20
 CHECK = "cellseg_helpers.data.hw3.check_folder"
 FILE_NAME = re.compile(r"(image|class[1-4])\.tiff?", re.IGNORECASE)
 LOOKALIKE = re.compile(r"(image|class).*|.*\.tiff?", re.IGNORECASE)
 TIFF = re.compile(r"\.tiff?$", re.IGNORECASE)
 TESTS, LIST = "test_release", "test_image_name_to_ids.json"
-
-# tifffile's remarks on damaged files; they come back as faults
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
 def open_dataset(
@@ -322,12 +322,12 @@ def _read_image(
     image, label_maps = None, {}
     for key in sorted(files, reverse=True):  # the image before its class files
         try:
-            tiff = _read_tiff(folder / files[key])
+            tiff = read_tiff(folder / files[key])
             if key == "image":
-                image = _to_rgb(tiff)
+                image = to_rgb(tiff)
             else:
                 shape = None if image is None else image.shape[1:]
-                label_maps[int(key[-1])] = _to_label_map(tiff.pixels, shape, instance_reading)
+                label_maps[int(key[-1])] = to_label_map(tiff.pixels, shape, instance_reading)
         except DataError as error:
             problems.append((files[key], str(error)))
     if problems:
@@ -384,7 +384,7 @@ def _read_listed(
     try:
         image = read_image(listed.path)
         if image.shape[1:] != size:
-            sizes = f"it is {_size(image.shape[1:])} px, but listed as {_size(size)} px"
+            sizes = f"it is {size_text(image.shape[1:])} px, but listed as {size_text(size)} px"
             correct = "correct its entry, or copy the right image"
             raise DataError(f"{sizes} (height x width); {correct}")
     except DataError as error:
@@ -397,161 +397,9 @@ def _read_listed(
     if problems:
         return None, [Fault(image_id, *problem) for problem in problems]
     if instance_reading == "connected_components":
-        label_maps = np.stack([_to_label_map(m, size, instance_reading) for m in label_maps])
+        label_maps = np.stack([to_label_map(m, size, instance_reading) for m in label_maps])
     label_maps = drop_small_instances(label_maps, min_instance_area_px)
     return CellImage(image_id, listed.patient, image, label_maps), []
-
-
-class _Tiff(NamedTuple):
-    pixels: np.ndarray
-    colours: str  # TIFF's photometric interpretation of the decoded pixels
-    palette: np.ndarray | None  # uint16 [3, number of colours]
-
-
-def read_image(path: Path) -> np.ndarray:
-    """The image of a TIFF, PNG or JPEG file as uint8 [3, H, W]; ``_to_rgb`` says what is read.
-
-    Raises:
-        DataError: no such file, truncated, or not an image.
-    """
-    is_picture = path.suffix.lower() in (".png", ".jpg", ".jpeg")
-    return _to_rgb(_read_picture(path) if is_picture else _read_tiff(path))
-
-
-def _read_tiff(path: Path) -> _Tiff:
-    """The first image series of a TIFF.
-
-    Raises:
-        DataError: not a TIFF, truncated, or not to be decoded.
-    """
-    try:
-        with tifffile.TiffFile(path) as tif:
-            page, size = tif.pages.first, tif.filehandle.size
-            if max(page.shape) > LARGEST_SIDE_PX:
-                claim = (
-                    f"its header claims {_size(page.shape)} px, above {LARGEST_SIDE_PX:,} a side"
-                )
-                raise DataError(f"{claim}; cut it up, or copy it again if it is damaged")
-            for part in tif.pages:
-                ends = np.add(part.dataoffsets, part.databytecounts)
-                if not len(ends) or not all(part.databytecounts) or max(ends) > size:
-                    held = f"its {size:,} bytes do not hold all its pixels"
-                    raise DataError(f"it is truncated ({held}); copy or export it again")
-            colours = getattr(page.photometric, "name", str(page.photometric))
-            if colours == "YCBCR" and page.compression == tifffile.COMPRESSION.JPEG:
-                colours = "RGB"  # the decoder converts
-            return _Tiff(tif.series[0].asarray(), colours, page.colormap)
-    except DataError:
-        raise
-    except Exception as error:  # decoders raise nearly everything on a damaged file
-        raise DataError(
-            f"it cannot be read as a TIFF ({one_line(error)}); copy or export it again"
-        ) from error
-
-
-def _read_picture(path: Path) -> _Tiff:
-    """A PNG or JPEG file as if it were a TIFF. Of 16 bits a channel Pillow gives 8 for colours, all
-    for grey.
-    """
-    try:
-        with Image.open(path, formats=("PNG", "JPEG")) as picture:
-            if picture.mode.startswith("I;16"):
-                return _Tiff(np.asarray(picture), "MINISBLACK", None)
-            return _Tiff(np.asarray(picture.convert("RGB")), "RGB", None)
-    except Exception as error:  # decoders raise nearly everything on a damaged file
-        raise DataError(
-            f"it cannot be read as a PNG or JPEG ({one_line(error)}); copy or export it again"
-        ) from error
-
-
-def _to_rgb(tiff: _Tiff) -> np.ndarray:
-    """uint8 [3, H, W] of RGB, RGBA, grey, grey + alpha or palette pixels, channels last or first;
-    alpha is dropped.
-
-    16-bit values are scaled to 8 bits by the bit depth in use, the smallest of 8, 12 and 16 bits
-    that holds the largest value of the colour channels: ``round(value * 255 / (2**depth - 1))``. (A
-    bright-field image is bright somewhere: with every value below 4,096 it was not recorded with 16
-    bits.)
-
-    Raises:
-        DataError: another pixel type, colour space or shape.
-    """
-    array = tiff.pixels
-    if array.dtype not in (np.uint8, np.uint16):
-        save = "save the image with 8 or 16 bits a channel (unsigned integers)"
-        raise DataError(f"its pixels are {array.dtype}; {save}")
-    if tiff.colours not in ("MINISBLACK", "MINISWHITE", "RGB", "PALETTE"):
-        raise DataError(f"its colours are {tiff.colours}; save the image as RGB or grey")
-    if tiff.colours == "MINISWHITE":
-        array = np.iinfo(array.dtype).max - array
-    if tiff.colours == "PALETTE":
-        array = tiff.palette[:, array]
-    if array.ndim == 2:
-        array = array[None]
-    elif array.ndim == 3 and array.shape[-1] <= 4:
-        array = np.moveaxis(array, -1, 0)
-    if array.ndim != 3 or array.shape[0] > 4:
-        save = "save height x width x 1 to 4 channels"
-        raise DataError(f"its shape {_size(tiff.pixels.shape)} is not that of an image; {save}")
-    array = array[: 3 if len(array) > 2 else 1]
-    if array.dtype == np.uint16:
-        depth = next(bits for bits in (8, 12, 16) if array.max() < 2**bits)
-        array = np.rint(array * (255 / (2**depth - 1))).astype(np.uint8)
-    return np.ascontiguousarray(np.broadcast_to(array, (3, *array.shape[1:])))
-
-
-def _size(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _to_label_map(
-    array: np.ndarray, image_shape: tuple[int, ...] | None, instance_reading: str
-) -> np.ndarray:
-    """int32 [H, W] of a class file; ``image_shape`` is None if the image is unreadable.
-
-    Raises:
-        DataError: another shape, values that are not ids, or too many of them.
-    """
-    if array.ndim > 2:
-        array = array.squeeze()
-    if array.ndim != 2:
-        save = "a class file has one channel: save height x width"
-        raise DataError(f"its shape is {_size(array.shape)}; {save}")
-    if image_shape and array.shape != image_shape:
-        sizes = f"it is {_size(array.shape)} px but its image is {_size(image_shape)} px"
-        raise DataError(f"{sizes} (height x width); export both at one size")
-    if wrong := _wrong_values(array):
-        save = "save whole numbers: 0 = background, other values = instance ids"
-        raise DataError(f"it has {' and '.join(wrong)}; {save}")
-    largest = f"its largest instance id is {array.max():,.10g}"
-    remedy = "number the instances from 1 on"
-    if instance_reading == "connected_components":
-        array = connected_components(array)
-        largest, remedy = f"it has {array.max():,} connected components", "is it a mask of cells?"
-    if array.max() > LARGEST_ID:
-        raise DataError(f"{largest}, above {LARGEST_ID:,}; {remedy}")
-    return array.astype(np.int32)
-
-
-def _wrong_values(array: np.ndarray) -> list[str]:
-    if array.dtype.kind not in "buif":
-        return [f"pixels of type {array.dtype}"]
-    kinds = {"negative": array < 0}
-    if array.dtype.kind == "f":
-        finite = np.isfinite(array)
-        kinds = {
-            "NaN": np.isnan(array),
-            "infinite": np.isinf(array),
-            "fractional": finite & (array != np.rint(array)),
-            "negative": finite & (array < 0),
-        }
-    found = []
-    for kind, wrong in kinds.items():
-        if count := np.count_nonzero(wrong):
-            row, column = np.unravel_index(wrong.argmax(), wrong.shape)
-            first = f"the first at row {row}, column {column}: {array[row, column]:g}"
-            found.append(f"{count:,} {kind} pixel{'s' if count > 1 else ''} ({first})")
-    return found
 
 
 # Test images
@@ -692,7 +540,7 @@ def _compare(
             problem = f"it is listed in {LIST} but missing; copy it there"
             problems[row["file_name"]] = problem
         elif sizes.get(key, size) != size:
-            found = f"it is {_size(sizes[key])} px, but listed as {_size(size)} px"
+            found = f"it is {size_text(sizes[key])} px, but listed as {size_text(size)} px"
             correct = f"correct {LIST}, or copy the right image"
             problems[files[key].name] = f"{found} (height x width); {correct}"
     for key in sorted(files.keys() - {_key(row["file_name"]) for row in listed}):
