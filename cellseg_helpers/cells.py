@@ -206,8 +206,10 @@ def encode_mask(mask: BoxMask, height: int, width: int) -> dict[str, Any]:
     step = rows + (rows < height)
     line = np.zeros(columns * step + 2, bool)  # an empty pixel at either end
     line[1:-1].reshape(columns, step)[:, :rows] = mask.mask.T
-    column, row = np.divmod(np.flatnonzero(line[1:] != line[:-1]), max(step, 1))
-    ends = np.concatenate([[0], (x0 + column) * height + y0 + row, [height * width]])
+    change = np.flatnonzero(line[1:] != line[:-1])
+    ends = np.zeros(len(change) + 2, np.int64)  # of the runs, after a first 0
+    ends[1:-1] = change + change // max(step, 1) * (height - step) + x0 * height + y0
+    ends[-1] = height * width
     counts = ends[1:] - ends[:-1]
     run_lengths = counts[: -1 if counts[-1] == 0 else None].tolist()
     size = [height, width]

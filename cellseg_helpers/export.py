@@ -78,10 +78,12 @@ def outline(mask: BoxMask) -> shapely.Polygon | shapely.MultiPolygon:
     A Polygon with its holes, or a MultiPolygon of the pieces that share no pixel's side. Outer
     rings have a positive area by the shoelace formula, holes a negative one (RFC 7946).
     """
-    y, x = np.nonzero(mask.mask)
-    x, y = x + mask.x0, y + mask.y0
-    pixels = shapely.box(x, y, x + 1, y + 1)
-    return shapely.orient_polygons(shapely.coverage_union_all(pixels).simplify(0))
+    steps = np.diff(mask.mask.astype(np.int8), axis=1, prepend=0, append=0)
+    y, left = np.nonzero(steps == 1)  # each row's runs of pixels
+    right = np.nonzero(steps == -1)[1]
+    y, left, right = y + mask.y0, left + mask.x0, right + mask.x0
+    runs = shapely.box(left, y, right, y + 1)
+    return shapely.orient_polygons(shapely.union_all(runs).simplify(0))
 
 
 def geojson(cells: Cells) -> dict[str, Any]:

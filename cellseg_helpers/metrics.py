@@ -382,9 +382,11 @@ def class_table(metrics: dict[str, Any]) -> pd.DataFrame:
     f1 at the chosen thresholds.
     """
     section, at = metrics["coco_dense"], metrics["at_threshold"]
-    averages = pd.DataFrame({"all": section["summary"]} | section["per_class"])
-    counts = pd.DataFrame({"all": at["all"]} | at["per_class"], dtype=object)
-    return pd.concat([averages.loc[["AP", "AP50", "AP75"]], counts]).T.rename_axis("class")
+    averages = {"all": section["summary"]} | section["per_class"]
+    counts = {"all": at["all"]} | at["per_class"]
+    rows = {name: averages[name] | counts[name] for name in counts}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("class")
+    return table[["AP", "AP50", "AP75", *at["all"]]]
 
 
 def _evaluate(

@@ -361,11 +361,15 @@ def save_weights(path: Path, state: dict[str, Any]) -> None:
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """JSON, whole or not at all: NaN as null, a list on one line."""
-    value = _change_leaves(
-        value, lambda leaf: None if isinstance(leaf, float) and math.isnan(leaf) else leaf
-    )
     indent = None if isinstance(value, list) else indent
-    write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+    try:
+        text = json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        value = _change_leaves(
+            value, lambda leaf: None if isinstance(leaf, float) and math.isnan(leaf) else leaf
+        )
+        text = json.dumps(value, indent=indent, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def _change_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:

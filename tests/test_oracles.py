@@ -488,8 +488,8 @@ def test_images_from_the_cache_are_those_written(images, compression, seed):
                     np.pad(label_maps, ((0, 4 - len(label_maps)), (0, 0), (0, 0))),
                 )
             )
-        for decode in (readers._read_tiff, None):
-            with patch.object(readers, "_read_tiff", decode):
+        for decode in (readers.read_tiff, None):
+            with patch.object(readers, "read_tiff", decode):
                 dataset = open_dataset(Path(folder, "data"), cache_dir=Path(folder, "cache"))
             assert len(dataset) == len(written)
             for found, (image, label_maps) in zip(dataset, written, strict=True):

@@ -686,7 +686,7 @@ def caches(cache_dir):
 
 def test_cache_equals_direct_reading_and_is_used(folder, cache_dir, monkeypatch):
     assert_as_on_disk(open_dataset(folder), folder)
-    monkeypatch.setattr(readers, "_read_tiff", None)
+    monkeypatch.setattr(readers, "read_tiff", None)
     again = open_dataset(folder)
     assert_as_on_disk(again, folder)
     assert again.name == "data"
@@ -701,7 +701,7 @@ def test_faults_are_remembered_too(folder, monkeypatch):
     (folder / "train" / "a" / "image.tif").unlink()
     with pytest.raises(DataError):
         open_dataset(folder)
-    monkeypatch.setattr(readers, "_read_tiff", None)
+    monkeypatch.setattr(readers, "read_tiff", None)
     assert len(open_dataset(folder, skip_faulty_images=True)) == 2
     with pytest.raises(DataError, match="train/a/image.tif: it is missing"):
         open_dataset(folder)

@@ -125,7 +125,7 @@ def size_text(shape: tuple[int, ...]) -> str:
 def to_label_map(
     array: np.ndarray, image_shape: tuple[int, ...] | None, instance_reading: str
 ) -> np.ndarray:
-    """int32 [H, W] of the pixels of a class file; ``image_shape`` is None if the image is unreadable.
+    """int32 [H, W] of a class file's pixels; ``image_shape`` is None if the image is unreadable.
 
     Raises:
         DataError: another shape, values that are not ids, or too many of them.
