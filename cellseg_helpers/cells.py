@@ -206,15 +206,14 @@ def encode_mask(mask: BoxMask, height: int, width: int) -> dict[str, Any]:
     step = rows + (rows < height)
     line = np.zeros(columns * step + 2, bool)  # an empty pixel at either end
     line[1:-1].reshape(columns, step)[:, :rows] = mask.mask.T
-    change = np.flatnonzero(line[1:] != line[:-1])
+    change = (line[1:] != line[:-1]).nonzero()[0]
     ends = np.zeros(len(change) + 2, np.int64)  # of the runs, after a first 0
-    ends[1:-1] = change + change // max(step, 1) * (height - step) + x0 * height + y0
+    ends[1:-1] = change + change // max(step, 1) * (height - step) + (x0 * height + y0)
     ends[-1] = height * width
     counts = ends[1:] - ends[:-1]
-    run_lengths = counts[: -1 if counts[-1] == 0 else None].tolist()
-    size = [height, width]
-    rle = coco_mask.frPyObjects({"size": size, "counts": run_lengths}, height, width)
-    return {"size": size, "counts": rle["counts"].decode("ascii")}
+    runs = {"size": [height, width], "counts": counts if counts[-1] else counts[:-1]}
+    rle = coco_mask.frPyObjects(runs, height, width)
+    return {"size": runs["size"], "counts": rle["counts"].decode("ascii")}
 
 
 def decode_mask(rle: Mapping[str, Any]) -> BoxMask:

@@ -220,15 +220,9 @@ def match_detections(
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold is {iou_threshold}; it must be above 0 and at most 1")
     cells, rles = truth["annotations"], detections.to_rles()
-    evaluation = _evaluate(
-        truth,
-        detections,
-        rles,
-        max_dets=[max(len(detections), 1)],
-        iou_thrs=[iou_threshold],
-        area_rng=[list(area_range_px)],
-        area_rng_lbl=["counted"],
-    )
+    limits = {"max_dets": [max(len(detections), 1)], "iou_thrs": [iou_threshold]}
+    limits |= {"area_rng": [list(area_range_px)], "area_rng_lbl": ["counted"]}
+    evaluation = _evaluate(truth, detections, rles, **limits)
     mask_of = {cell["id"]: cell["segmentation"] for cell in cells}
     matched, counted = np.zeros((2, len(detections)), bool)
     truth_id, iou = np.zeros(len(detections), int), np.zeros(len(detections))
@@ -417,10 +411,7 @@ def _indices(values: Sequence[int], column: pd.Series) -> np.ndarray:
 def _tally(matches: Matches, table: pd.DataFrame, column: str | None = None) -> np.ndarray:
     """Rows, or the sum of a column, of each image and class: float64 [I, K]."""
     image = _indices(matches.image_ids, table["image_id"])
+    class_index = _indices(matches.class_names, table["class_id"])
     totals = np.zeros((len(matches.image_ids), len(matches.class_names)))
-    np.add.at(
-        totals,
-        (image, _indices(matches.class_names, table["class_id"])),
-        table[column] if column else 1,
-    )
+    np.add.at(totals, (image, class_index), table[column] if column else 1)
     return totals
