@@ -13,9 +13,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from bench.measure import Pair, Row, side_by_side, time_and_memory, verdict
-from bench.scenes import dense_image, dense_label_maps
+from bench.scenes import dense_image, dense_label_maps, dense_target, with_dense_masks
 from cellseg_helpers.data.augment import RECIPES, augment
-from cellseg_helpers.data.labels import find_instances
 
 Sample = tuple[Tensor, Tensor]  # image, and label maps or masks
 RECIPE, CELLS, SIDE_PX = "full", 300, 1024
@@ -26,9 +25,7 @@ DRAWN = {  # seed, and which parts of the recipe it draws
 
 
 def always() -> list[v2.Transform]:
-    """The recipe with probability 1 for each of its parts; the choice among several, and how often
-    to turn, stay random.
-    """
+    """The recipe, each part with probability 1; the choice of one, and the turns, stay random."""
     recipe = copy.deepcopy(RECIPES[RECIPE])
     for step in nn.ModuleList(recipe).modules():
         if isinstance(getattr(step, "p", None), float):
@@ -39,10 +36,8 @@ def always() -> list[v2.Transform]:
 def label_maps_and_stack(seed: int) -> Pair:
     maps = dense_label_maps(SIDE_PX, CELLS)
     image, label_maps = torch.from_numpy(dense_image(maps)), torch.from_numpy(maps)
-    cells = find_instances(maps)
-    names = list(zip(cells.labels.tolist(), cells.ids.tolist(), strict=True))
-    masks = [label_maps[label - 1] == number for label, number in names]
-    stack = torch.stack(masks).to(torch.uint8)
+    target = dense_target(maps)
+    stack = with_dense_masks(target)["masks"]
     recipe = always()
 
     def augment_stack() -> Sample:
@@ -52,12 +47,10 @@ def label_maps_and_stack(seed: int) -> Pair:
     def compare(ours: Sample, peer: Sample) -> str:
         (our_image, our_maps), (their_image, their_stack) = ours, peer
         alike = torch.equal(our_image, their_image)
-        same = sum(
-            torch.equal(our_maps[label - 1] == number, mask.bool())
-            for (label, number), mask in zip(names, their_stack, strict=True)
-        )
-        found = f"image {'the same' if alike else 'other'}, {same} of {len(names)} masks the same"
-        return verdict(alike and same == len(names), f"{found}, pixel by pixel")
+        our_stack = with_dense_masks(target | {"label_maps": our_maps})["masks"]
+        same = int((our_stack == their_stack).all((1, 2)).sum())
+        found = f"image {'the same' if alike else 'other'}, {same} of {len(stack)} masks the same"
+        return verdict(alike and same == len(stack), f"{found}, pixel by pixel")
 
     return Pair(lambda: augment(image, label_maps, recipe, seed), augment_stack, compare)
 
@@ -65,10 +58,8 @@ def label_maps_and_stack(seed: int) -> Pair:
 def rows() -> list[Row]:
     table = []
     for name, (seed, parts) in DRAWN.items():
-        note = (
-            f"recipe {RECIPE}, every part applied: {parts}; {SIDE_PX} px, {CELLS} drawn cells; "
-            "peer: a tv_tensors.Mask of each cell, uint8"
-        )
+        note = f"recipe {RECIPE}, every part applied: {parts}; {SIDE_PX} px, {CELLS} drawn cells; "
+        note += "peer: a tv_tensors.Mask of each cell, uint8"
         measured = side_by_side(label_maps_and_stack, seed, repeats=1)
         table += time_and_memory(f"augmentation, {name}", measured, note, "goal 5x", "goal 10x")
     return table

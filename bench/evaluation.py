@@ -57,18 +57,16 @@ def compare(ours: Scores, peer: Scores) -> str:
         if not np.array_equal(np.isnan(values), np.isnan(theirs)):
             return verdict(False, "a number on one side only")
         largest = max(largest, np.nanmax(np.abs(values - theirs), initial=0))
-    found = f"max difference {largest:.1g} in precision, recall and the 12 numbers"
-    return verdict(largest < TOLERANCE, found)
+    numbers = "precision, recall and the 12 numbers"
+    return verdict(largest < TOLERANCE, f"max difference {largest:.1g} in {numbers}")
 
 
 def rows() -> list[Row]:
     measured = side_by_side(score_both, repeats=3, repeat_peer=False)
+    note = f"{IMAGES} drawn images, about 300 cells and {DETECTIONS_PER_IMAGE} detections each, "
+    note += "maxDets 1, 10, 100 and all; pycocotools, one call"
+    goals = "goal 20x", "peak that one call adds"
+    wall, memory = time_and_memory("evaluation", measured, note, *goals)
     ours, peer, identical = measured
-    note = (
-        f"{IMAGES} drawn images, about 300 cells and {DETECTIONS_PER_IMAGE} detections each, "
-        "maxDets 1, 10, 100 and all; pycocotools, one call"
-    )
     cpu = (ours.cpu_seconds, peer.cpu_seconds, "s", identical, f"a core for a core; {note}")
-    peak = "peak that one call adds"
-    wall, memory = time_and_memory("evaluation", measured, note, "goal 20x", peak)
     return [wall, less("evaluation: CPU time", *cpu), memory]

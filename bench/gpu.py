@@ -13,6 +13,7 @@ the GPU works. Ours asks for a batch while the GPU still does the last step: the
 the GPU does not.
 """
 
+import itertools
 import multiprocessing
 import sys
 import time
@@ -24,39 +25,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+from bench import training
 from bench.measure import NAN, Row, fresh_process, less, times_less
 from bench.scenes import dense_image, dense_label_maps, with_dense_masks
-from bench.training import (
-    AS_TORCHVISION,
-    CELLS,
-    DEVICE,
-    SIDE_PX,
-    give_images,
-    our_model,
-    torchvision_model,
-)
+from bench.training import AS_TORCHVISION, CELLS, DEVICE, SIDE_PX
+from cellseg_helpers import engine
 from cellseg_helpers.config import RunConfig, one_line
 from cellseg_helpers.data.augment import RECIPES, augment
 from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.data.samples import EpochSampler, SampleKey, TrainingSet
 from cellseg_helpers.devices import make_fabric, resolve_precision
-from cellseg_helpers.engine import (
-    make_loader,
-    make_optimizer,
-    make_schedulers,
-    to_device,
-    train_epoch,
-)
 
 SIDES_PX, BATCHES = (512, 1024), (2, 4, 8, 16)
 VARIANTS = {  # of ours, at one size
-    "channels_first": "channels first",
-    "compiled": "compiled backbone",
-    "augmented_on_gpu": "augmentation on the GPU",
-    "float32": "32 bit",
-}
+    "channels_first": "channels first", "compiled": "compiled backbone",
+    "augmented_on_gpu": "augmentation on the GPU", "float32": "32 bit",
+}  # fmt: skip
 VARIANTS_AT = (1024, 4)  # side px, batch
 RECIPE = "flips_turns_stain"  # of params/full.yaml
 WORKERS = 2
@@ -68,9 +55,9 @@ CLASS = 2**32  # class_id * CLASS + id: both in an int64
 
 
 class Measured(NamedTuple):
-    images_per_s: float
-    waiting: float  # %
-    working: float  # %
+    images_per_s: float = NAN
+    waiting: float = NAN  # %
+    working: float = NAN  # %
     failure: str = ""
 
 
@@ -80,92 +67,67 @@ class Scenes:
     def __init__(self, side_px: int, images: int = 4):
         cells = round(CELLS * side_px**2 / SIDE_PX**2)
         label_maps = [dense_label_maps(side_px, cells, seed=seed) for seed in range(images)]
+        self.counts = np.array([maps.max((1, 2)) for maps in label_maps])
         self.images = [
             CellImage(str(seed), None, dense_image(maps, seed), maps)
             for seed, maps in enumerate(label_maps)
         ]
-        self.counts = np.array([maps.max((1, 2)) for maps in label_maps])
 
     def __getitem__(self, index: int) -> CellImage:
         return self.images[index]
 
 
-class WithDenseMasks(Dataset):
-    """The samples of ``TrainingSet`` as torchvision's Mask R-CNN takes them."""
-
-    def __init__(self, samples: TrainingSet):
-        self.samples = samples
+class WithDenseMasks(TrainingSet):
+    """Its samples as torchvision's Mask R-CNN takes them."""
 
     def __getitem__(self, key: SampleKey):
-        image, target = self.samples[key]
+        image, target = super().__getitem__(key)
         return image, with_dense_masks(target)
 
 
-class Crops(Dataset):
-    """The samples of ``TrainingSet`` before ``augment_on_device``."""
-
-    def __init__(self, samples: TrainingSet):
-        self.samples = samples
+class Crops(TrainingSet):
+    """Its samples before ``augment_on_device``."""
 
     def __getitem__(self, key: SampleKey):
-        image, label_maps, image_id, (seed, recipe_seed) = self.samples.draw_crop(key)
+        image, label_maps, image_id, (seed, recipe_seed) = self.draw_crop(key)
         drawn = {"label_maps": label_maps, "image_id": image_id, "seed": seed}
         return image, drawn | {"recipe_seed": recipe_seed}
 
 
 class Watch:
-    """The batches of a loader, and the times of the loop that takes them; ``train_epoch`` also gets
-    it as its progress bar.
-
-    Steps are warm-up, then timed, then profiled; after those, there are no more batches.
+    """The batches of a loader for warm-up, timed and profiled steps, and the times of the loop that
+    takes them. A step ends when the loop asks for the next batch.
     """
 
     def __init__(self, loader: DataLoader, prepare: Callable[[Any], Any] = lambda batch: batch):
         self.loader, self.prepare = loader, prepare
-        self.part, self.parts = "", iter(("warm-up", "timed", "profiled", "ended"))
-        self.steps, self.waited_s = 0, 0.0
         activity = ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU
         self.profiler = profile(activities=[activity])
-        self._next_part()
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.loader)
-        while self.part != "ended":
+        yield from self._steps(batches, AHEAD + 1, WARM_UP)
+        self.s_per_step, self.waiting = yield from self._steps(batches, LEAST_TIMED, TIMED)
+        self.profiler.start()
+        yield from self._steps(batches, PROFILED, PROFILED)
+        self.profiler.stop()
+
+    def _steps(self, batches: Iterator[Any], least: int, most: int) -> Iterator[Any]:
+        """Returns seconds a step, and the share of them, in %, spent in waiting for a batch."""
+        steps, waited_s, begun = 0, 0.0, time.perf_counter()
+        while steps < least or (steps < most and time.perf_counter() - begun <= PART_LIMIT_S):
             asked = time.perf_counter()
             batch = next(batches)
-            self.waited_s += time.perf_counter() - asked
+            waited_s += time.perf_counter() - asked
             yield self.prepare(batch)
-
-    def update(self) -> None:
-        """A step has ended."""
-        self.steps += 1
-        late = time.perf_counter() - self.begun > PART_LIMIT_S
-        least, most = {
-            "warm-up": (AHEAD + 1, WARM_UP),
-            "timed": (LEAST_TIMED, TIMED),
-            "profiled": (PROFILED, PROFILED),
-        }[self.part]
-        if self.steps == most or (late and self.steps >= least):
-            self._next_part()
-
-    def set_postfix(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def _next_part(self) -> None:
+            steps += 1
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-        if self.part == "timed":
-            timed_s = time.perf_counter() - self.begun
-            self.s_per_step = timed_s / self.steps
-            self.waiting = 100 * self.waited_s / timed_s
-            self.profiler.start()
-        if self.part == "profiled":
-            self.profiler.stop()
-        self.part, self.begun = next(self.parts), time.perf_counter()
-        self.steps, self.waited_s = 0, 0.0
+        taken_s = time.perf_counter() - begun
+        return taken_s / steps, 100 * waited_s / taken_s
 
     def measured(self, batch_size: int) -> Measured:
         """``working``: kernels and copies of a profiled step, over the time of one that is not:
@@ -192,49 +154,38 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 def train(side_px: int, batch_size: int, way: str) -> Measured:
     """Train ``ours``, ``peer`` or one of ``VARIANTS``."""
-    config = RunConfig(
-        backbone="resnet50",
-        batch_size=batch_size,
-        num_workers=WORKERS,
-        crop_size_px=side_px,
-        augmentation=RECIPE,
-        gradient_clip_norm=0.0,
-        precision="32" if way == "float32" else "auto",
-        **AS_TORCHVISION,
-    )
+    model = training.torchvision_model() if way == "peer" else training.our_model()
+    precision = "32" if way == "float32" else "auto"
+    settings = {"backbone": "resnet50", "augmentation": RECIPE, "gradient_clip_norm": 0.0}
+    settings |= {"batch_size": batch_size, "num_workers": WORKERS, "crop_size_px": side_px}
+    config = RunConfig(precision=precision, **settings, **AS_TORCHVISION)
     scenes = Scenes(side_px + side_px // 8)
     indices = list(range(len(scenes.images)))
     drawing = (side_px, config.class_balance, RECIPE, config.seed, config.drop_cut_cells)
-    samples = TrainingSet(scenes, indices, *drawing)
-    if way == "peer":
-        samples = WithDenseMasks(samples)
-    if way == "augmented_on_gpu":
-        samples = Crops(samples)
+    kind = {"peer": WithDenseMasks, "augmented_on_gpu": Crops}.get(way, TrainingSet)
     steps = WARM_UP + TIMED + PROFILED + AHEAD  # the workers are busy to the last step
     sampler = EpochSampler(indices, steps * batch_size, config.seed, batch_size=batch_size)
-    loader = make_loader(samples, config, sampler)
-    model = torchvision_model() if way == "peer" else our_model()
-    optimizer = make_optimizer(model, config)
-    schedule, _ = make_schedulers(optimizer, config, steps)
+    loader = engine.make_loader(kind(scenes, indices, *drawing), config, sampler)
+    optimizer = engine.make_optimizer(model, config)
+    schedule, _ = engine.make_schedulers(optimizer, config, steps)
+    watch = Watch(loader, augment_on_device) if way == "augmented_on_gpu" else Watch(loader)
     if way == "peer":
         # As in the reference; masks of 13 GB, of a batch of 16 at 1024 px, would take long to pin.
         loader.pin_memory = False
-        watch = Watch(loader)
         mixed = resolve_precision(config) == "bf16-mixed"
         train_reference(model, optimizer, schedule, watch, mixed)
         return watch.measured(batch_size)
     if way == "channels_first":
-        give_images(model, torch.contiguous_format)
+        training.give_images(model, torch.contiguous_format)
     if way == "compiled":
         model.backbone.compile()
-    watch = Watch(loader, augment_on_device) if way == "augmented_on_gpu" else Watch(loader)
     fabric = make_fabric(config)
     model, optimizer = fabric.setup(model, optimizer)
-    train_epoch(fabric, model, optimizer, schedule, watch, config, watch)
+    engine.train_epoch(fabric, model, optimizer, schedule, watch, config, tqdm(disable=True))
     return watch.measured(batch_size)
 
 
-def train_reference(model: nn.Module, optimizer, schedule, batches: Watch, mixed: bool) -> None:
+def train_reference(model: nn.Module, optimizer, schedule, batches: Iterable, mixed: bool) -> None:
     """torchvision's reference loop, which reads the losses before the backward and again after the
     step.
 
@@ -254,7 +205,7 @@ def train_reference(model: nn.Module, optimizer, schedule, batches: Watch, mixed
     model.rpn.anchor_generator.register_forward_pre_hook(to_float32)
     model.train()
     for images, targets in batches:
-        images, targets = to_device(images, targets, DEVICE)
+        images, targets = engine.to_device(images, targets, DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=mixed):
             losses = model(images, targets)
         total = sum(losses.values())
@@ -266,7 +217,6 @@ def train_reference(model: nn.Module, optimizer, schedule, batches: Watch, mixed
         schedule.step()
         for loss in (total, *losses.values()):
             loss.item()
-        batches.update()
 
 
 def augment_on_device(batch: tuple[list[Tensor], list[dict]]) -> tuple[list[Tensor], list[dict]]:
@@ -275,9 +225,10 @@ def augment_on_device(batch: tuple[list[Tensor], list[dict]]) -> tuple[list[Tens
     for image, drawn in zip(*batch, strict=True):
         crop = (tensor.to(DEVICE, non_blocking=True) for tensor in (image, drawn["label_maps"]))
         image, label_maps = augment(*crop, RECIPES[RECIPE], drawn["recipe_seed"])
-        named = {"label_maps": label_maps, "image_id": drawn["image_id"], "seed": drawn["seed"]}
         images.append(image)
-        targets.append(boxes_on_device(label_maps) | named)
+        target = drawn | boxes_on_device(label_maps) | {"label_maps": label_maps}
+        del target["recipe_seed"]
+        targets.append(target)
     return images, targets
 
 
@@ -307,10 +258,9 @@ def measure(side_px: int, batch_size: int, way: str) -> Measured:
         except TimeoutError:
             for child in multiprocessing.active_children():
                 child.kill()
-            return Measured(NAN, NAN, NAN, f"{way} took over {PROCESS_LIMIT_S} s")
+            return Measured(failure=f"{way} took over {PROCESS_LIMIT_S} s")
         except Exception as error:
-            reason = f"{way} failed: {type(error).__name__}: {one_line(error)}"
-            return Measured(NAN, NAN, NAN, reason)
+            return Measured(failure=f"{way} failed: {type(error).__name__}: {one_line(error)}")
 
 
 def rows() -> list[Row]:
@@ -319,7 +269,7 @@ def rows() -> list[Row]:
         note += "goals: 95 % busy with two workers, twice the images/s of torchvision's loop"
         return [less("GPU training", NAN, NAN, "", note=note)]
     table, ours = [], {}
-    for at in [(side, batch) for side in SIDES_PX for batch in BATCHES]:
+    for at in itertools.product(SIDES_PX, BATCHES):
         ours[at] = measure(*at, "ours")
         table += rows_of(*at, "", ours[at], measure(*at, "peer"))
     for way, name in VARIANTS.items():
@@ -328,27 +278,21 @@ def rows() -> list[Row]:
     return table
 
 
-def rows_of(
-    side_px: int, batch_size: int, variant: str, ours: Measured, peer: Measured
-) -> list[Row]:
-    cells = round(CELLS * side_px**2 / SIDE_PX**2)
-    name = f"GPU training, {side_px} px, batch {batch_size}{variant}"
+def rows_of(side_px: int, batch_size: int, way: str, ours: Measured, peer: Measured) -> list[Row]:
+    """``way``: a variant of ours as the rows' names say it, or ""."""
     note = (
-        f"{'peer: ours without' if variant else 'goals: 2x the images/s, 95 % working'}; "
-        f"ResNet-50, {resolve_precision(RunConfig())}, up to {cells} drawn cells an image, "
+        f"{'peer: ours without' if way else 'goals: 2x the images/s, 95 % working'}; "
+        f"ResNet-50, {resolve_precision(RunConfig())}, up to "
+        f"{round(CELLS * side_px**2 / SIDE_PX**2)} drawn cells an image, "
         f"{RECIPE}, {WORKERS} workers, {TIMED} steps, fewer where they take over {PART_LIMIT_S} s"
     )
     note = "; ".join(filter(None, (note, ours.failure, peer.failure)))
-
-    def more(what: str, mine: float, theirs: float, unit: str) -> Row:
-        return Row(f"{name}: {what}", mine, theirs, unit, times_less(theirs, mine), "", note)
-
-    waiting = (f"{name}: waiting for the loader", ours.waiting, peer.waiting, "%")
-    table = [
-        more("speed", ours.images_per_s, peer.images_per_s, "images/s"),
-        less(*waiting, note=note),
-        more("GPU works", ours.working, peer.working, "%"),
-    ]
+    quantities = ("speed", "images/s"), ("waiting for the loader", "%"), ("GPU works", "%")
+    table = []
+    for (what, unit), mine, theirs in zip(quantities, ours[:3], peer[:3], strict=True):
+        better = (mine, theirs) if what == "waiting for the loader" else (theirs, mine)
+        name = f"GPU training, {side_px} px, batch {batch_size}{way}: {what}"
+        table.append(Row(name, mine, theirs, unit, times_less(*better), "", note))
     print(*table, sep="\n", file=sys.stderr, flush=True)  # to have what was measured before an end
     return table
 

@@ -21,7 +21,6 @@ from torchvision.ops import masks_to_boxes
 
 from bench.measure import Pair, Row, alone, less, medians_in_turn, seconds, verdict
 from cellseg_helpers.cells import CLASS_NAMES
-from cellseg_helpers.config import resolve_path
 from cellseg_helpers.data.cache import CellDataset
 from cellseg_helpers.data.hw3 import locate_data, open_dataset
 from cellseg_helpers.data.samples import SampleKey, TrainingSet
@@ -32,8 +31,7 @@ exhaust = partial(deque, maxlen=0)
 
 def folder() -> Path:
     """The folder of real images or, if none is named, of drawn ones."""
-    real = os.environ.get("BENCH_SAMPLE")
-    return resolve_path(real) if real else locate_data("drawn")[0]
+    return locate_data(os.environ.get("BENCH_SAMPLE") or "drawn")[0]
 
 
 def cached_samples(dataset: CellDataset) -> Iterator[Sample]:
@@ -56,10 +54,8 @@ def tiff_samples() -> Iterator[Sample]:
     for path in sorted((folder() / "train").iterdir()):
         pixels = tifffile.imread(path / "image.tif")
         if pixels.dtype != np.uint8 or pixels.ndim != 3:
-            raise ValueError(
-                f"{path / 'image.tif'}: the peer reads RGB of 8 bits a channel only; "
-                "name a folder of such images"
-            )
+            only = "the peer reads RGB of 8 bits a channel only; name a folder of such images"
+            raise ValueError(f"{path / 'image.tif'}: {only}")
         image = torch.from_numpy(pixels[..., :3]).permute(2, 0, 1).contiguous()
         masks, labels = [], []
         for label in range(1, len(CLASS_NAMES) + 1):
@@ -74,22 +70,18 @@ def tiff_samples() -> Iterator[Sample]:
 def compare(ours: Iterable[Sample], peer: Iterable[Sample]) -> str:
     """masks_to_boxes ends a box at its last pixel, the package one pixel further."""
     alike, images, cells = True, 0, 0
-    for (image, boxes, labels), (peer_image, peer_boxes, peer_labels) in zip(
-        ours, peer, strict=True
-    ):
-        peer_boxes = peer_boxes + torch.tensor([0, 0, 1, 1])
-        tables = ((labels, boxes), (peer_labels, peer_boxes))
+    for (image, boxes, labels), theirs in zip(ours, peer, strict=True):
+        tables = (labels, boxes), (theirs[2], theirs[1] + torch.tensor([0, 0, 1, 1]))
         table, peer_table = (sorted(torch.column_stack(each).tolist()) for each in tables)
-        alike &= torch.equal(image, peer_image) and table == peer_table
+        alike &= torch.equal(image, theirs[0]) and table == peer_table
         images, cells = images + 1, cells + len(labels)
     found = f"{images} images, {cells} boxes and labels compared (masks_to_boxes + 1 px)"
     return verdict(alike, found)
 
 
 def first_epoch() -> Pair:
-    return Pair(
-        lambda: exhaust(first_samples()), lambda: exhaust(tiff_samples()), lambda ours, peer: ""
-    )
+    sides = (lambda: exhaust(first_samples()), lambda: exhaust(tiff_samples()))
+    return Pair(*sides, lambda ours, peer: "")
 
 
 def rows() -> list[Row]:
@@ -102,10 +94,8 @@ def rows() -> list[Row]:
         first, warm = (len(dataset) / taken for taken in medians_in_turn(calls, repeats=3))
     memory = [alone(side, first_epoch).megabytes for side in ("ours", "peer")]
     kind = "drawn" if folder().name == "drawn" else "real"
-    note = (
-        f"{len(dataset)} {kind} images, whole, not augmented, one process; "
-        "peer: a boolean mask a cell, every epoch anew"
-    )
+    note = f"{len(dataset)} {kind} images, whole, not augmented, one process; "
+    note += "peer: a boolean mask a cell, every epoch anew"
     decoding = f"goal 3x; with decoding into the cache; {note}"
     later = f"goal 20x; any later epoch; {note}"
     return [

@@ -1,5 +1,5 @@
-"""The harness of all benchmarks: two ways to the same result, each called in a fresh process, in
-turn; their times, peak memory and results; and the table with the machine that it was measured on.
+"""The harness of all benchmarks: two ways to the same result, each in a fresh process, called in
+turn; their times, peak memory and results; the table, and the machine that it was measured on.
 """
 
 import ctypes
@@ -8,10 +8,7 @@ import math
 import multiprocessing
 import os
 import pickle
-import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,41 +30,37 @@ PACKAGES += ("tifffile", "imagecodecs")
 
 
 class Row(NamedTuple):
-    """A line of ``outputs/bench.csv``.
-
-    ``ratio``: how many times better ours is; ``identical``: see ``verdict``.
-    """
+    """A line of ``outputs/bench.csv``."""
 
     benchmark: str
     ours: float
     peer: float
     unit: str
-    ratio: float
-    identical: str
+    ratio: float  # how many times better ours is
+    identical: str  # see ``verdict``
     note: str
 
 
 class Pair(NamedTuple):
-    """Two functions without arguments that give the same result.
-
-    ``compare``: both results -> a ``verdict``; ``device``: ``cpu`` or ``cuda``, where both work.
-    """
+    """Two functions without arguments that give the same result."""
 
     ours: Callable[[], Any]
     peer: Callable[[], Any]
-    compare: Callable[[Any, Any], str]
-    device: str = "cpu"
+    compare: Callable[[Any, Any], str]  # both results -> a ``verdict``
+    device: str = "cpu"  # or ``cuda``, where both work
 
 
 class Call(NamedTuple):
     """Wall and CPU seconds of a call, and the megabytes that it adds at its peak."""
 
-    seconds: float
-    cpu_seconds: float
-    megabytes: float
+    seconds: float = NAN
+    cpu_seconds: float = NAN
+    megabytes: float = NAN
 
 
-NOT_RUN = Call(NAN, NAN, NAN)
+def times_less(ours: float, peer: float) -> float:
+    """NaN if ours is too small to be measured."""
+    return peer / ours if ours > 0 else NAN
 
 
 def less(
@@ -77,24 +70,15 @@ def less(
     return Row(name, ours, peer, unit, times_less(ours, peer), identical, note)
 
 
-def times_less(ours: float, peer: float) -> float:
-    """NaN if ours is too small to be measured."""
-    return peer / ours if ours > 0 else NAN
-
-
 def time_and_memory(
-    name: str,
-    measured: tuple[Call, Call, str],
-    note: str,
-    time_goal: str = "",
-    memory_goal: str = "",
+    name: str, measured: tuple[Call, Call, str], note: str, time_goal: str = "", peak_goal: str = ""
 ) -> list[Row]:
     """Two rows of what ``side_by_side`` found."""
     ours, peer, identical = measured
-    time_note, memory_note = ("; ".join(filter(None, (g, note))) for g in (time_goal, memory_goal))
+    time_note, peak_note = ("; ".join(filter(None, (g, note))) for g in (time_goal, peak_goal))
     return [
         less(f"{name}: time", ours.seconds, peer.seconds, "s", identical, time_note),
-        less(f"{name}: memory", ours.megabytes, peer.megabytes, "MB", identical, memory_note),
+        less(f"{name}: memory", ours.megabytes, peer.megabytes, "MB", identical, peak_note),
     ]
 
 
@@ -111,25 +95,24 @@ def side_by_side(
     How it works: 1. Each side gets a fresh process, forked from one that has only imported torch
     and the package. 2. The first call of each is a warm-up; it gives the results that are compared,
     and the memory. 3. Times are medians of ``repeats`` further calls, made in turn; without any,
-    those of the first call.
+    those of the first call. A slow peer (``repeat_peer`` False) is called once.
 
-    Args:
-        make: a module's function; with ``arguments`` it makes the pair, once in each process.
-        repeats: further calls of each side.
-        repeat_peer: False for a slow peer: it is called once.
+    ``make`` is a module's function; with ``arguments`` it makes the pair, once in each process.
     """
     made = (make, *arguments)
     with fresh_process() as ours, fresh_process() as peer:
-        wait([process.submit(_pair, *made) for process in (ours, peer)])
-        first, result = ours.submit(_first_call, "ours", *made).result()
-        peer_first, peer_result = peer.submit(_first_call, "peer", *made).result()
-        identical = ours.submit(_compare, result, peer_result, *made).result()
-        calls, peer_calls = [], []
+        sides = {"ours": ours, "peer": peer}
+        wait([process.submit(_pair, *made) for process in sides.values()])
+        firsts, results = zip(
+            *(process.submit(_first_call, side, *made).result() for side, process in sides.items()),
+            strict=True,
+        )
+        identical = ours.submit(_compare, *results, *made).result()
+        calls = {"ours": [], "peer": []}
         for _ in range(repeats):
-            calls.append(ours.submit(_next_call, "ours", *made).result())
-            if repeat_peer:
-                peer_calls.append(peer.submit(_next_call, "peer", *made).result())
-    return _median(first, calls), _median(peer_first, peer_calls), identical
+            for side in sides if repeat_peer else ["ours"]:
+                calls[side].append(sides[side].submit(_next_call, side, *made).result())
+    return *map(_median, firsts, calls.values()), identical
 
 
 def alone(side: str, make: Callable[..., Pair], *arguments: Any) -> Call:
@@ -176,8 +159,7 @@ def seconds(call: Callable[[], Any]) -> float:
     """Wall time of a call; on a GPU until its work is done."""
     begun = time.perf_counter()
     call()
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available():
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - begun
 
@@ -204,8 +186,7 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
     Path("/proc/self/clear_refs").write_text("5")  # lowers the mark to what is resident (proc(5))
     before = psutil.Process().memory_info().rss
     call()
-    status = Path("/proc/self/status").read_text()
-    mark_kb = int(status.split("VmHWM:")[1].split()[0])
+    mark_kb = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     return max(0, mark_kb * 1024 - before)
 
 
@@ -230,30 +211,20 @@ def save_table(table: pd.DataFrame, path: Path, seconds: dict[str, float]) -> No
     """A table as CSV, with four digits, and beside it, as JSON, the machine, the versions and the
     seconds that it took.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, index=False, float_format="%.4g")
-    with fresh_process() as process:  # it has imported torch
-        machine = process.submit(_machine).result()
-    write_json(path.with_suffix(".json"), machine | {"seconds": seconds})
-
-
-def _machine() -> dict[str, Any]:
     import torch
 
-    gpu = ""
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpu = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "code_version": provenance()["code_version"],
-        "cpu": names[0] if names else "",
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False, float_format="%.4g")
+    found = provenance()
+    machine = {
+        "code_version": found["code_version"],
+        "cpu": found["machine"]["processor"],
         "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpu": gpu or "none",
-        "python": platform.python_version(),
+        "gpu": found["machine"]["gpu"] or "none",
+        "python": found["python"],
         **{name: version(name) for name in PACKAGES},
         "date": date.today().isoformat(),
     }
+    write_json(path.with_suffix(".json"), machine | {"seconds": seconds})

@@ -4,7 +4,6 @@ torchvision's pasting.
 All of it is CPU work, also with a GPU. The model is a stand-in, and its time does not count.
 """
 
-from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from bench.measure import (
-    NAN,
-    NOT_RUN,
-    Call,
-    Pair,
-    Row,
-    alone,
-    medians_in_turn,
-    side_by_side,
-    time_and_memory,
-    verdict,
-)
+from bench import measure
+from bench.measure import NAN, Call, Pair, Row, verdict
 from bench.scenes import CELLS_PER_PX, dense_label_maps, dense_target, detections_of
 from cellseg_helpers.cells import encode_mask
 from cellseg_helpers.inference import paste_in_boxes, predict
@@ -40,17 +29,16 @@ TILE_PX, OVERLAP_PX = 512, 128
 Rles = list[dict[str, Any]]
 
 
-def paste_and_encode(found: dict[str, Tensor], height: int, width: int) -> Rles:
+def paste_and_encode(masks: Tensor, boxes: Tensor, height: int, width: int) -> Rles:
     """As torchvision's COCO evaluation does it, with ``>=`` in place of ``>``."""
-    size = (height, width)
-    masks = paste_masks_in_image(found["masks"][:, None], found["boxes"], size) >= THRESHOLD
-    return [coco_mask.encode(np.asfortranarray(mask[0].numpy().astype(np.uint8))) for mask in masks]
+    pasted = paste_masks_in_image(masks[:, None], boxes, (height, width)) >= THRESHOLD
+    return [coco_mask.encode(np.asfortranarray(mask[0].byte().numpy())) for mask in pasted]
 
 
 def plain(rle: dict[str, Any]) -> tuple[tuple[int, ...], str]:
     """Size and counts as str; pycocotools' are bytes."""
     counts = rle["counts"]
-    return tuple(rle["size"]), counts.decode() if isinstance(counts, bytes) else counts
+    return tuple(rle["size"]), counts if isinstance(counts, str) else counts.decode()
 
 
 def same_cells(ours: Rles, theirs: Rles) -> str:
@@ -76,10 +64,6 @@ def masks_to_rles(detections: int) -> Pair:
     label_maps = np.pad(label_maps, ((0, 0), (0, 0), (0, WIDTH - HEIGHT)))
     found = detections_of(dense_target(label_maps))
     tensors = (found["masks"], found["boxes"])
-    parts = [
-        dict(zip(("masks", "boxes"), part, strict=True))
-        for part in zip(*(tensor.split(DETECTIONS) for tensor in tensors), strict=True)
-    ]
 
     def compare(ours: Rles, theirs: Rles) -> str:
         found = same_cells(ours, theirs)
@@ -90,7 +74,8 @@ def masks_to_rles(detections: int) -> Pair:
         return [encode_mask(mask, HEIGHT, WIDTH) for mask in masks]
 
     def peer() -> Rles:
-        return [rle for part in parts for rle in paste_and_encode(part, HEIGHT, WIDTH)]
+        parts = zip(*(tensor.split(DETECTIONS) for tensor in tensors), strict=True)
+        return [rle for part in parts for rle in paste_and_encode(*part, HEIGHT, WIDTH)]
 
     return Pair(ours, peer, compare)
 
@@ -105,22 +90,15 @@ class ReadsColours(nn.Module):
 
 
 class Remembers(ReadsColours):
-    """Looks at a field's tiles once. After ``repeat``, every pass over them gives the same again
-    and takes no time.
-    """
+    """Looks at a field's tiles once; with ``repeat``, later passes give the same in no time."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found, self.repeated = [], None
+        self.found, self.repeat = [], False
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        if self.repeated:
-            return next(self.repeated)
-        self.found.append(super().forward(images))
+        self.found.append(self.found.pop(0) if self.repeat else super().forward(images))
         return self.found[-1]
-
-    def repeat(self) -> None:
-        self.repeated = cycle(self.found)
 
 
 def field(side_px: int, model: nn.Module | None = None) -> Pair:
@@ -134,7 +112,7 @@ def field(side_px: int, model: nn.Module | None = None) -> Pair:
     model = model or ReadsColours()
     return Pair(
         lambda: predict(model, image, TILE_PX, OVERLAP_PX, THRESHOLD).to_rles(),
-        lambda: paste_and_encode(found, side_px, side_px),
+        lambda: paste_and_encode(found["masks"], found["boxes"], side_px, side_px),
         same_cells,
     )
 
@@ -146,8 +124,8 @@ def seconds_of_fields(sides_px: list[int]) -> dict[int, float]:
         model = Remembers()
         calls.append(field(side, model).ours)
         calls[-1]()
-        model.repeat()
-    return dict(zip(sides_px, medians_in_turn(calls, FIELD_REPEATS), strict=True))
+        model.repeat = True
+    return dict(zip(sides_px, measure.medians_in_turn(calls, FIELD_REPEATS), strict=True))
 
 
 def largest_side_px(side_px: int, peer: Call) -> int:
@@ -160,37 +138,32 @@ def largest_side_px(side_px: int, peer: Call) -> int:
 
 
 def rows() -> list[Row]:
-    return [*rows_of_an_image(), *rows_of_fields()]
-
-
-def rows_of_an_image() -> list[Row]:
-    few = side_by_side(masks_to_rles, DETECTIONS, repeats=REPEATS)
-    many = side_by_side(masks_to_rles, MANY, repeats=REPEATS, repeat_peer=False)
-    note = (
-        f"{DETECTIONS} drawn cells, {HEIGHT} x {WIDTH} px; "
-        "paste_masks_in_image, threshold, pycocotools' encode"
-    )
+    few = measure.side_by_side(masks_to_rles, DETECTIONS, repeats=REPEATS)
+    many = measure.side_by_side(masks_to_rles, MANY, repeats=REPEATS, repeat_peer=False)
+    note = f"{DETECTIONS} drawn cells, {HEIGHT} x {WIDTH} px; "
+    note += "paste_masks_in_image, threshold, pycocotools' encode"
     many_note = (
         f"{MANY} drawn cells; peer: {DETECTIONS} at a time, one call, as the float masks of all "
         f"are {4e-9 * MANY * HEIGHT * WIDTH:.1f} GB"
     )
     return [
-        *time_and_memory("prediction to RLE", few, note, "goal 20x", "goal 50x"),
-        *time_and_memory(f"prediction to RLE, {MANY} cells", many, many_note),
+        *measure.time_and_memory("prediction to RLE", few, note, "goal 20x", "goal 50x"),
+        *measure.time_and_memory(f"prediction to RLE, {MANY} cells", many, many_note),
+        *rows_of_fields(),
     ]
 
 
 def rows_of_fields() -> list[Row]:
     small, named, large = SIDES_PX
-    found = {small: side_by_side(field, small, repeats=REPEATS)}
+    found = {small: measure.side_by_side(field, small, repeats=REPEATS)}
     most = largest_side_px(small, found[small][1])
-    found[most] = side_by_side(field, most, repeats=0)
-    found |= {side: (alone("ours", field, side), NOT_RUN, "") for side in (named, large)}
+    found[most] = measure.side_by_side(field, most, repeats=0)
+    found |= {side: (measure.alone("ours", field, side), Call(), "") for side in (named, large)}
     taken = seconds_of_fields(sorted(found))
+    limits = f"this machine's free memory and {TIME_LIMIT_S} s"
     peers = {
         small: f"in one piece, median of {REPEATS}",
-        most: "in one piece, one call: the largest field for this machine's free memory and "
-        f"{TIME_LIMIT_S} s",
+        most: f"in one piece, one call: the largest field for {limits}",
     }
     growth = taken[large] / taken[small] * (small / large) ** 2
     linear = f"goal 1: time a megapixel at {large} px over that at {small} px"
@@ -202,5 +175,5 @@ def rows_of_fields() -> list[Row]:
         rate = f"{1e6 * taken[side] / side**2:.3f} s a megapixel, the model's time left out"
         bounded = "goal: bounded by a few tiles and the detections; stand-in model included"
         measured = (ours._replace(seconds=taken[side]), peer, identical)
-        table += time_and_memory(f"field of {side} px", measured, note, rate, bounded)
+        table += measure.time_and_memory(f"field of {side} px", measured, note, rate, bounded)
     return table

@@ -16,19 +16,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bench.measure import NAN, medians_in_turn, save_table
-from bench.scenes import dense_image, dense_label_maps
-from bench.training import (
-    CELLS,
-    DEVICE,
-    SCENE,
-    SEED,
-    SIDE_PX,
-    give_images,
-    our_model,
-    scene_target,
-    stepper,
-)
+from bench import training
+from bench.measure import medians_in_turn, save_table
+from bench.training import CELLS, DEVICE, SCENE, SEED
 from cellseg_helpers.config import ROOT, RunConfig, one_line
 from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.data.samples import EpochSampler, TrainingSet
@@ -75,12 +65,12 @@ def make_epoch(setting: Setting) -> Callable[[], float]:
     """A function that trains for ``STEPS`` steps and gives the second one's loss."""
     torch.manual_seed(0)
     config = replace(CONFIG, num_workers=setting.workers)
-    model = our_model() if setting.dense else build_model(config).to(DEVICE).train()
+    model = training.our_model() if setting.dense else build_model(config).to(DEVICE).train()
     if setting.order:
-        give_images(model, setting.order)
+        training.give_images(model, setting.order)
     if setting.dense:
-        image = torch.from_numpy(dense_image(dense_label_maps(SIDE_PX, CELLS))).to(DEVICE) / 255
-        take_step, target = stepper(model, image), scene_target(CELLS) | {"seed": SEED}
+        target = training.scene_target(CELLS) | {"seed": SEED}
+        take_step = training.stepper(model, training.scene_image(CELLS))
         return lambda: [sum(take_step(target).values()) for _ in range(STEPS)][1]
     dataset = open_dataset(config.data)
     indices = np.flatnonzero(dataset.sizes.min(1) >= config.crop_size_px).tolist()
@@ -110,25 +100,23 @@ def make_epoch(setting: Setting) -> Callable[[], float]:
 
 def compare(settings: Sequence[Setting], rounds: int) -> pd.DataFrame:
     """Times and losses of settings, beside the first one's."""
-    rows, epochs = {}, {}
+    notes, losses, epochs = {}, {}, {}
     for setting in settings:
-        rows[setting] = {"setting": setting.name, "ms_per_step": NAN, "note": setting.note}
+        notes[setting.name] = setting.note
         try:
             epoch = make_epoch(setting)
-            rows[setting]["second_loss"] = epoch()
-            epochs[setting] = epoch
+            losses[setting.name] = epoch()
+            epochs[setting.name] = epoch
         except Exception as error:
             if not setting.compiled:
                 raise
-            rows[setting]["note"] = f"not possible here: {one_line(error)}"
+            notes[setting.name] = f"not possible here: {one_line(error)}"
     medians = medians_in_turn(list(epochs.values()), rounds)
-    for setting, median in zip(epochs, medians, strict=True):
-        rows[setting]["ms_per_step"] = 1000 * median / STEPS
-    table = pd.DataFrame(rows.values())
-    table.insert(2, "times_faster", table["ms_per_step"][0] / table["ms_per_step"])
-    losses = table.pop("second_loss")
-    table.insert(3, "loss_difference", (losses - losses[0]).abs())
-    return table
+    milliseconds = 1000 / STEPS * pd.Series(medians, index=list(epochs))
+    columns = {"ms_per_step": milliseconds, "times_faster": milliseconds.iloc[0] / milliseconds}
+    columns["loss_difference"] = (pd.Series(losses) - losses[settings[0].name]).abs()
+    table = pd.DataFrame(columns, index=list(notes)).assign(note=pd.Series(notes))
+    return table.rename_axis("setting").reset_index()
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ Every measurement is the wall time of a fresh process, from its start to its end
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +18,10 @@ from cellseg_helpers.config import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
 ANALYSES = ("03", "04", "05", "06", "08")
-TORCH = "import torch, torchvision\n"
+PACKAGE, TORCH = "import cellseg_helpers", "import torch, torchvision"
 SAY_TORCH = """
 import sys
-print("OTHER: torch loaded" if "torch" in sys.modules else "torch not loaded")
-"""
+print("OTHER: torch loaded" if "torch" in sys.modules else "torch not loaded")"""
 
 
 def run(code: str) -> str:
@@ -43,14 +42,7 @@ def run_notebook(code: str, folder: str) -> str:
     return nbformat.read(executed, as_version=4).cells[0].outputs[0].text.strip()
 
 
-def import_cell(notebook: Path) -> str:
-    cells = nbformat.read(notebook, as_version=4).cells
-    return next(cell.source for cell in cells if cell.cell_type == "code")
-
-
-def in_turn(
-    start: Callable[[str], str], codes: Sequence[str], repeats: int
-) -> tuple[list[float], str]:
+def in_turn(repeats: int, start: Callable[[str], str], *codes: str) -> tuple[list[float], str]:
     """Median seconds of each code, started in turn, and whether the first loaded torch."""
     said: list[str] = []
     calls = [lambda code=code: said.append(start(code)) for code in codes]
@@ -58,22 +50,20 @@ def in_turn(
 
 
 def rows() -> list[Row]:
-    (ours, peer), said = in_turn(run, ["import cellseg_helpers", TORCH], repeats=3)
+    (ours, peer), said = in_turn(3, run, PACKAGE, TORCH)
     note = "a Python process; peer: import torch, torchvision"
-    table = [less("startup: import cellseg_helpers", ours, peer, "s", said, note)]
+    table = [less(f"startup: {PACKAGE}", ours, peer, "s", said, note)]
     with tempfile.TemporaryDirectory() as folder:
         start = partial(run_notebook, folder=folder)
-        (peer,), _ = in_turn(start, [TORCH], repeats=1)
-        (ours, empty), said = in_turn(start, ["import cellseg_helpers", ""], repeats=3)
-    note = (
-        f"goal: at most 0.3 s on top of papermill with an empty notebook, {empty:.2f} s, "
-        f"found {ours - empty:.2f} s; peer: import torch, torchvision"
-    )
-    name = "startup: papermill, import cellseg_helpers"
-    table.append(less(name, ours, peer, "s", said, note))
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        if path.name.startswith(ANALYSES):
-            (ours,), said = in_turn(run, [import_cell(path)], repeats=1)
-            name, note = f"startup: import cell of {path.stem}", "goal: starts without torch"
-            table.append(less(name, ours, NAN, "s", said, f"{note}; one process"))
+        (peer,), _ = in_turn(1, start, TORCH)
+        (ours, empty), said = in_turn(3, start, PACKAGE, "")
+    note = f"goal: at most 0.3 s on top of papermill with an empty notebook, {empty:.2f} s, "
+    note += f"found {ours - empty:.2f} s; peer: import torch, torchvision"
+    table.append(less(f"startup: papermill, {PACKAGE}", ours, peer, "s", said, note))
+    note = "goal: starts without torch; one process"
+    for path in sorted(path for start in ANALYSES for path in NOTEBOOKS.glob(f"{start}*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        imports = next(cell.source for cell in cells if cell.cell_type == "code")
+        (ours,), said = in_turn(1, run, imports)
+        table.append(less(f"startup: import cell of {path.stem}", ours, NAN, "s", said, note))
     return table

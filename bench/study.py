@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,42 +29,35 @@ import pandas as pd
 from bench.measure import NAN, Row, save_table, seconds
 from cellseg_helpers.config import ROOT
 from cellseg_helpers.data.hw3 import open_dataset
-from cellseg_helpers.runs import RUNS
+from cellseg_helpers.runs import RUNS, TABLES
 from study.runs import parameter_files, run_keys, settings
 
 SCALE, DATA, SEED = "quick", "drawn", 0
 KEY = "c/final"  # the job that `make bench` runs
-ONE_THREAD = dict.fromkeys(
-    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
-)  # as Snakemake starts a training without a GPU
+LIBRARIES = ("OMP", "MKL", "OPENBLAS", "NUMEXPR")
+ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in LIBRARIES}  # as Snakemake without a GPU
 
 
-class Parts:
-    """Wall seconds of named parts of a program, each without the parts that it calls."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._inner = [0.0]  # of each call in progress: seconds of the parts that it called
-
-    def time(self, owner: Any, name: str, part: str) -> None:
-        """From now on, ``owner.name(...)`` counts as ``part``."""
-        call = getattr(owner, name)
-
-        def timed(*arguments: Any, **named: Any) -> Any:
-            results: list[Any] = []
-            self._inner.append(0.0)
-            try:
-                taken = seconds(lambda: results.append(call(*arguments, **named)))
-            finally:
-                inner = self._inner.pop()
-            self.seconds[part] += taken - inner
-            self._inner[-1] += taken
-            return results[0]
-
-        setattr(owner, name, timed)
+PARTS: dict[str, float] = defaultdict(float)  # wall seconds of each, without parts that it calls
+_inner = [0.0]  # of each call in progress: seconds of the parts that it called
 
 
-PARTS = Parts()
+def time_part(owner: Any, name: str, part: str) -> None:
+    """From now on, ``owner.name(...)`` counts as ``part``."""
+    call = getattr(owner, name)
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        results: list[Any] = []
+        _inner.append(0.0)
+        try:
+            taken = seconds(lambda: results.append(call(*arguments, **named)))
+        finally:
+            inner = _inner.pop()
+        PARTS[part] += taken - inner
+        _inner[-1] += taken
+        return results[0]
+
+    setattr(owner, name, timed)
 
 
 def install() -> None:
@@ -94,43 +86,30 @@ def install() -> None:
         (plots, figures, "figures, without their drawing"),
     ):
         for name in names.split():
-            PARTS.time(owner, name, part)
-    PARTS.seconds["installed"] = time.time()
+            time_part(owner, name, part)
+    PARTS["installed"] = time.time()
 
 
 def save(path: str) -> None:
     """The notebook's last cell."""
-    Path(path).write_text(json.dumps(PARTS.seconds))
+    Path(path).write_text(json.dumps(PARTS))
 
 
 def measure(key: str) -> dict[str, float]:
     """Seconds of each part of the job of a run, and ``total``; removes all that it writes."""
     name = f"bench-{os.getpid()}-{key.replace('/', '-')}"
     with tempfile.TemporaryDirectory() as folder:
-        notebook, log, output, parts_file = (
-            f"{folder}/{file}"
-            for file in ("02_train.ipynb", "log.ipynb", "out.ipynb", "parts.json")
-        )
-        cells = nbformat.read(ROOT / "notebooks" / "02_train.ipynb", as_version=4)
-        first, last = (
-            nbformat.v4.new_code_cell(f"import bench.study\n\nbench.study.{call}")
-            for call in ("install()", f"save({parts_file!r})")
-        )
-        cells.cells = [first, *cells.cells, last]
-        nbformat.write(cells, notebook)
-        command = [sys.executable, "-m", "cellseg_helpers.jobs", notebook, log, output, "--gpu"]
+        files = ("02_train.ipynb", "log.ipynb", "out.ipynb", "parts.json")
+        *notebooks, parts_file = (f"{folder}/{file}" for file in files)
+        notebook = nbformat.read(ROOT / "notebooks" / "02_train.ipynb", as_version=4)
+        for place, call in ((0, "install()"), (len(notebook.cells) + 1, f"save({parts_file!r})")):
+            code = f"import bench.study\n\nbench.study.{call}"
+            notebook.cells.insert(place, nbformat.v4.new_code_cell(code))
+        nbformat.write(notebook, notebooks[0])
+        command = [sys.executable, "-m", "cellseg_helpers.jobs", *notebooks, "--gpu"]
         command += ["-f", *map(str, parameter_files(key, SCALE)), "-r", "data", DATA]
-        command += [
-            "-r",
-            "run_name",
-            name,
-            "-p",
-            "seed",
-            str(SEED),
-            "-p",
-            "keep_checkpoint",
-            "false",
-        ]
+        command += ["-r", "run_name", name]
+        command += f"-p seed {SEED} -p keep_checkpoint false".split()
         ours = {"PYTHONPATH": str(ROOT), "STUDY_PROCESS": str(os.getpid())}
         environment = os.environ | ONE_THREAD | ours
         try:
@@ -138,20 +117,11 @@ def measure(key: str) -> dict[str, float]:
             subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=sys.stderr)
             total = time.time() - begun
         finally:
-            clean_up(name)
+            shutil.rmtree(ROOT / RUNS / name, ignore_errors=True)
+            (ROOT / TABLES / f"02_{name}.csv").unlink(missing_ok=True)
         parts = json.loads(Path(parts_file).read_text())
     parts["start, papermill and imports"] = parts.pop("installed") - begun
     return parts | {"other": total - sum(parts.values()), "total": total}
-
-
-def clean_up(run_name: str) -> None:
-    """Remove the run's folder and table, and folders that then are empty."""
-    runs, tables = ROOT / RUNS, ROOT / "outputs" / "tables"
-    shutil.rmtree(runs / run_name, ignore_errors=True)
-    (tables / f"02_{run_name}.csv").unlink(missing_ok=True)
-    for folder in (runs, tables):
-        with suppress(OSError):
-            folder.rmdir()
 
 
 def share_outside(parts: Any) -> Any:
@@ -166,11 +136,9 @@ def rows() -> list[Row]:
     outside, total = share_outside(parts), parts.pop("total")
     shares = pd.Series(parts).sort_values(ascending=False) * 100 / total
     listed = ", ".join(f"{part} {share:.1f}" for part, share in shares.items())
-    note = (
-        f"goal < 25 %; one run of {KEY}, {config.epochs} x {config.steps_per_epoch} steps, one "
-        f"thread, {total:.0f} s from the job's start to its end; of it, in %: {listed}; what "
-        "remains is imports and the memory-bound optimizer; tried: see bench/README.md"
-    )
+    note = f"goal < 25 %; one run of {KEY}, {config.epochs} x {config.steps_per_epoch} steps, one "
+    note += f"thread, {total:.0f} s from the job's start to its end; of it, in %: {listed}; what "
+    note += "remains is imports and the memory-bound optimizer; tried: see bench/README.md"
     name = "study: share of a training job outside the network"
     return [Row(name, outside, NAN, "%", NAN, "", note)]
 

@@ -19,7 +19,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image
 
-from bench.measure import NOT_RUN, Pair, Row, alone, less, side_by_side, time_and_memory, verdict
+from bench.measure import Call, Pair, Row, alone, less, side_by_side, time_and_memory, verdict
 from bench.scenes import MASK_SIDE, dense_image, dense_label_maps, dense_target, with_dense_masks
 from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import RunConfig
@@ -35,11 +35,9 @@ STRIDES = (4, 8, 16, 32, 64)
 CHUNK = 2**14  # anchors
 TOLERANCE = 1e-4
 AS_TORCHVISION = {
-    "rpn_pre_nms_top_n_train": 2000,
-    "rpn_post_nms_top_n_train": 2000,
-    "box_batch_size_per_image": 512,
-    "mask_batch_size_per_image": 0,
-}
+    "rpn_pre_nms_top_n_train": 2000, "rpn_post_nms_top_n_train": 2000,
+    "box_batch_size_per_image": 512, "mask_batch_size_per_image": 0,
+}  # fmt: skip
 SCENE = f"{CELLS} drawn cells, {SIDE_PX} px"
 MASKS_MB = CELLS * SIDE_PX**2 / 1e6  # of the peer's dense masks, uint8
 LEAST_DIFFERENCE_MB = 50  # of two peaks of some GB
@@ -47,26 +45,28 @@ SEED = 7
 DEFAULTS = RunConfig()
 
 
+def scene_image(cells: int) -> Tensor:
+    """Float32 [3, H, W], 0..1."""
+    return torch.from_numpy(dense_image(dense_label_maps(SIDE_PX, cells))).to(DEVICE) / 255
+
+
 def scene_target(cells: int) -> dict[str, Tensor]:
     target = dense_target(dense_label_maps(SIDE_PX, cells))
     return {name: tensor.to(DEVICE) for name, tensor in target.items()}
 
 
-def boxes_near_cells(
-    target: dict[str, Tensor], count: int, spread_px: float = 3
-) -> tuple[Tensor, Tensor]:
+def boxes_near_cells(target: dict[str, Tensor], count: int, spread_px: float = 3) -> list[Tensor]:
     """Cells int64 [``count``], some drawn more than once, and a box float32 [``count``, 4] px near
     each.
     """
     rng = torch.Generator().manual_seed(0)
     match = torch.randint(len(target["boxes"]), (count,), generator=rng).to(DEVICE)
     shifts = torch.randn(count, 2, generator=rng).repeat(1, 2).to(DEVICE)
-    return match, clip_boxes_to_image(target["boxes"][match] + spread_px * shifts, SIZE)
+    return [match, clip_boxes_to_image(target["boxes"][match] + spread_px * shifts, SIZE)]
 
 
 def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> str:
-    pairs = zip(ours, theirs, strict=True)
-    difference = max((one - other).abs().max().item() for one, other in pairs)
+    difference = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
     largest = max(other.abs().max().item() for other in theirs)
     found = f"max difference {difference:.0e} in values up to {largest:.0f}"
     return verdict(difference < TOLERANCE * largest, found)
@@ -92,10 +92,8 @@ def roi_align() -> Pair:
     """
     _, boxes = boxes_near_cells(scene_target(CELLS), POSITIVES)
     rng = torch.Generator().manual_seed(0)
-    levels = {
-        str(level): torch.randn(1, 256, SIDE_PX // stride, SIDE_PX // stride, generator=rng)
-        for level, stride in enumerate(STRIDES[:4])
-    }
+    sides = [SIDE_PX // stride for stride in STRIDES[:4]]
+    levels = {str(side): torch.randn(1, 256, side, side, generator=rng) for side in sides}
     upstream = torch.randn(POSITIVES, 256, 7, 7, generator=rng)
 
     def pool_by(kind: type[MultiScaleRoIAlign]) -> list[Tensor]:
@@ -104,17 +102,15 @@ def roi_align() -> Pair:
         pooled.backward(upstream)
         return [pooled.detach(), *(level.grad for level in features.values())]
 
-    ours, peer = partial(pool_by, GatherRoIAlign), partial(pool_by, MultiScaleRoIAlign)
-    return Pair(ours, peer, largest_difference)
+    kinds = GatherRoIAlign, MultiScaleRoIAlign
+    return Pair(*(partial(pool_by, kind) for kind in kinds), largest_difference)
 
 
 def anchor_matches(
     anchors: RunConfig = DEFAULTS, iou: Callable[[Tensor, Tensor], Tensor] = box_iou
 ) -> Pair:
-    """Labels and cells of all anchors of an image; ``iou`` gives the peer its matrix, float32
-    [cells, anchors].
-    """
-    shapes = {"anchor_sizes": anchors.anchor_sizes, "anchor_ratios": anchors.anchor_ratios}
+    """Labels and cells of all anchors; ``iou`` gives the peer its matrix, [cells, anchors]."""
+    shapes = {name: getattr(anchors, name) for name in ("anchor_sizes", "anchor_ratios")}
     rpn = build_model(RunConfig(**shapes)).rpn
     rpn.box_similarity = iou
     sides = [SIDE_PX // stride for stride in STRIDES]
@@ -136,9 +132,7 @@ def anchor_matches(
 
 
 def iou_in_chunks(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """``box_iou(boxes, anchors)``, float32 [M, N], without the temporaries that are 8 times as
-    large.
-    """
+    """``box_iou(boxes, anchors)`` [M, N], without the temporaries that are 8 times as large."""
     iou = torch.empty(len(boxes), len(anchors), device=boxes.device)
     for columns, chunk in zip(iou.split(CHUNK, 1), anchors.split(CHUNK), strict=True):
         columns.copy_(box_iou(boxes, chunk))
@@ -165,13 +159,9 @@ def torchvision_model() -> nn.Module:
     """torchvision's own, of the same weights and anchors, without its resizing."""
     sizes = tuple((size,) for size in DEFAULTS.anchor_sizes)
     torch.manual_seed(0)
-    model = maskrcnn_resnet50_fpn(
-        weights=None,
-        weights_backbone=None,
-        num_classes=len(CLASS_NAMES) + 1,
-        rpn_anchor_generator=AnchorGenerator(sizes, (DEFAULTS.anchor_ratios,) * len(sizes)),
-        _skip_resize=True,
-    )
+    settings = {"weights": None, "weights_backbone": None, "num_classes": len(CLASS_NAMES) + 1}
+    anchors = AnchorGenerator(sizes, (DEFAULTS.anchor_ratios,) * len(sizes))
+    model = maskrcnn_resnet50_fpn(rpn_anchor_generator=anchors, _skip_resize=True, **settings)
     return model.to(DEVICE).train()
 
 
@@ -183,9 +173,7 @@ def step(cells: int) -> Pair:
     whose 11 bits would move the losses.
     """
     torch.backends.cudnn.allow_tf32 = False
-    image = torch.from_numpy(dense_image(dense_label_maps(SIDE_PX, cells))).to(DEVICE) / 255
-    target = scene_target(cells)
-    dense = with_dense_masks(target)
+    image, target = scene_image(cells), scene_target(cells)
     ours, theirs = our_model(), torchvision_model()
     count = AS_TORCHVISION["rpn_post_nms_top_n_train"]
     _, proposals = boxes_near_cells(target, count, spread_px=10)
@@ -195,15 +183,17 @@ def step(cells: int) -> Pair:
         old = part.fg_bg_sampler
         part.fg_bg_sampler = SeededSampler(old.batch_size_per_image, old.positive_fraction)
         part.fg_bg_sampler.seeds = [SEED]
-    our_step, their_step = stepper(ours, image), stepper(theirs, image)
+    steps = (
+        partial(stepper(ours, image), target | {"seed": SEED}),
+        partial(stepper(theirs, image), with_dense_masks(target)),
+    )
 
     def compare(ours: dict[str, float], theirs: dict[str, float]) -> str:
         difference = max(abs(ours[name] - loss) / loss for name, loss in theirs.items())
         found = f"{len(theirs)} losses, largest relative difference {difference:.0e}"
         return verdict(difference < TOLERANCE, found)
 
-    seeded = target | {"seed": SEED}
-    return Pair(lambda: our_step(seeded), lambda: their_step(dense), compare, DEVICE.type)
+    return Pair(*steps, compare, DEVICE.type)
 
 
 def stepper(model: nn.Module, image: Tensor) -> Callable[[dict[str, Tensor]], dict[str, float]]:
@@ -221,14 +211,10 @@ def stepper(model: nn.Module, image: Tensor) -> Callable[[dict[str, Tensor]], di
 
 def rows() -> list[Row]:
     repeats, steps = (5, 5) if DEVICE.type == "cuda" else (3, 2)
-    boxes = (
-        f"{POSITIVES} boxes, {SCENE}; project_masks_on_boxes, without making its masks "
-        f"({MASKS_MB:.0f} MB)"
-    )
-    pooled = (
-        f"CPU, {POSITIVES} boxes, 256 channels, pyramid of {SIDE_PX} px, 7 x 7 bins; "
-        "torchvision's MultiScaleRoIAlign"
-    )
+    boxes = f"{POSITIVES} boxes, {SCENE}; project_masks_on_boxes, without making its masks "
+    boxes += f"({MASKS_MB:.0f} MB)"
+    pooled = f"CPU, {POSITIVES} boxes, 256 channels, pyramid of {SIDE_PX} px, 7 x 7 bins; "
+    pooled += "torchvision's MultiScaleRoIAlign"
     targets = side_by_side(targets_of_boxes, repeats=repeats)
     aligned = side_by_side(roi_align, repeats=repeats)
     return [
@@ -254,33 +240,29 @@ def rows_of_matching(repeats: int) -> list[Row]:
     )
     bounded = "goal: same matches, memory bounded by a chunk; "
     bounded += f"{three[0].megabytes:.0f} MB at three ratios"
-    without_peer = (eight, NOT_RUN, identical)
+    alone_eight = (eight, Call(), identical)
     return [
         *time_and_memory("matching, three ratios", three, note),
-        *time_and_memory("matching, eight ratios", without_peer, eight_note, "", bounded),
+        *time_and_memory("matching, eight ratios", alone_eight, eight_note, "", bounded),
     ]
 
 
 def rows_of_steps(steps: int) -> list[Row]:
-    ours, peer, identical = side_by_side(step, CELLS, repeats=steps)
-    ours_few, peer_few = (alone(side, step, FEW_CELLS) for side in ("ours", "peer"))
-    ours_mb, peer_mb = ours.megabytes - ours_few.megabytes, peer.megabytes - peer_few.megabytes
-    note = (
-        f"goal 2.5x; ResNet-50, {SCENE}, SGD; {steps} timed after a warm-up; "
-        "maskrcnn_resnet50_fpn without its resizing, channels first as it comes, ours last"
-    )
-    if DEVICE.type == "cuda":
-        note += ", both without TF32"
+    *measured, identical = side_by_side(step, CELLS, repeats=steps)
+    few = [alone(side, step, FEW_CELLS).megabytes for side in ("ours", "peer")]
+    ours, peer = measured
+    ours_mb, peer_mb = ours.megabytes - few[0], peer.megabytes - few[1]
+    note = f"goal 2.5x; ResNet-50, {SCENE}, SGD; {steps} timed after a warm-up; "
+    note += "maskrcnn_resnet50_fpn without its resizing, channels first as it comes, ours last"
+    note += ", both without TF32" if DEVICE.type == "cuda" else ""
     memory_note = (
         f"goal 3x; peak of a step with {CELLS} cells above that with {FEW_CELLS}, without the "
-        f"peer's dense masks ({MASKS_MB:.0f} MB): "
-        f"ours {ours.megabytes:.0f} - {ours_few.megabytes:.0f} MB, "
-        f"peer {peer.megabytes:.0f} - {peer_few.megabytes:.0f} MB; "
+        f"peer's dense masks ({MASKS_MB:.0f} MB): ours {ours.megabytes:.0f} - {few[0]:.0f} MB, "
+        f"peer {peer.megabytes:.0f} - {few[1]:.0f} MB; "
         f"in the ratio, less than {LEAST_DIFFERENCE_MB} MB counts as {LEAST_DIFFERENCE_MB}"
     )
-    name = "training step: memory"
-    memory = less(name, max(ours_mb, LEAST_DIFFERENCE_MB), peer_mb, "MB", identical, memory_note)
+    memory = (max(ours_mb, LEAST_DIFFERENCE_MB), peer_mb, "MB", identical, memory_note)
     return [
         less("training step: time", ours.seconds, peer.seconds, "s", identical, note),
-        memory._replace(ours=ours_mb),
+        less("training step: memory", *memory)._replace(ours=ours_mb),
     ]

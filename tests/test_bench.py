@@ -141,10 +141,11 @@ def test_boxes_made_on_the_device_are_find_boxes(label_maps) -> None:
 
 def test_crops_augmented_on_the_device_are_the_workers_samples() -> None:
     scenes = gpu.Scenes(256)
-    samples = TrainingSet(scenes, [0, 1, 2, 3], 128, 0.5, gpu.RECIPE, seed=3, drop_cut_cells=True)
+    drawing = (scenes, [0, 1, 2, 3], 128, 0.5, gpu.RECIPE, 3, True)
+    samples = TrainingSet(*drawing)
     keys = [SampleKey(0, position, position % 4) for position in range(8)]
     expected_images, expected = collate([samples[key] for key in keys])
-    images, targets = gpu.augment_on_device(collate([gpu.Crops(samples)[key] for key in keys]))
+    images, targets = gpu.augment_on_device(collate([gpu.Crops(*drawing)[key] for key in keys]))
     assert sum(len(target["boxes"]) for target in expected) > 40
     for image, expected_image in zip(images, expected_images, strict=True):
         differs = (
@@ -177,10 +178,6 @@ def test_reference_loop_finds_the_masks_of_over_256_cells_in_bfloat16(monkeypatc
     """
     seen = []
 
-    class Batches(list):
-        def update(self) -> None:
-            pass
-
     def project(masks, boxes, match, size):
         seen.append((boxes.dtype, match.max().item()))
         return project_masks_on_boxes(masks, boxes, match, size)
@@ -191,7 +188,7 @@ def test_reference_loop_finds_the_masks_of_over_256_cells_in_bfloat16(monkeypatc
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     image = torch.from_numpy(dense_image(dense_label_maps(256, 300)))
-    gpu.train_reference(model, optimizer, schedule, Batches([([image], [target])]), mixed=True)
+    gpu.train_reference(model, optimizer, schedule, [([image], [target])], mixed=True)
     assert seen and all(dtype == torch.float32 for dtype, _ in seen) and seen[0][1] > 256
 
 
@@ -203,8 +200,7 @@ def test_training_in_a_process_of_its_own_says_why_it_failed(monkeypatch) -> Non
 
 
 def test_rows_of_a_gpu_say_what_failed(capsys) -> None:
-    nan = float("nan")
-    failed = gpu.Measured(nan, nan, nan, "peer failed: OutOfMemoryError: CUDA out of memory")
+    failed = gpu.Measured(failure="peer failed: OutOfMemoryError: CUDA out of memory")
     table = gpu.rows_of(512, 2, "", gpu.Measured(8.0, 0.0, 0.0), failed)
     assert [row.ours for row in table] == [8.0, 0.0, 0.0] and all(
         math.isnan(row.ratio) for row in table
