@@ -32,29 +32,20 @@ STALE_HOURS = 12  # an unfinished cache folder this old belongs to a process tha
 
 
 class CellImage(NamedTuple):
-    """One decoded image.
-
-    Attributes:
-        image_id: name of its folder under ``train/``; in a COCO data set, of its file without
-            ending.
-        patient: None where unknown.
-        image: uint8 [3, H, W], RGB, 0..255, read-only.
-        label_maps: int32 [K, H, W], 0 = background, other values = instance ids (1..65,535), unique
-            within a class.
+    """One decoded image. Its label maps hold 0 = background and instance ids (1..65,535), unique
+    within a class.
     """
 
-    image_id: str
-    patient: str | None
-    image: np.ndarray
-    label_maps: np.ndarray
+    image_id: str  # its folder under train/; in a COCO data set, its file's name without ending
+    patient: str | None  # None: unknown
+    image: np.ndarray  # uint8 [3, H, W], RGB, read-only
+    label_maps: np.ndarray  # int32 [K, H, W]
 
 
 class Fault(NamedTuple):
-    """What is wrong with one file; ``image_id`` is "" if the whole data set is concerned.
-    ``str(fault)`` is one line.
-    """
+    """What is wrong with one file, in one line by ``str``."""
 
-    image_id: str
+    image_id: str  # "" if the whole data set is concerned
     file: str
     problem: str
 
@@ -75,8 +66,7 @@ class CellDataset:
     ``dataset[i]`` is a ``CellImage``. Pickling (to DataLoader workers) carries a path, not pixels.
 
     Attributes:
-        name: of the folder, ``drawn``, or a COCO file's folder and name
-            (``cells/annotations.json``).
+        name: of the folder, ``drawn``, or of a COCO file (``cells/annotations.json``).
         image_ids: N names, sorted.
         patients: N names, None where unknown.
         sizes: int64 [N, 2], height and width, px.
@@ -104,10 +94,8 @@ class CellDataset:
                 if self._file(i).stat().st_size != BYTES_PER_PIXEL * height * width:
                     raise ValueError(f"{self._file(i)} is not as long as the index says")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{cache}: the decoded cache is gone or damaged; open the data again, which "
-                "rebuilds it"
-            ) from error
+            again = "open the data again, which rebuilds it"
+            raise DataError(f"{cache}: the decoded cache is gone or damaged; {again}") from error
 
     def _file(self, i: int) -> Path:
         return self._cache / f"{i}.bin"
@@ -144,7 +132,7 @@ def open_cached(
         folder: the data, a folder or a file.
         name: of the data set.
         settings: how the data are read; each way has a cache of its own.
-        state: gives size, times ... of all files: a cache of another state is not used.
+        state: gives size, times ... of all files.
         decode: gives the images, or their faults, one by one; and the faults of the whole.
         cache_dir: ``CACHE`` by default.
 
@@ -168,10 +156,8 @@ def open_cached(
             return CellDataset(cache, name)
         except DataError:  # damaged, or just removed by a process that saw newer files
             _discard(cache)
-    raise DataError(
-        f"{folder}: its files change while they are read, or no cache can be kept in "
-        f"{cache_dir}; run again when they are at rest"
-    )
+    change = f"its files change while they are read, or no cache can be kept in {cache_dir}"
+    raise DataError(f"{folder}: {change}; run again when they are at rest")
 
 
 def _build(decoded: Iterable[Decoded], faults: list[Fault], cache: Path) -> None:
@@ -181,16 +167,13 @@ def _build(decoded: Iterable[Decoded], faults: list[Fault], cache: Path) -> None
             _write(decoded, faults, temporary)
     except OSError as error:
         if not cache.exists():
-            raise DataError(
-                f"cannot write the decoded cache in {cache.parent} ({one_line(error)}); "
-                "make room there, or allow writing"
-            ) from error
+            wrong = f"cannot write the decoded cache in {cache.parent} ({one_line(error)})"
+            raise DataError(f"{wrong}; make room there, or allow writing") from error
     _remove_old(cache)
 
 
 def _write(decoded: Iterable[Decoded], faults: list[Fault], folder: Path) -> None:
-    faults = list(faults)
-    faulty = {fault.image_id for fault in faults}
+    faults, faulty = list(faults), {fault.image_id for fault in faults}
     index: dict[str, Any] = {"image_ids": [], "patients": [], "sizes": [], "counts": []}
     digest = hashlib.sha256()
     for cell_image, image_faults in decoded:
@@ -219,9 +202,7 @@ def _write_safely(path: Path, *parts: bytes) -> None:
 
 
 def _remove_old(cache: Path) -> None:
-    """Remove caches of the same data in another state that no process uses, and what processes
-    that died left.
-    """
+    """Remove unused caches of the same data in another state, and what dead processes left."""
     for old in cache.parent.glob(f"{cache.name.split('-')[0]}-*"):
         if old != cache:
             with suppress(OSError), open(old / "index.json", "rb") as file:

@@ -9,8 +9,8 @@ in the same order. Test images are not exported.
 What is read of a COCO file:
 
 - ``images``: ``id``, ``file_name`` (relative to the file's own folder), ``height``, ``width``, and
-  optionally ``patient``; without it, the patient is taken from a TCGA name in the file's name. The
-  image id is the file's name without folder and ending.
+  optionally ``patient``; without it, the patient of a TCGA name. The image id is the file's name
+  without folder and ending.
 - ``categories``: by name, one of ``CLASS_NAMES`` or ``class1`` to ``class4``, in any case. If none
   has such a name, or none is listed, ``category_id`` 1 to 4 is the class.
 - ``annotations``: ``id``, ``image_id``, ``category_id`` and ``segmentation``: an RLE with counts as
@@ -55,8 +55,7 @@ COUNTS = re.compile("([P-o]{0,5}[0-O])+")
 
 
 def to_coco(cell_images: Iterable[CellImage]) -> dict[str, Any]:
-    """A COCO data set dict of images and their instances; image ids count from 1 in the order
-    given.
+    """A COCO data set dict of images, numbered from 1, and their instances.
 
     An image's ``file_name`` is its image id, ``patient`` its patient or None. An annotation's
     ``bbox`` is x, y, width, height px, its ``area`` the mask's pixels, its ``segmentation`` an RLE
@@ -64,29 +63,14 @@ def to_coco(cell_images: Iterable[CellImage]) -> dict[str, Any]:
     """
     images, annotations = [], []
     for number, (image_id, patient, image, label_maps) in enumerate(cell_images, 1):
-        height, width = image.shape[1:]
-        images.append(
-            {
-                "id": number,
-                "file_name": image_id,
-                "height": height,
-                "width": width,
-                "patient": patient,
-            }
-        )
+        size = dict(zip(("height", "width"), image.shape[1:], strict=True))
+        images.append({"id": number, "file_name": image_id, **size, "patient": patient})
         cells = find_cells(label_maps, number)
         for row, area in zip(cells.to_coco(), cells.area_px.tolist(), strict=True):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": row["category_id"],
-                    "bbox": row["bbox"],
-                    "area": area,
-                    "iscrowd": 0,
-                    "segmentation": row["segmentation"],
-                }
-            )
+            entry = {"id": len(annotations) + 1, "image_id": number}
+            entry |= {key: row[key] for key in ("category_id", "bbox")}
+            segmentation = row["segmentation"]
+            annotations.append(entry | {"area": area, "iscrowd": 0, "segmentation": segmentation})
     categories = [{"id": k, "name": name} for k, name in enumerate(CLASS_NAMES, 1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -103,7 +87,7 @@ def export_coco(data: str | Path, destination: str | Path) -> Path:
         destination: a new or empty folder; a relative path is under the repository's root.
 
     Returns:
-        The COCO file, ``destination/annotations.json``.
+        The COCO file.
 
     Raises:
         DataError: data that cannot be used, or a destination that is not empty.
@@ -113,10 +97,8 @@ def export_coco(data: str | Path, destination: str | Path) -> Path:
 
     destination = resolve_path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise DataError(
-            f"{destination} exists and is not an empty folder; remove it, or name another "
-            "destination"
-        )
+        remove = "remove it, or name another destination"
+        raise DataError(f"{destination} exists and is not an empty folder; {remove}")
     dataset = open_dataset(data)
     with replacing(destination, folder=True) as part:
         (part / "images").mkdir()
@@ -144,12 +126,8 @@ def _writing_images(dataset: CellDataset, folder: Path) -> Iterator[CellImage]:
 def mask_problem(segmentation: Any, size: Sequence[int] | None = None) -> str:
     """What is wrong with a segmentation that must be a compressed RLE with at least one pixel.
 
-    Args:
-        segmentation: as read from a file, of any type.
-        size: height and width of its image, px; None if they are unknown.
-
-    Returns:
-        A sentence, or "" if nothing is wrong.
+    ``size`` is height and width of its image, px, or None if they are unknown. "" if nothing is
+    wrong.
     """
     if not isinstance(segmentation, dict) or not isinstance(segmentation.get("counts"), str):
         rle = 'a compressed RLE, {"size": [height, width], "counts": "text"}'
@@ -180,25 +158,22 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value.strip() != "" and "\0" not in value
 
 
-KINDS = {
-    "text": _is_text,
-    "a whole number": lambda value: type(value) is int,
-    "a whole number or text": lambda value: type(value) is int or _is_text(value),
-    "a whole number of pixels, 1 or more": lambda value: type(value) is int and value > 0,
-}
+TEXT, WHOLE, EITHER = "text", "a whole number", "a whole number or text"
 SIDE = "a whole number of pixels, 1 or more"
+KINDS = {
+    TEXT: _is_text,
+    WHOLE: lambda value: type(value) is int,
+    EITHER: lambda value: type(value) is int or _is_text(value),
+    SIDE: lambda value: type(value) is int and value > 0,
+}
 
 
-def wrong_entry(entry: Any, kinds: Mapping[str, str], optional: Mapping[str, str] = {}) -> str:  # noqa: B006
-    """What is wrong with an entry of a list in a JSON file.
+def wrong_entry(entry: Any, kinds: Mapping[str, str], **optional: str) -> str:
+    """What is wrong with an entry of a list in a JSON file: the sentence's end ("has no id; ..."),
+    or "".
 
-    Args:
-        entry: of any type.
-        kinds: each key that it must have, and the kind of its value (a key of ``KINDS``).
-        optional: the same for keys that may be missing or null.
-
-    Returns:
-        The sentence's end ("has no id; ..."), or "" if nothing is wrong.
+    ``kinds`` has each key that it must have and the kind of its value (a key of ``KINDS``),
+    ``optional`` the same for keys that may be missing or null.
     """
     if not isinstance(entry, dict):
         return f"is {_shown(entry)}, but must be an object with {', '.join(kinds)}"
@@ -220,9 +195,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"it cannot be read as JSON ({one_line(error)}); copy or export it again"
-        ) from None
+        wrong = f"it cannot be read as JSON ({one_line(error)})"
+        raise DataError(f"{wrong}; copy or export it again") from None
 
 
 # Read
@@ -285,12 +259,10 @@ def _read_lists(path: Path) -> dict[str, list]:
 def _entries(
     content: dict[str, list], name: str, problems: list[str], kinds: dict[str, str], **optional: str
 ) -> Iterator[dict[str, Any]]:
-    """The entries of a list that are well formed, with an id of their own; the others' problems are
-    added to ``problems``.
-    """
+    """The well-formed entries of a list; the others' problems are added to ``problems``."""
     ids = set()
     for row, entry in enumerate(content[name]):
-        problem = wrong_entry(entry, kinds, optional)
+        problem = wrong_entry(entry, kinds, **optional)
         if not problem and entry["id"] in ids:
             problem = f"has id {_shown(entry['id'])}, as one before it; {OWN}"
         if problem:
@@ -304,23 +276,17 @@ def _read_images(
     content: dict[str, list], path: Path
 ) -> tuple[dict[int | str, CocoImage], list[str]]:
     """Images by their number in the file, and sentences on what is wrong."""
-    kinds = {
-        "id": "a whole number or text",
-        "file_name": "text",
-        "height": SIDE,
-        "width": SIDE,
-    }
+    kinds = {"id": EITHER, "file_name": TEXT, "height": SIDE, "width": SIDE}
     images, problems = {}, []
-    for entry in _entries(content, "images", problems, kinds, patient="text"):
+    for entry in _entries(content, "images", problems, kinds, patient=TEXT):
         name = entry["file_name"]
         patient = (entry.get("patient") or "").strip() or patient_of(Path(name).stem)
         size = entry["height"], entry["width"]
         images[entry["id"]] = CocoImage(path.parent / name, name, *size, patient, [])
     names = Counter(Path(image.file_name).stem.lower() for image in images.values())
-    but_for = "but for folder, ending, upper and lower case"
+    ending = f"but for folder, ending, upper and lower case; {OWN}, since it is the image id"
     problems += [
-        f"{times} entries of its images have the file name {_shown(name)}, {but_for}; {OWN}, since "
-        "it is the image id"
+        f"{times} entries of its images have the file name {_shown(name)}, {ending}"
         for name, times in names.items()
         if times > 1
     ]
@@ -328,46 +294,35 @@ def _read_images(
 
 
 def _read_annotations(
-    content: dict[str, list],
-    file: str,
-    images: dict[int | str, CocoImage],
-    every_image_is_read: bool,
+    content: dict[str, list], file: str, images: dict[int | str, CocoImage], all_images_read: bool
 ) -> list[str]:
     """Put each annotation with its image; returns sentences on what is wrong."""
     problems: list[str] = []
-    kinds = {"id": "a whole number", "name": "text"}
+    kinds = {"id": WHOLE, "name": TEXT}
     names = {e["id"]: e["name"] for e in _entries(content, "categories", problems, kinds)}
     class_of = {i: CLASS_IDS.get(name.strip().lower()) for i, name in names.items()}
     if not any(class_of.values()):
         class_of = {k: k for k in range(1, len(CLASS_NAMES) + 1)}
     unknown_images, unknown_categories = Counter(), Counter()
-    kinds = {
-        "id": "a whole number",
-        "image_id": "a whole number or text",
-        "category_id": "a whole number",
-    }
+    kinds = {"id": WHOLE, "image_id": EITHER, "category_id": WHOLE}
     for entry in _entries(content, "annotations", problems, kinds):
         image, class_id = images.get(entry["image_id"]), class_of.get(entry["category_id"])
         unknown_images[entry["image_id"]] += image is None
         unknown_categories[entry["category_id"]] += class_id is None
         if image and class_id:
             where = f"{file}, annotation {entry['id']}"
-            is_crowd = entry.get("iscrowd") not in (0, None)
-            image.annotations.append(
-                CocoAnnotation(where, class_id, entry.get("segmentation"), is_crowd)
-            )
-    if every_image_is_read:  # else the id may be a faulty entry's
-        problems += [
-            f"image_id {_shown(number)} of {_annotations(times)} is no image's id; correct it, or "
-            "remove what it marks"
-            for number, times in (+unknown_images).items()
-        ]
+            mask = entry.get("segmentation"), entry.get("iscrowd") not in (0, None)
+            image.annotations.append(CocoAnnotation(where, class_id, *mask))
+    remove = "or remove what it marks"
+    if all_images_read:  # else the id may be a faulty entry's
+        for number, times in (+unknown_images).items():
+            of = f"image_id {_shown(number)} of {_annotations(times)}"
+            problems.append(f"{of} is no image's id; correct it, {remove}")
+    rename = f"name it in categories as one of {', '.join(CLASS_NAMES)}"
     for category, times in (+unknown_categories).items():
         name = f" ({_shown(names[category])})" if category in names else ""
-        problems.append(
-            f"category {category}{name} of {_annotations(times)} is no class; name it in "
-            f"categories as one of {', '.join(CLASS_NAMES)}, or remove what it marks"
-        )
+        of = f"category {category}{name} of {_annotations(times)}"
+        problems.append(f"{of} is no class; {rename}, {remove}")
     return problems
 
 
@@ -376,9 +331,7 @@ def _annotations(count: int) -> str:
 
 
 def read_masks(image: CocoImage) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """The RLE of each annotation of an image; and (file and annotation, problem) of those that have
-    none that can be used.
-    """
+    """The RLE of each annotation of an image; (file and annotation, problem) of unusable ones."""
     rles, problems = [], []
     for annotation in image.annotations:
         try:
@@ -405,31 +358,26 @@ def draw_label_maps(
     """
     label_maps = np.zeros((len(CLASS_NAMES), image.height, image.width), np.int32)
     counts = Counter()
-    ids = []  # index of the label map and id in it, of each annotation
+    ids = []  # class and id in its label map, of each annotation
     for annotation in image.annotations:
         counts[annotation.class_id] += 1
-        ids.append((annotation.class_id - 1, counts[annotation.class_id]))
+        ids.append((annotation.class_id, counts[annotation.class_id]))
     areas_px = [int(coco_mask.area(rle)) for rle in rles]
     for i in sorted(range(len(rles)), key=lambda i: (-areas_px[i], -i)):
         mask, x0, y0 = decode_mask(rles[i])
-        k, instance_id = ids[i]
-        label_maps[k, y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]][mask] = instance_id
+        class_id, instance_id = ids[i]
+        box = label_maps[class_id - 1, y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]]
+        box[mask] = instance_id
     _, labels, drawn = find_boxes(label_maps)
-    drawn = set(zip((labels - 1).tolist(), drawn.tolist(), strict=True))
-    covered = (
-        "annotations of its class that are smaller, or as large, cover all its pixels; remove what "
-        "is there twice"
-    )
+    drawn = set(zip(labels.tolist(), drawn.tolist(), strict=True))
+    smaller = "annotations of its class that are smaller, or as large, cover all its pixels"
+    covered = f"{smaller}; remove what is there twice"
     pairs = zip(image.annotations, ids, strict=True)
     return label_maps, [(annotation.where, covered) for annotation, i in pairs if i not in drawn]
 
 
 def _to_rle(annotation: CocoAnnotation, height: int, width: int) -> dict[str, Any]:
-    """The compressed RLE of an annotation's segmentation.
-
-    Raises:
-        DataError: it has none that can be used.
-    """
+    """The compressed RLE of an annotation's segmentation; a ``DataError`` if there is none."""
     rle = annotation.segmentation
     if annotation.is_crowd:
         crowd = "it is a crowd (iscrowd 1), which cannot be one instance"
@@ -446,8 +394,8 @@ def _to_rle(annotation: CocoAnnotation, height: int, width: int) -> dict[str, An
             raise DataError(f"its RLE's counts are {_shown(counts)}, but must be {wanted}")
         if sum(counts) != height * width:
             raise DataError(_wrong_cover([0, *counts], height * width))
-        encoded = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        rle = {"size": rle["size"], "counts": encoded["counts"]}
+        plain = {"size": [height, width], "counts": counts}
+        rle = {**rle, "counts": coco_mask.frPyObjects(plain, height, width)["counts"]}
     if isinstance(rle["counts"], bytes):
         rle = {**rle, "counts": rle["counts"].decode("ascii")}
     if problem := mask_problem(rle, (height, width)):
@@ -457,9 +405,8 @@ def _to_rle(annotation: CocoAnnotation, height: int, width: int) -> dict[str, An
 
 def _checked(polygons: list, height: int, width: int) -> list[list[float]]:
     if not polygons:
-        raise DataError(
-            "its segmentation is an empty list; give at least one polygon, or remove it"
-        )
+        give = "give at least one polygon, or remove it"
+        raise DataError(f"its segmentation is an empty list; {give}")
     for polygon in polygons:
         is_polygon = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
         if not is_polygon or not all(map(_is_number, polygon)):
@@ -468,11 +415,8 @@ def _checked(polygons: list, height: int, width: int) -> list[list[float]]:
         for values, side in ((polygon[::2], width), (polygon[1::2], height)):
             # pycocotools walks along every edge, inside the image or not.
             if min(values) < -side or max(values) > 2 * side:
-                image = f"its {height} x {width} px image (height x width)"
-                raise DataError(
-                    f"its polygon {_shown(polygon)} reaches far outside {image}; correct or "
-                    "remove it"
-                )
+                far = f"reaches far outside its {height} x {width} px image (height x width)"
+                raise DataError(f"its polygon {_shown(polygon)} {far}; correct or remove it")
     return polygons
 
 
@@ -488,10 +432,8 @@ def main(arguments: list[str] | None = None) -> int:
         "DESTINATION/images/<image id>.tif.",
         epilog="Relative paths are under the repository's root.",
     )
-    parser.add_argument(
-        "data",
-        help="folder in the HW3 layout (it holds train/), 'drawn', or the .json of a COCO data set",
-    )
+    sources = "folder in the HW3 layout (it holds train/), 'drawn', or the .json of a COCO data set"
+    parser.add_argument("data", help=sources)
     parser.add_argument("destination", help="a new or empty folder")
     options = parser.parse_args(arguments)
     try:

@@ -9,8 +9,7 @@ torch.
     test_image_name_to_ids.json     optional: their file_name, id, height, width
 
 File names may be in upper or lower case, with ``.tif`` or ``.tiff``; other files and hidden ones
-are ignored. A COCO data set is one ``.json`` file, which names its images (TIFF, PNG or JPEG);
-``data.coco`` lists what is read from it.
+are ignored. A COCO data set is one ``.json`` file, which names its images (TIFF, PNG or JPEG).
 """
 
 import csv
@@ -19,13 +18,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import ROOT, one_line, resolve_path
+from cellseg_helpers.data import coco, images
 from cellseg_helpers.data.cache import (
     CellDataset,
     CellImage,
@@ -34,32 +34,17 @@ from cellseg_helpers.data.cache import (
     Fault,
     open_cached,
 )
-from cellseg_helpers.data.coco import (
-    CocoImage,
-    draw_label_maps,
-    read_coco,
-    read_json,
-    read_masks,
-    wrong_entry,
-)
-from cellseg_helpers.data.images import (
-    LARGEST_SIDE_PX,
-    read_image,
-    read_tiff,
-    size_text,
-    to_label_map,
-    to_rgb,
-)
+from cellseg_helpers.data.images import read_image, read_tiff, size_text, to_label_map
 from cellseg_helpers.data.labels import drop_small_instances
 from cellseg_helpers.data.splits import patient_of
 
 INSTANCE_READINGS = ("pixel_values", "connected_components")
 FAULTS_SHOWN = 20
-CHECK = "cellseg_helpers.data.hw3.check_folder"
 FILE_NAME = re.compile(r"(image|class[1-4])\.tiff?", re.IGNORECASE)
 LOOKALIKE = re.compile(r"(image|class).*|.*\.tiff?", re.IGNORECASE)
 TIFF = re.compile(r"\.tiff?$", re.IGNORECASE)
 TESTS, LIST = "test_release", "test_image_name_to_ids.json"
+Problems = list[tuple[str, str]]  # (file, what is wrong with it)
 
 
 def open_dataset(
@@ -74,14 +59,12 @@ def open_dataset(
 
     Args:
         data: the folder that holds ``train/`` (a relative path is under the repository's root); or
-            the ``.json`` of a COCO data set; or ``drawn``: the embedded drawn tissue, drawn into
-            ``outputs/drawn`` on first use.
+            the ``.json`` of a COCO data set; or ``drawn``: tissue drawn into ``outputs/drawn``.
         instance_reading: ``pixel_values`` (each value of a class file, or each annotation, is one
             instance, in however many pieces) or ``connected_components`` (each 8-connected piece of
             a class's pixels).
         min_instance_area_px: instances of fewer pixels are left out; 0: none.
-        skip_faulty_images: leave faulty images out, named in ``.skipped``, instead of refusing the
-            data.
+        skip_faulty_images: leave faulty images out, named in ``.skipped``.
         cache_dir: of the decoded images; ``outputs/cache`` by default.
 
     Raises:
@@ -90,17 +73,20 @@ def open_dataset(
     """
     settings = _checked_settings(instance_reading, min_instance_area_px)
     folder, name = locate_data(data)
+    lists_all = ": cellseg_helpers.data.hw3.check_folder lists all"
 
     def decode() -> tuple[Iterator[Decoded], list[Fault]]:
-        listing = _list_images(folder)
-        if not listing.patients:
-            raise DataError(refusal(folder, listing.faults, lists_all=CHECK))
-        return _decode(folder, name, listing, settings), listing.faults
+        patients, faults, listed = _list_images(folder)
+        if not patients:
+            raise DataError(_refusal(folder, faults, lists_all))
+        return _decode(folder, name, patients, listed, *settings), faults
 
     dataset = open_cached(folder, name, settings, lambda: _file_state(folder), decode, cache_dir)
     can_skip = len(dataset) > 0 and all(fault.image_id for fault in dataset.skipped)
     if dataset.skipped and not (skip_faulty_images and can_skip):
-        raise DataError(refusal(folder, dataset.skipped, can_skip, CHECK))
+        skip = ", or set skip_faulty_images to go on without these images."
+        ending = skip if can_skip else " and run again."
+        raise DataError(_refusal(folder, dataset.skipped, lists_all, ending))
     return dataset
 
 
@@ -110,9 +96,9 @@ def check_folder(data: str | Path, instance_reading: str = "pixel_values") -> li
     """
     settings = _checked_settings(instance_reading, 0)
     folder, name = locate_data(data)
-    listing = _list_images(folder)
-    decoded = _decode(folder, name, listing, settings)
-    return listing.faults + [fault for _, faults in decoded for fault in faults]
+    patients, faults, listed = _list_images(folder)
+    decoded = _decode(folder, name, patients, listed, *settings)
+    return faults + [fault for _, image_faults in decoded for fault in image_faults]
 
 
 def _checked_settings(instance_reading: str, min_instance_area_px: int) -> tuple[str, int]:
@@ -120,10 +106,8 @@ def _checked_settings(instance_reading: str, min_instance_area_px: int) -> tuple
         allowed = ", ".join(INSTANCE_READINGS)
         raise ValueError(f"unknown instance_reading {instance_reading!r}; one of {allowed}")
     if not isinstance(min_instance_area_px, int) or min_instance_area_px < 0:
-        raise ValueError(
-            f"min_instance_area_px is {min_instance_area_px!r}; give a whole number of pixels, 0 "
-            "or more"
-        )
+        give = "give a whole number of pixels, 0 or more"
+        raise ValueError(f"min_instance_area_px is {min_instance_area_px!r}; {give}")
     return instance_reading, min_instance_area_px
 
 
@@ -152,40 +136,28 @@ def _is_coco(data: Path) -> bool:
     return data.suffix.lower() == ".json" and not data.is_dir()
 
 
-def refusal(folder: Path, faults: list[Fault], can_skip: bool = False, lists_all: str = "") -> str:
-    """Why data are refused: the first ``FAULTS_SHOWN`` faults, and what to do.
-
-    Args:
-        folder: of the data.
-        faults: one or more.
-        can_skip: the caller could go on without the faulty images.
-        lists_all: the function that lists the faults not shown, if there is one.
-    """
-    count, them = len(faults), "them" if len(faults) > 1 else "it"
-    lines = [f"the data in {folder} has {count} fault{'s' if count > 1 else ''}:"]
+def _refusal(
+    folder: Path, faults: list[Fault], lists_all: str = "", ending: str = " and run again."
+) -> str:
+    """Why data are refused: the first ``FAULTS_SHOWN`` faults, and what to do."""
+    count, plural = len(faults), len(faults) > 1
+    lines = [f"the data in {folder} has {count} fault{'s' if plural else ''}:"]
     lines += [f"  {fault}" for fault in faults[:FAULTS_SHOWN]]
     if count > FAULTS_SHOWN:
-        more = f"  and {count - FAULTS_SHOWN} more"
-        lines.append(f"{more}: {lists_all} lists all" if lists_all else more)
-    skip = "or set skip_faulty_images to go on without these images"
-    return "\n".join(
-        [*lines, f"Repair {them}, {skip}." if can_skip else f"Repair {them} and run again."]
-    )
+        lines.append(f"  and {count - FAULTS_SHOWN} more{lists_all}")
+    return "\n".join([*lines, f"Repair {'them' if plural else 'it'}{ending}"])
 
 
 # What is in the folder
 
 
-class _Listing(NamedTuple):
-    patients: dict[str, str | None]  # of every image, by image id, sorted
-    faults: list[Fault]
-    coco: dict[str, CocoImage] = {}  # the images of a COCO file
-
-
-def _list_images(folder: Path) -> _Listing:
+def _list_images(
+    folder: Path,
+) -> tuple[dict[str, str | None], list[Fault], dict[str, coco.CocoImage]]:
+    """The patient of every image by image id, sorted; faults; the images of a COCO file."""
     if _is_coco(folder):
-        images, faults = read_coco(folder)
-        return _Listing({i: image.patient for i, image in images.items()}, faults, images)
+        listed, faults = coco.read_coco(folder)
+        return {image_id: image.patient for image_id, image in listed.items()}, faults, listed
     train, file = folder / "train", str(folder)
     try:
         if not folder.is_dir():
@@ -204,30 +176,22 @@ def _list_images(folder: Path) -> _Listing:
             needs = "each image needs train/<image id>/image.tif"
             raise DataError(f"it holds no image folder; {needs}")
     except DataError as error:
-        return _Listing({}, [Fault("", file, str(error))])
-    stray = (
-        "it stands outside an image folder; move it to train/<image id>/ under its right name, or "
-        "remove it"
-    )
-    faults = [
-        Fault(name, f"train/{name}", stray)
-        for name in names
-        if name not in image_ids and LOOKALIKE.fullmatch(name)
-    ]
+        return {}, [Fault("", file, str(error))], {}
+    move = "move it to train/<image id>/ under its right name, or remove it"
+    stray = f"it stands outside an image folder; {move}"
     same = "another folder has the same image id but for upper and lower case; rename or remove one"
     spellings = Counter(map(str.lower, image_ids))
-    faults += [
-        Fault(name, f"train/{name}", same) for name in image_ids if spellings[name.lower()] > 1
-    ]
+    wrong = {name: stray for name in names if name not in image_ids and LOOKALIKE.fullmatch(name)}
+    wrong |= {name: same for name in image_ids if spellings[name.lower()] > 1}
+    faults = [Fault(name, f"train/{name}", problem) for name, problem in wrong.items()]
     if not (folder / "patients.csv").exists():
-        return _Listing({image_id: patient_of(image_id) for image_id in image_ids}, faults)
+        return {image_id: patient_of(image_id) for image_id in image_ids}, faults, {}
     try:
         patients, problems = _read_patients(folder, image_ids)
     except DataError as error:
         patients, problems = dict.fromkeys(image_ids), {"": str(error)}
-    return _Listing(
-        patients, faults + [Fault(i, "patients.csv", problem) for i, problem in problems.items()]
-    )
+    faults += [Fault(image_id, "patients.csv", problem) for image_id, problem in problems.items()]
+    return patients, faults, {}
 
 
 def _visible_names(folder: Path) -> list[str]:
@@ -241,6 +205,7 @@ def _read_patients(
     folder: Path, image_ids: list[str]
 ) -> tuple[dict[str, str | None], dict[str, str]]:
     """The patient of each image, and what is wrong by image id."""
+    keys = ("image_id", "patient")
     try:
         with open(folder / "patients.csv", encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
@@ -248,10 +213,10 @@ def _read_patients(
     except (OSError, ValueError, csv.Error) as error:
         save = "save it as UTF-8 text with the columns image_id and patient"
         raise DataError(f"it cannot be read ({one_line(error)}); {save}") from None
-    if missing := [column for column in ("image_id", "patient") if column not in columns]:
+    if missing := [key for key in keys if key not in columns]:
         found = f"its columns ({', '.join(columns) or 'none'}) lack {' and '.join(missing)}"
         raise DataError(f"{found}; name them in the first line")
-    pairs = [[(row[key] or "").strip() for key in ("image_id", "patient")] for row in rows]
+    pairs = [[(row[key] or "").strip() for key in keys] for row in rows]
     patients, times = dict(pairs), Counter(image_id for image_id, _ in pairs)
     known = {*image_ids, *(file.stem for file in _inside(folder / TESTS))}
     go_on = "or remove patients.csv to go on without patients"
@@ -281,7 +246,7 @@ def _inside(folder: Path) -> list[Path]:
 def _file_state(folder: Path) -> object:
     """Name, size, times and inode of every file, by which the cache sees a change."""
     if _is_coco(folder):
-        files = [folder, *(image.path for image in read_coco(folder)[0].values())]
+        files = [folder, *(image.path for image in coco.read_coco(folder)[0].values())]
     else:
         folders = _inside(folder / "train")
         inside = [file for image_folder in folders for file in _inside(image_folder)]
@@ -300,58 +265,62 @@ def _file_state(folder: Path) -> object:
 
 
 def _decode(
-    folder: Path, name: str, listing: _Listing, settings: tuple[str, int]
+    folder: Path,
+    name: str,
+    patients: dict[str, str | None],
+    listed: dict[str, coco.CocoImage],
+    instance_reading: str,
+    min_instance_area_px: int,
 ) -> Iterator[Decoded]:
     title = f"decoding {name}"
-    patients = tqdm(listing.patients.items(), title, unit="image", delay=2, leave=False)
-    for image_id, patient in patients:
-        if listing.coco:
-            yield _read_listed(image_id, listing.coco[image_id], *settings)
+    for image_id, patient in tqdm(patients.items(), title, unit="image", delay=2, leave=False):
+        if listed:
+            read = _read_listed(listed[image_id], instance_reading)
         else:
-            yield _read_image(folder / "train" / image_id, image_id, patient, *settings)
+            read = _read_image(folder / "train" / image_id, image_id, instance_reading)
+        image, label_maps, problems = read
+        if problems:
+            yield None, [Fault(image_id, *problem) for problem in problems]
+        else:
+            label_maps = drop_small_instances(label_maps, min_instance_area_px)
+            yield CellImage(image_id, patient, image, label_maps), []
 
 
 def _read_image(
-    folder: Path,
-    image_id: str,
-    patient: str | None,
-    instance_reading: str,
-    min_instance_area_px: int,
-) -> Decoded:
+    folder: Path, image_id: str, instance_reading: str
+) -> tuple[np.ndarray | None, np.ndarray | None, Problems]:
+    """Image, label maps and problems of an image folder."""
     files, problems = _find_files(folder)
-    image, label_maps = None, {}
+    image, class_maps = None, {}
     for key in sorted(files, reverse=True):  # the image before its class files
         try:
             tiff = read_tiff(folder / files[key])
             if key == "image":
-                image = to_rgb(tiff)
+                image = images.to_rgb(tiff)
             else:
                 shape = None if image is None else image.shape[1:]
-                label_maps[int(key[-1])] = to_label_map(tiff.pixels, shape, instance_reading)
+                class_maps[int(key[-1])] = to_label_map(tiff.pixels, shape, instance_reading)
         except DataError as error:
             problems.append((files[key], str(error)))
     if problems:
-        files = [f"train/{image_id}/{name}".rstrip("/") for name, _ in sorted(problems)]
-        pairs = zip(files, sorted(problems), strict=True)
-        return None, [Fault(image_id, file, problem) for file, (_, problem) in pairs]
-    stack = np.zeros((len(CLASS_NAMES), *image.shape[1:]), np.int32)
-    for class_id, label_map in label_maps.items():
-        stack[class_id - 1] = label_map
-    stack = drop_small_instances(stack, min_instance_area_px)
-    return CellImage(image_id, patient, image, stack), []
+        place = f"train/{image_id}"
+        return None, None, [(f"{place}/{n}" if n else place, text) for n, text in sorted(problems)]
+    label_maps = np.zeros((len(CLASS_NAMES), *image.shape[1:]), np.int32)
+    for class_id, label_map in class_maps.items():
+        label_maps[class_id - 1] = label_map
+    return image, label_maps, []
 
 
-def _find_files(folder: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """File names by what they hold (``image``, ``class1`` ...), and (file name, problem) of what is
-    wrong.
-    """
+def _find_files(folder: Path) -> tuple[dict[str, str], Problems]:
+    """File names by what they hold (``image``, ``class1`` ...), and what is wrong."""
     try:
         names = _visible_names(folder)
     except DataError as error:
         return {}, [("", str(error))]
     if not names:
-        put = "put image.tif and its class files there, or remove the folder"
-        return {}, [("", f"it is empty; {put}")]
+        return {}, [
+            ("", "it is empty; put image.tif and its class files there, or remove the folder")
+        ]
     files: dict[str, str] = {}
     problems = []
     for name in names:
@@ -376,30 +345,30 @@ def _same_name(other: str) -> str:
 
 
 def _read_listed(
-    image_id: str, listed: CocoImage, instance_reading: str, min_instance_area_px: int
-) -> Decoded:
-    """``_read_image`` of an image of a COCO data set."""
-    problems: list[tuple[str, str]] = []
+    listed: coco.CocoImage, instance_reading: str
+) -> tuple[np.ndarray | None, np.ndarray | None, Problems]:
+    """Image, label maps and problems of an image of a COCO data set."""
+    image, label_maps, problems = None, None, []
     size = (listed.height, listed.width)
     try:
         image = read_image(listed.path)
         if image.shape[1:] != size:
-            sizes = f"it is {size_text(image.shape[1:])} px, but listed as {size_text(size)} px"
-            correct = "correct its entry, or copy the right image"
-            raise DataError(f"{sizes} (height x width); {correct}")
+            raise DataError(_other_size(image.shape[1:], size, "its entry"))
     except DataError as error:
         problems.append((listed.file_name, str(error)))
-    if max(size) <= LARGEST_SIDE_PX:
-        rles, wrong = read_masks(listed)
+    if max(size) <= images.LARGEST_SIDE_PX:
+        rles, wrong = coco.read_masks(listed)
         problems += wrong
     if not problems:
-        label_maps, problems = draw_label_maps(listed, rles)
-    if problems:
-        return None, [Fault(image_id, *problem) for problem in problems]
-    if instance_reading == "connected_components":
+        label_maps, problems = coco.draw_label_maps(listed, rles)
+    if not problems and instance_reading == "connected_components":
         label_maps = np.stack([to_label_map(m, size, instance_reading) for m in label_maps])
-    label_maps = drop_small_instances(label_maps, min_instance_area_px)
-    return CellImage(image_id, listed.patient, image, label_maps), []
+    return image, label_maps, problems
+
+
+def _other_size(found: tuple[int, ...], listed: tuple[int, ...], entry: str) -> str:
+    sizes = f"it is {size_text(found)} px, but listed as {size_text(listed)} px (height x width)"
+    return f"{sizes}; correct {entry}, or copy the right image"
 
 
 # Test images
@@ -417,8 +386,7 @@ class UnlabelledImages(Sequence):
 
     Attributes:
         name: of the folder, or ``drawn``.
-        listed: ``file_name``, ``id``, ``height``, ``width`` (px) of each image, as in a COCO data
-            set.
+        listed: ``file_name``, ``id``, ``height``, ``width`` (px) of each image, as in COCO.
         note: a sentence on how the images were numbered, or "".
     """
 
@@ -468,7 +436,7 @@ def open_test_images(data: str | Path) -> UnlabelledImages:
         count = f"the {len(files)} images are numbered from 1 in the order of their names"
         note = f"There is no {LIST}: {count}."
     if faults:
-        raise DataError(refusal(folder, faults))
+        raise DataError(_refusal(folder, faults))
     if not files:
         add = f"({TESTS}/<name>.tif); add some to predict them"
         raise NoTestImages(f"the data in {folder} have no test images {add}")
@@ -483,7 +451,7 @@ def _read_test_images(
     folder: Path, name: str
 ) -> tuple[dict[str, Path], dict[str, tuple[int, ...]], list[Fault]]:
     """Paths, sizes (height, width, px) of readable ones, and faults of the TIFF files in a folder,
-    sorted by name; the keys are the names in lower case without ending.
+    sorted by name; the keys are ``_key`` of the names.
     """
     files: dict[str, Path] = {}
     sizes, faults = {}, []
@@ -492,41 +460,32 @@ def _read_test_images(
     except DataError as error:
         return {}, {}, [Fault("", TESTS, str(error))]
     for file in tqdm(names, f"checking {name}", unit="image", delay=2, leave=False):
-        key, where = _key(file), f"{TESTS}/{file}"
-        if files.setdefault(key, folder / file).name != file:
-            faults.append(Fault("", where, _same_name(files[key].name)))
-            continue
+        key = _key(file)
         try:
+            if files.setdefault(key, folder / file).name != file:
+                raise DataError(_same_name(files[key].name))
             sizes[key] = read_image(folder / file).shape[1:]
         except DataError as error:
-            faults.append(Fault("", where, str(error)))
+            faults.append(Fault("", f"{TESTS}/{file}", str(error)))
     return files, sizes, faults
 
 
 def _read_list(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The entries of the list of test images, and what is wrong with it."""
     try:
-        listed = read_json(path)
+        listed = coco.read_json(path)
     except DataError as error:
         return [], [str(error)]
     if not isinstance(listed, list):
         return [], [f"it holds no list of images but a {type(listed).__name__}; copy it again"]
-    side = "a whole number of pixels, 1 or more"
-    kinds = {"file_name": "text", "id": "a whole number", "height": side, "width": side}
-    problems = [
-        f"entry {row} {problem}"
-        for row, entry in enumerate(listed)
-        if (problem := wrong_entry(entry, kinds))
-    ]
-    if not problems:
-        ids = [f"id {entry['id']}" for entry in listed]
-        names = [f"image {_key(entry['file_name'])!r}" for entry in listed]
-        problems = [
-            f"{what} is listed {times} times; list each once"
-            for what, times in Counter(ids + names).items()
-            if times > 1
-        ]
-    return [{key: entry[key] for key in kinds} for entry in listed if not problems], problems
+    kinds = {"file_name": coco.TEXT, "id": coco.WHOLE, "height": coco.SIDE, "width": coco.SIDE}
+    wrong = [(row, coco.wrong_entry(entry, kinds)) for row, entry in enumerate(listed)]
+    if problems := [f"entry {row} {problem}" for row, problem in wrong if problem]:
+        return [], problems
+    names = [f"image {_key(entry['file_name'])!r}" for entry in listed]
+    times = Counter([f"id {entry['id']}" for entry in listed] + names)
+    problems = [f"{what} is listed {n} times; list each once" for what, n in times.items() if n > 1]
+    return [{key: entry[key] for key in kinds} for entry in listed], problems
 
 
 def _compare(
@@ -537,13 +496,10 @@ def _compare(
     for row in listed:
         key, size = _key(row["file_name"]), (row["height"], row["width"])
         if key not in files:
-            problem = f"it is listed in {LIST} but missing; copy it there"
-            problems[row["file_name"]] = problem
+            problems[row["file_name"]] = f"it is listed in {LIST} but missing; copy it there"
         elif sizes.get(key, size) != size:
-            found = f"it is {size_text(sizes[key])} px, but listed as {size_text(size)} px"
-            correct = f"correct {LIST}, or copy the right image"
-            problems[files[key].name] = f"{found} (height x width); {correct}"
-    for key in sorted(files.keys() - {_key(row["file_name"]) for row in listed}):
-        problem = f"it is not listed in {LIST}, so it has no id; add it there, or remove the file"
-        problems[files[key].name] = problem
+            problems[files[key].name] = _other_size(sizes[key], size, LIST)
+    no_id = f"it is not listed in {LIST}, so it has no id; add it there, or remove the file"
+    unlisted = sorted(files.keys() - {_key(row["file_name"]) for row in listed})
+    problems |= {files[key].name: no_id for key in unlisted}
     return [Fault("", f"{TESTS}/{file}", problem) for file, problem in problems.items()]

@@ -37,18 +37,13 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_tiff(path: Path) -> _Tiff:
-    """The first image series of a TIFF.
-
-    Raises:
-        DataError: not a TIFF, truncated, or not to be decoded.
-    """
+    """The first image series of a TIFF; a ``DataError`` if it is none, truncated or damaged."""
     try:
         with tifffile.TiffFile(path) as tif:
             page, size = tif.pages.first, tif.filehandle.size
             if max(page.shape) > LARGEST_SIDE_PX:
-                most = f"{LARGEST_SIDE_PX:,}"
-                claim = f"its header claims {size_text(page.shape)} px, above {most} a side"
-                raise DataError(f"{claim}; cut it up, or copy it again if it is damaged")
+                claim = f"claims {size_text(page.shape)} px, above {LARGEST_SIDE_PX:,} a side"
+                raise DataError(f"its header {claim}; cut it up, or copy it again if it is damaged")
             for part in tif.pages:
                 ends = np.add(part.dataoffsets, part.databytecounts)
                 if not len(ends) or not all(part.databytecounts) or max(ends) > size:
@@ -61,34 +56,32 @@ def read_tiff(path: Path) -> _Tiff:
     except DataError:
         raise
     except Exception as error:  # decoders raise nearly everything on a damaged file
-        raise DataError(
-            f"it cannot be read as a TIFF ({one_line(error)}); copy or export it again"
-        ) from error
+        raise _unreadable("TIFF", error) from error
 
 
 def _read_picture(path: Path) -> _Tiff:
-    """A PNG or JPEG file as if it were a TIFF. Of 16 bits a channel Pillow gives 8 for colours, all
-    for grey.
-    """
+    """A PNG or JPEG file. Of 16 bits a channel Pillow gives 8 for colours, all for grey."""
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as picture:
             if picture.mode.startswith("I;16"):
                 return _Tiff(np.asarray(picture), "MINISBLACK", None)
             return _Tiff(np.asarray(picture.convert("RGB")), "RGB", None)
     except Exception as error:  # decoders raise nearly everything on a damaged file
-        raise DataError(
-            f"it cannot be read as a PNG or JPEG ({one_line(error)}); copy or export it again"
-        ) from error
+        raise _unreadable("PNG or JPEG", error) from error
+
+
+def _unreadable(kind: str, error: Exception) -> DataError:
+    wrong = f"it cannot be read as a {kind} ({one_line(error)})"
+    return DataError(f"{wrong}; copy or export it again")
 
 
 def to_rgb(tiff: _Tiff) -> np.ndarray:
     """uint8 [3, H, W] of RGB, RGBA, grey, grey + alpha or palette pixels, channels last or first;
     alpha is dropped.
 
-    16-bit values are scaled to 8 bits by the bit depth in use, the smallest of 8, 12 and 16 bits
-    that holds the largest value of the colour channels: ``round(value * 255 / (2**depth - 1))``. (A
-    bright-field image is bright somewhere: with every value below 4,096 it was not recorded with 16
-    bits.)
+    16-bit values are scaled to 8 bits: ``round(value * 255 / (2**depth - 1))``, where ``depth`` is
+    the smallest of 8, 12 and 16 bits that holds all colour values. (A bright-field image is bright
+    somewhere: with every value below 4,096 it was not recorded with 16 bits.)
 
     Raises:
         DataError: another pixel type, colour space or shape.

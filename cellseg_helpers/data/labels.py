@@ -50,24 +50,14 @@ def find_instances(label_maps: np.ndarray) -> Instances:
     """
     height, width = label_maps.shape[1:]
     boxes, labels, ids = find_boxes(label_maps)
-    areas_px = [
-        np.bincount(label_map.ravel())[ids[labels == k]]
-        for k, label_map in enumerate(label_maps, 1)
-    ]
-    left_or_top = (boxes[:, :2] == 0).any(1)
-    return Instances(
-        boxes=boxes,
-        labels=labels,
-        ids=ids,
-        area_px=np.concatenate(areas_px).astype(np.int64),
-        touches_border=left_or_top | (boxes[:, 2:] == (width, height)).any(1),
-    )
+    counts = [np.bincount(label_map.ravel()) for label_map in label_maps]
+    areas_px = np.concatenate([count[ids[labels == k]] for k, count in enumerate(counts, 1)])
+    at_border = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == (width, height)).any(1)
+    return Instances(boxes, labels, ids, areas_px.astype(np.int64), at_border)
 
 
 def find_cells(label_maps: np.ndarray, image_id: int = 1) -> Cells:
-    """The instances of K label maps (int [K, H, W], 0 = background) as ``Cells``, by class, then
-    id.
-    """
+    """The instances of K label maps (int [K, H, W], 0 = background), by class, then id."""
     boxes, labels, ids = find_boxes(label_maps)
     rows = np.column_stack([labels - 1, ids, boxes.astype(np.int64)]).tolist()
     masks = [BoxMask(label_maps[k, y1:y2, x1:x2] == i, x1, y1) for k, i, x1, y1, x2, y2 in rows]
@@ -75,16 +65,12 @@ def find_cells(label_maps: np.ndarray, image_id: int = 1) -> Cells:
 
 
 def connected_components(label_map: np.ndarray) -> np.ndarray:
-    """8-connected components of ``label_map != 0`` (any ids) as int32 [H, W], numbered from 1 row
-    by row.
-    """
+    """8-connected components of ``label_map != 0``: int32 [H, W], numbered from 1 row by row."""
     return ndimage.label(label_map != 0, structure=np.ones((3, 3)), output=np.int32)[0]
 
 
 def drop_small_instances(label_maps: np.ndarray, min_instance_area_px: int) -> np.ndarray:
-    """Label maps (int [K, H, W]) without the instances of fewer than ``min_instance_area_px``
-    pixels; 0 or 1 drops none.
-    """
+    """Label maps (int [K, H, W]) without instances of fewer pixels; 0 or 1 drops none."""
     if min_instance_area_px <= 1:
         return label_maps
     remaining = np.empty_like(label_maps)
