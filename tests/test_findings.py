@@ -139,7 +139,7 @@ class TestModel:
             with torch.device("meta"):
                 return torchvision.models.get_model(name, weights=None, **options).state_dict()
 
-        monkeypatch.setattr("cellseg_helpers.model.build.published_weights", published)
+        monkeypatch.setattr("cellseg_helpers.model.backbones.published_weights", published)
         with torch.device("meta"):
             model = build_model(config)
         loaded = set(model.load_report.loaded)

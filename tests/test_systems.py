@@ -167,7 +167,7 @@ def test_b_is_a_v2_backbone_in_a_v1_model():
 def test_b_takes_the_backbone_alone_from_the_pretrained_model(monkeypatch):
     whole = build_model(system("b/v2_whole"))
     monkeypatch.setattr(
-        "cellseg_helpers.model.build.published_weights", lambda *arguments: whole.state_dict()
+        "cellseg_helpers.model.backbones.published_weights", lambda *arguments: whole.state_dict()
     )
     model = build_model(study.settings("b/v2_backbone", "full", "drawn", 0))
     assert {name.split(".")[0] for name in model.load_report.loaded} == {"backbone"}

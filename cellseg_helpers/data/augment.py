@@ -102,10 +102,8 @@ class ResizedCrop(v2.Transform):
     def make_params(self, flat_inputs):
         size = v2.query_size(flat_inputs)
         area, ratio = _uniform(*self.area), math.exp(_uniform(*map(math.log, self.ratio)))
-        height, width = (
-            max(round(min(math.sqrt(share), 1) * length), 1)
-            for share, length in zip((area / ratio, area * ratio), size, strict=True)
-        )
+        shares = zip((area / ratio, area * ratio), size, strict=True)
+        height, width = (max(round(min(math.sqrt(s), 1) * length), 1) for s, length in shares)
         top = int(torch.randint(size[0] - height + 1, ()))
         left = int(torch.randint(size[1] - width + 1, ()))
         return {"top": top, "left": left, "height": height, "width": width, "size": list(size)}
@@ -119,9 +117,7 @@ class ResizedCrop(v2.Transform):
 
 
 class Displacement(v2.Transform):
-    """Moves pixels by the parameter ``displacement``: how far away each pixel is sampled, float
-    [1, H, W, 2] of x, y, in units of half a side.
-    """
+    """Samples each pixel ``displacement`` away: float [1, H, W, 2], x and y in half sides."""
 
     def transform(self, inpt, params):
         return v2.functional.elastic(inpt, params["displacement"])
@@ -158,9 +154,7 @@ class ElasticDistortion(Displacement):
         return {"displacement": (rows @ moves @ columns.T).permute(1, 2, 0)[None] / sides}
 
     def _weights(self, length: int) -> Tensor:
-        """The share of each control point in each pixel's displacement, along one axis: float
-        [pixels, control points].
-        """
+        """Share of each control point in each pixel's move on one axis: float [pixels, points]."""
         points = torch.arange((length - 1) // self.spacing_px + 4)
         distance = (torch.arange(length)[:, None] / self.spacing_px + 1 - points).abs()
         return ((2 - distance).clamp(0) ** 3 - 4 * (1 - distance).clamp(0) ** 3) / 6
@@ -248,14 +242,14 @@ RECIPES = {
     "none": [],
     "flips": FLIPS,
     "flips_turns_stain": [
-        v2.RandomHorizontalFlip(p=0.5),
+        FLIPS[0],
         QuarterTurn(),
         _with(0.8, v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.04)),
     ],
     # Published are only the kinds of steps and the 15 degrees. The probabilities are torchvision's
     # defaults; the strengths of the colour changes are our choice, moderate ones.
     "flip_colour_rotation": [
-        v2.RandomHorizontalFlip(p=0.5),
+        FLIPS[0],
         v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05),
         ROTATION,
     ],
@@ -295,17 +289,14 @@ def augment(
     """Image and label maps after a recipe's steps, drawn by ``seed`` alone; torch's generator is
     left as it was.
 
-    Its oracle is torchvision on a mask of each instance: the same pixels
-    (``tests/test_oracles.py``).
+    Its oracle is torchvision on a mask of each instance (``tests/test_oracles.py``). A quarter turn
+    may swap the sides.
 
     Args:
         image: uint8 [3, H, W]; at least 4 px a side if the recipe blurs.
         label_maps: int32 [K, H, W], ids below 2^24.
         recipe: one of ``RECIPES``.
         seed: in [0, 2^63).
-
-    Returns:
-        The same types; a quarter turn may have swapped the sides.
     """
     kind = tv_tensors.Image if image.is_cuda else StripedImage
     image, label_maps = kind(image), tv_tensors.Mask(label_maps)

@@ -5,12 +5,11 @@ blood cells) become light by Beer-Lambert's law in stain space, I = white * 10 *
 vectors) (Ruifrok and Johnston, "Quantification of histochemical staining by color deconvolution",
 2001). The vectors of haematoxylin and eosin are the reference of Macenko et al., "A method for
 normalizing histology slides for quantitative analysis", 2009: real slides lie nearer to them than
-to the older ones, whose eosin hardly absorbs blue. Each patient has a shade and a strength of its
-own.
+to the older ones, whose eosin hardly absorbs blue. Each patient has its own shade and strength.
 
-No two instances share a pixel, within a class or across classes: a cell lies beneath those drawn
-before it. Cells that reach the image border are drawn but not annotated (unless asked for), as in
-the course data; such a cell uses up an id, so ids have gaps.
+No two instances share a pixel, also across classes: a cell lies beneath those drawn before it.
+Cells that reach the image border are drawn but not annotated (unless asked for), as in the course
+data; such a cell uses up an id, so ids have gaps.
 
 All arithmetic is in float64, so that the last bits in which processors differ do not reach a pixel.
 """
@@ -91,9 +90,9 @@ def _outline(rng: Rng, radius_px: float, elongation: float, roughness: float) ->
     u = (x * np.cos(angle) + y * np.sin(angle)) / np.sqrt(elongation)
     v = (y * np.cos(angle) - x * np.sin(angle)) * np.sqrt(elongation)
     theta = np.arctan2(v, u)
-    wave = 0
-    for k in (2, 3, 4):
-        wave = wave + rng.normal(0, roughness) * np.cos(k * theta + rng.uniform(0, 2 * np.pi))
+    wave = sum(
+        rng.normal(0, roughness) * np.cos(k * theta + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4)
+    )
     return radius_px * (1 + wave) - np.hypot(u, v)
 
 
@@ -190,12 +189,8 @@ LEAST_VISIBLE = (0.99, 0.985, 0.97, 0.92)  # share of a cell that earlier ones m
 
 
 def _ground(rng: Rng, shape: tuple[int, int], tissue: Tissue) -> tuple[Array, Array, Array]:
-    """Stroma with fibres, epithelium and lumen: amounts float [3, H, W], and the shares of
-    epithelium and lumen [H, W].
-    """
-
-    def noise(sigma: float) -> Array:
-        return _noise(rng, shape, sigma)
+    """Stroma with fibres: amounts float [3, H, W], shares of epithelium and of lumen [H, W]."""
+    noise = partial(_noise, rng, shape)
 
     def patches(field: Array, share: float, softness: float) -> Array:
         return _edge(field - np.quantile(field, 1 - share), softness)
@@ -228,9 +223,7 @@ def _part_cells(rng: Rng, amounts: Array, taken: Array, centres: Array) -> None:
 
 
 def _scatter(rng: Rng, weight: Array, per_100px: float, margin_px: int) -> tuple[Array, int]:
-    """Candidate centres y, x [n, 2], more of them where ``weight`` is high, and how many objects to
-    draw.
-    """
+    """Candidate centres y, x [n, 2], more where ``weight`` is high; how many objects to draw."""
     size = np.array(weight.shape)
     margin = np.maximum(margin_px, -size // 3)
     count = int(rng.poisson(per_100px * np.prod(size + 2 * margin) / 1e4))
@@ -248,13 +241,10 @@ def _draw(
         None where too little of it would be seen (then nothing is drawn); else its window in the
         image, the visible mask in that window, and whether the object reaches the image border.
     """
-    (height, width), (h, w) = taken.shape, stamp.mask.shape
-    top, left = y - h // 2, x - w // 2
-    inner = (
-        slice(max(-top, 0), max(min(height - top, h), 0)),
-        slice(max(-left, 0), max(min(width - left, w), 0)),
-    )
-    window = slice(max(top, 0), max(top + h, 0)), slice(max(left, 0), max(left + w, 0))
+    size, sides = np.array(taken.shape), np.array(stamp.mask.shape)
+    start = (y, x) - sides // 2
+    inner = tuple(map(slice, (-start).clip(0), (size - start).clip(0, sides)))
+    window = tuple(map(slice, start.clip(0), (start + sides).clip(0)))
     free = ~taken[window]
     visible = stamp.mask[inner] & free
     if visible.sum() < max(least_visible * stamp.mask[inner].sum(), 1):
@@ -264,10 +254,8 @@ def _draw(
         visible = pieces == np.bincount(pieces[visible]).argmax()
     opacity = stamp.opacity[inner] * free
     amounts[:, *window] += opacity * (stamp.amounts[:, *inner] - amounts[:, *window])
-    rows, columns = np.nonzero(stamp.mask)
-    rows, columns = rows + top, columns + left
-    low, high = min(rows.min(), columns.min()), (rows.max() + 1, columns.max() + 1)
-    return window, visible, bool(low <= 0 or high[0] >= height or high[1] >= width)
+    pixels = np.argwhere(stamp.mask) + start
+    return window, visible, bool((pixels <= 0).any() or (pixels >= size - 1).any())
 
 
 def draw_tissue(
@@ -278,19 +266,13 @@ def draw_tissue(
     stains: Array = STAINS,
     annotate_border_cells: bool = False,
 ) -> tuple[Array, Array]:
-    """Draw one image.
+    """Draw one image, uint8 [3, H, W] RGB, and its label maps, int32 [4, H, W]: 0 = background,
+    other values = instance ids.
 
     Args:
-        rng: the source of all chance.
-        height: of the image, px.
-        width: of the image, px.
         kind: what it shows, a key of ``TISSUES``.
         stains: float [3, 3], as ``STAINS``.
         annotate_border_cells: whether the label maps hold cells that reach the image border.
-
-    Returns:
-        The image, uint8 [3, H, W] RGB, and its label maps, int32 [4, H, W]: 0 = background, other
-        values = instance ids.
 
     Raises:
         ValueError: an unknown kind.
@@ -334,9 +316,7 @@ def draw_tissue(
 
 
 def _expose(rng: Rng, amounts: Array, stains: Array) -> Array:
-    """Amounts of stain -> light, through a lens out of focus by chance, onto a noisy sensor: uint8
-    [3, H, W].
-    """
+    """Stain -> light, through a lens out of focus, onto a noisy sensor: uint8 [3, H, W]."""
     light = 10.0 ** -np.tensordot(stains.T, np.clip(amounts, 0, None), 1)
     light = ndimage.gaussian_filter(light, (0, *[rng.uniform(0.5, 1.1)] * 2))
     light = light * rng.uniform(240, 254, (3, 1, 1))
@@ -363,9 +343,7 @@ def draw_dataset(
         num_train: images with masks.
         num_test: images without.
         seed: the same seed draws the same bytes.
-        image_size_px: least and greatest side, before images of macrophages are made a third
-            larger.
-        annotate_border_cells: whether cells that reach the image border are annotated.
+        image_size_px: least and greatest side; images of macrophages are then made a third larger.
 
     Raises:
         ValueError: no training image, or images under 64 px.
@@ -373,22 +351,14 @@ def draw_dataset(
     """
     least, greatest = image_size_px
     if num_train < 1 or num_test < 0:
-        raise ValueError(
-            f"num_train must be at least 1 and num_test at least 0, not {num_train} and {num_test}"
-        )
+        least_counts = "num_train must be at least 1 and num_test at least 0"
+        raise ValueError(f"{least_counts}, not {num_train} and {num_test}")
     if not 64 <= least <= greatest:
-        raise ValueError(
-            "image_size_px must be a least side of 64 or more and a greatest side, "
-            f"not {(least, greatest)}"
-        )
-    drawing = {
-        "version": VERSION,
-        "num_train": num_train,
-        "num_test": num_test,
-        "seed": seed,
-        "image_size_px": [least, greatest],
-        "annotate_border_cells": annotate_border_cells,
-    }
+        sides = "image_size_px must be a least side of 64 or more and a greatest side"
+        raise ValueError(f"{sides}, not {(least, greatest)}")
+    drawing = {"version": VERSION, "num_train": num_train, "num_test": num_test, "seed": seed}
+    drawing["image_size_px"] = [least, greatest]
+    drawing["annotate_border_cells"] = annotate_border_cells
     folder = Path(folder)
     if _holds(folder, drawing):
         return
@@ -407,9 +377,7 @@ def draw_dataset(
 
 
 def discard_older_drawing(folder: Path) -> None:
-    """Remove a drawing that another version of this module made, so that it is drawn anew; anything
-    else is left alone.
-    """
+    """Remove a drawing of another version of this module; leave anything else alone."""
     if _drawing(folder).get("version", VERSION) != VERSION:
         shutil.rmtree(folder)
 
@@ -440,10 +408,10 @@ def _write_images(folder: Path, drawing: dict[str, Any]) -> None:
     patients, tests = [("image_id", "patient")], []
     for index in range(num_train + drawing["num_test"]):
         is_test = index >= num_train
-        turn, group = index, TRAIN_PATIENTS
+        turn, group, first = index, TRAIN_PATIENTS, 0
         if is_test:
-            turn, group = index - num_train, TEST_PATIENTS
-        patient = turn % group + is_test * TRAIN_PATIENTS
+            turn, group, first = index - num_train, TEST_PATIENTS, TRAIN_PATIENTS
+        patient = first + turn % group
         kind = KINDS[(turn // group + turn % group) % len(KINDS)]
         rng = np.random.default_rng([seed, index])
         stains = _staining(np.random.default_rng([seed, patient, 0]))
@@ -452,10 +420,9 @@ def _write_images(folder: Path, drawing: dict[str, Any]) -> None:
         sides = rng.integers(least, greatest + 1, 2)
         height, width = (round(scale * side) for side in sides)
         label_maps = np.zeros(0)
+        arguments = (height, width, kind, stains, drawing["annotate_border_cells"])
         while not label_maps.any():  # no image of the course is without a cell
-            image, label_maps = draw_tissue(
-                rng, height, width, kind, stains, drawing["annotate_border_cells"]
-            )
+            image, label_maps = draw_tissue(rng, *arguments)
         image = image.transpose(1, 2, 0)
         name = str(uuid.uuid5(uuid.NAMESPACE_OID, f"drawn tissue {seed} {index}"))
         if is_test:

@@ -1,7 +1,6 @@
-"""Training samples: crops and joint augmentation of image and label maps, and the targets at the
-end.
-"""
+"""Training samples: crops, joint augmentation of image and label maps, and their targets."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,22 +23,17 @@ class SampleKey(NamedTuple):
     image_index: int
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler):
-    """The keys of one epoch, shuffled by (seed, epoch). Call ``set_epoch`` before each epoch, as
-    for torch's DistributedSampler.
-    """
+    """The keys of one epoch, shuffled by (seed, epoch); ``set_epoch`` comes before each."""
 
-    def __init__(
-        self,
-        indices: list[int],
-        samples: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        batch_size: int = 1,
-    ):
-        self.indices, self.samples, self.seed, self.epoch = indices, samples, seed, 0
-        self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
+    indices: list[int]
+    samples: int  # in an epoch, over all processes
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    batch_size: int = 1
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -56,6 +50,7 @@ class EpochSampler(Sampler):
                 yield SampleKey(self.epoch, position, image_index)
 
 
+@dataclass(eq=False)
 class TrainingSet(Dataset):
     """Cropped and augmented samples with their targets; ``[SampleKey]`` gives (image uint8 [3, h,
     w], target).
@@ -64,46 +59,30 @@ class TrainingSet(Dataset):
     instances in the training images, all with the same probability; the crop holds its centre. The
     other samples are crops at a random position in the key's own image.
 
-    Args:
-        dataset: all images.
-        indices: those to train on.
-        crop_size_px: side of the square crop at native resolution; a smaller image is used whole;
-            0: whole images.
-        class_balance: in [0, 1].
-        augmentation: a name in ``augment.RECIPES``.
-        seed: of every random choice, together with the key.
-        drop_cut_cells: leave cells that reach the crop's border out of the targets, as annotators
-            leave out cells at the image's border; otherwise their visible part is a target.
-        boxes_miss_last_pixel: as in ``make_target``.
+    ``drop_cut_cells`` leaves cells that reach the crop's border out of the targets, as annotators
+    leave out cells at the image's border; otherwise their visible part is a target.
     """
 
-    def __init__(
-        self,
-        dataset: CellDataset,
-        indices: list[int],
-        crop_size_px: int,
-        class_balance: float,
-        augmentation: str,
-        seed: int,
-        drop_cut_cells: bool = False,
-        boxes_miss_last_pixel: bool = False,
-    ):
-        self.dataset, self.indices, self.seed = dataset, indices, seed
-        self.crop_size_px, self.class_balance = crop_size_px, class_balance
-        self.drop_cut_cells, self.boxes_miss_last_pixel = drop_cut_cells, boxes_miss_last_pixel
-        self.recipe = RECIPES[augmentation]
-        self.counts = np.asarray(dataset.counts)[indices]
+    dataset: CellDataset
+    indices: list[int]  # of the images to train on
+    crop_size_px: int  # side, at native resolution; a smaller image is used whole; 0: whole images
+    class_balance: float  # in [0, 1]
+    augmentation: str  # a name in ``augment.RECIPES``
+    seed: int  # of every random choice, together with the key
+    drop_cut_cells: bool = False
+    boxes_miss_last_pixel: bool = False  # as in ``make_target``
+
+    def __post_init__(self):
+        self.counts = np.asarray(self.dataset.counts)[self.indices]
 
     def __getitem__(self, key: SampleKey) -> Sample:
         image, label_maps, image_id, (model_seed, recipe_seed) = self.draw_crop(key)
-        image, label_maps = augment(image, label_maps, self.recipe, recipe_seed)
+        image, label_maps = augment(image, label_maps, RECIPES[self.augmentation], recipe_seed)
         target = make_target(label_maps, self.boxes_miss_last_pixel)
         return image, target | {"image_id": image_id, "seed": model_seed}
 
     def draw_crop(self, key: SampleKey) -> tuple[Tensor, Tensor, str, list[int]]:
-        """A sample before its augmentation: image, label maps, the image's name, and the seeds of
-        the model and of the recipe.
-        """
+        """Before augmentation: image, label maps, image id, seeds of the model and the recipe."""
         rng = np.random.default_rng((self.seed, key.epoch, key.position))
         cell_image, center = self.dataset[key.image_index], None
         if rng.random() < self.class_balance and self.counts.any():
@@ -112,9 +91,7 @@ class TrainingSet(Dataset):
         return image, label_maps, cell_image.image_id, rng.integers(2**63, size=2).tolist()
 
     def _draw_instance(self, rng: np.random.Generator) -> tuple[CellImage, tuple[int, int]]:
-        """An image and the (row, column) of the middle of one of its instances' boxes, balanced
-        over the classes.
-        """
+        """An image and the (row, column) of an instance's centre in it, balanced over classes."""
         class_index = rng.choice(np.flatnonzero(self.counts.sum(0)))
         per_image = self.counts[:, class_index]
         chosen = rng.choice(len(per_image), p=per_image / per_image.sum())
@@ -134,12 +111,9 @@ def crop(
     """A random square crop, copied: image uint8 [3, h, w] and label maps int32 [K, h, w].
 
     Args:
-        cell_image: to cut from.
         size_px: side; 0, or a shorter image side, keeps that side whole.
         center: (row, column) that the crop must hold, somewhere in its middle half; None: anywhere.
-        rng: draws the position.
-        drop_cut_cells: whether instances that reach a side of the crop inside the image become
-            background.
+        drop_cut_cells: instances that reach a side of the crop inside the image become background.
     """
     window, cuts = [slice(None)], []
     for axis, length in enumerate(cell_image.image.shape[1:]):

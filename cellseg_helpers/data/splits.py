@@ -1,8 +1,7 @@
-"""Training and validation splits: by image or by patient, seeded, with every class on both sides
-where the data allow it.
-"""
+"""Seeded splits by image or patient, with every class on both sides where the data allow it."""
 
 import re
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -34,21 +33,19 @@ def make_split(
     validation_fraction: float,
     seed: int,
 ) -> Split:
-    """Split images so that the validation side holds about the same share of every class.
+    """Split N images so that the validation side holds about the same share of every class.
 
     How it works: 1. 500 validation sides are drawn at random, by group (patients, or single images
     for ``random``). 2. The draws with the most classes on both sides are compared. 3. The one with
     shares of images and of instances per class nearest to ``validation_fraction`` is taken.
 
     Args:
-        image_ids: N names.
         counts: int [N, K], instances per image and class.
-        patients: N patient names, None where unknown.
+        patients: names, None where unknown.
         kind: ``patient`` (no patient on both sides), ``random`` (by image), ``auto``: by patient
             where every image's is known, or ``all``: the validation side of ``auto``, and every
             image on the training side.
         validation_fraction: share of the groups, in (0, 1); at least one group stands on each side.
-        seed: of the draw.
 
     Raises:
         ValueError: an unknown kind, an unknown patient under ``patient``, or fewer than two groups.
@@ -56,15 +53,9 @@ def make_split(
     if kind not in ("auto", "patient", "random", "all"):
         raise ValueError(f"unknown split {kind!r}; one of auto, patient, random, all")
     if kind == "all":
-        validation = make_split(
-            image_ids, counts, patients, "auto", validation_fraction, seed
-        ).validation
-        return Split(
-            kind,
-            list(image_ids),
-            validation,
-            "the validation images are trained on, too: scores are of training images",
-        )
+        auto = make_split(image_ids, counts, patients, "auto", validation_fraction, seed)
+        warning = "the validation images are trained on, too: scores are of training images"
+        return Split(kind, list(image_ids), auto.validation, warning)
     if kind == "auto":
         kind = "random" if None in patients or len(set(patients)) < 2 else "patient"
     unknown = [i for i, patient in zip(image_ids, patients, strict=True) if patient is None]
@@ -77,10 +68,8 @@ def make_split(
     groups = np.array(patients if kind == "patient" else image_ids, dtype=str)
     names, group_of = np.unique(groups, return_inverse=True)
     if len(names) < 2:
-        raise ValueError(
-            f"split {kind!r} needs at least two {'patients' if kind == 'patient' else 'images'}, "
-            f"found {len(names)}"
-        )
+        what = "patients" if kind == "patient" else "images"
+        raise ValueError(f"split {kind!r} needs at least two {what}, found {len(names)}")
 
     size = min(max(round(validation_fraction * len(names)), 1), len(names) - 1)
     weights = np.column_stack([np.ones(len(image_ids)), counts])
@@ -94,27 +83,18 @@ def make_split(
     one_sided = ((held == 0) | np.isclose(held, 1)).sum(1)
     best = np.lexsort((np.abs(held - validation_fraction).sum(1), one_sided))[0]
     held_out = np.isin(group_of, draws[best])
-
-    sides = [
-        [i for i, out in zip(image_ids, held_out, strict=True) if out == side]
-        for side in (False, True)
-    ]
-    return Split(
-        kind, *sides, warning="" if kind == "patient" else _random_split_warning(patients, held_out)
-    )
+    sides = [list(compress(image_ids, side)) for side in (~held_out, held_out)]
+    return Split(kind, *sides, "" if kind == "patient" else _mixing(patients, held_out))
 
 
-def _random_split_warning(patients: list[str | None], held_out: np.ndarray) -> str:
-    known = [
-        {p for p, out in zip(patients, held_out, strict=True) if p is not None and out == side}
-        for side in (False, True)
-    ]
-    shared = sorted(known[0] & known[1])
+def _mixing(patients: list[str | None], held_out: np.ndarray) -> str:
+    """A warning where a patient's images are, or may be, on both sides of a random split."""
+    train, validation = (set(compress(patients, side)) - {None} for side in (~held_out, held_out))
+    shared = sorted(train & validation)
     if shared:
-        first = ", ".join(shared[:3])
         return (
-            f"{len(shared)} patients have images on both sides of this random split ({first} ...): "
-            "scores will be too high"
+            f"{len(shared)} patients have images on both sides of this random split "
+            f"({', '.join(shared[:3])} ...): scores will be too high"
         )
     if None in patients:
         return (

@@ -1,6 +1,4 @@
-"""Residual networks with and without a feature pyramid, attention in them, and the loading of whole
-or partial weights.
-"""
+"""Residual networks with or without a feature pyramid, attention, and the loading of weights."""
 
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -20,14 +18,12 @@ NO_WEIGHTS = ("num_batches_tracked", "transform.image_mean", "transform.image_st
 
 
 class LoadReport(NamedTuple):
-    """Which tensors of a model a weights file gave; names are the model's, in ``unused`` the
-    file's.
-    """
+    """Which of a model's tensors a weights file gave, by the model's names."""
 
     source: str
     loaded: list[str]
     random: list[str]
-    unused: list[str]  # in the file, but not in the model, or of another shape
+    unused: list[str]  # the file's names; not in the model, or of another shape
 
     def __str__(self) -> str:
         if not self.loaded:
@@ -39,8 +35,8 @@ class LoadReport(NamedTuple):
 
 
 def resnet_fpn(name: str) -> BackboneWithFPN:
-    """A ResNet or ResNeXt of torchvision, or ``resnet50_fpn_v2``, at random weights, with a feature
-    pyramid of 256 channels and 5 levels (strides 4 to 64); that of ``_v2`` has norms.
+    """torchvision's ResNet, ResNeXt or ``resnet50_fpn_v2`` (with norms in the pyramid) at random
+    weights: 256 channels, 5 levels of strides 4 to 64.
     """
     network = torchvision.models.get_model(name.removesuffix("_fpn_v2"), weights=None)
     norm = nn.BatchNorm2d if name.endswith("_v2") else None
@@ -114,8 +110,6 @@ def load_weights(
     """Copy every tensor of ``state`` that the model has in the same shape.
 
     Args:
-        model: changed in place.
-        state: tensors by name.
         prefixes: what may stand before the file's names in the model's, such as ``("",
             "backbone.body.")``; the one that fits most tensors is taken.
         source: name for the report.
@@ -153,7 +147,6 @@ def freeze_loaded(
     random convolution is noise.
 
     Args:
-        backbone: changed in place.
         loaded: names of loaded tensors, relative to ``backbone``.
         trainable_layers: 0 to 5, counted from layer4 back to conv1, as in torchvision.
         norms: turn loaded batch norms into ``FrozenBatchNorm2d``.

@@ -6,11 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model_weights
-from torchvision.models.detection import (
-    MaskRCNN_ResNet50_FPN_V2_Weights,
-    MaskRCNN_ResNet50_FPN_Weights,
-)
+from torchvision.models import detection, get_model_weights
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import (
@@ -24,17 +20,7 @@ from torchvision.models.detection.rpn import RPNHead
 
 from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import RunConfig, one_line, resolve_path
-from cellseg_helpers.model.backbones import (
-    LoadReport,
-    SingleMapBackbone,
-    add_cbam,
-    freeze_loaded,
-    load_weights,
-    published_weights,
-    read_weights,
-    resnet_fpn,
-    tensor_names,
-)
+from cellseg_helpers.model import backbones
 from cellseg_helpers.model.heads import LabelMapRoIHeads, LabelMapTransform
 from cellseg_helpers.model.rpn import LabelMapRPN
 
@@ -42,8 +28,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PARAMETER_LIMIT = 200_000_000  # a rule of the task
 COCO_WEIGHTS = {
-    "resnet50": MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
-    "resnet50_fpn_v2": MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
+    "resnet50": detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
+    "resnet50_fpn_v2": detection.MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
 }
 
 
@@ -62,17 +48,10 @@ class LabelMapMaskRCNN(GeneralizedRCNN):
         heads: ``rpn_head``, ``box_head``, ``box_predictor``, ``mask_head``, ``mask_predictor``.
     """
 
-    load_report: LoadReport
+    load_report: backbones.LoadReport
 
-    def __init__(
-        self,
-        config: RunConfig,
-        backbone: nn.Module,
-        anchor_generator: AnchorGenerator,
-        rpn_head: nn.Module,
-        **heads: nn.Module,
-    ):
-        rpn = LabelMapRPN(config, anchor_generator, rpn_head)
+    def __init__(self, config: RunConfig, backbone: nn.Module, anchors, rpn_head, **heads):
+        rpn = LabelMapRPN(config, anchors, rpn_head)
         roi_heads = LabelMapRoIHeads(config, **heads)
         mean, std = channel_statistics(config.normalization)
         transform = LabelMapTransform(config.min_size, config.max_size, list(mean), list(std))
@@ -103,55 +82,42 @@ def channel_statistics(normalization: str) -> tuple[tuple[float, ...], tuple[flo
     return m, s
 
 
-def build_model(config: RunConfig, num_classes: int = len(CLASS_NAMES)) -> LabelMapMaskRCNN:
+def build_model(config: RunConfig) -> LabelMapMaskRCNN:
     """The Mask R-CNN of a run; its ``load_report`` says which tensors were loaded.
 
-    Args:
-        config: of the run.
-        num_classes: K, without the background.
-
     Raises:
-        ValueError: weights that cannot be had or do not fit, or more parameters than the task
-            allows.
+        ValueError: weights that cannot be had or do not fit, or too many parameters for the task.
     """
     if config.neck == "none":
-        backbone, sizes = SingleMapBackbone(config.backbone), (config.anchor_sizes,)
+        backbone, sizes = backbones.SingleMapBackbone(config.backbone), (config.anchor_sizes,)
     else:
-        backbone = resnet_fpn(config.backbone)
+        backbone = backbones.resnet_fpn(config.backbone)
         sizes = tuple((size,) for size in config.anchor_sizes)
     if config.attention == "cbam":
-        add_cbam(backbone)
+        backbones.add_cbam(backbone)
     anchors = AnchorGenerator(sizes, (config.anchor_ratios,) * len(sizes))
-    heads = _heads(has_v2_heads(config), anchors.num_anchors_per_location()[0], num_classes + 1)
+    heads = _heads(
+        has_v2_heads(config), anchors.num_anchors_per_location()[0], len(CLASS_NAMES) + 1
+    )
     model = LabelMapMaskRCNN(config, backbone, anchors, **heads)
     if count_parameters(model) >= PARAMETER_LIMIT:
-        raise ValueError(
-            f"the model has {count_parameters(model):,} trainable parameters, "
-            f"but the task allows under {PARAMETER_LIMIT:,}"
-        )
+        found = f"the model has {count_parameters(model):,} trainable parameters"
+        raise ValueError(f"{found}, but the task allows under {PARAMETER_LIMIT:,}")
     model.load_report = _load(model, config)
     _freeze(model, config, model.load_report.loaded)
     return model
 
 
 def outline_model(config: RunConfig) -> LabelMapMaskRCNN:
-    """``build_model`` on torch's ``meta`` device: all names, shapes and counts, no values, in a
-    tenth of the time.
-
-    Raises:
-        ValueError: see ``build_model``.
-    """
+    """``build_model`` on torch's ``meta`` device: names and shapes without values, 10x faster."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*which is a no-op")
         return build_model(config)
 
 
 def rebuild_model(config: RunConfig, state: Mapping[str, Tensor] | None = None) -> LabelMapMaskRCNN:
-    """The model of a run as its training left it. The weights that it started from are not needed.
-
-    Args:
-        config: of the run.
-        state: the trained weights; without them the values are random.
+    """The model of a run as its training left it, with its trained weights ``state`` (without them,
+    random values). The weights that it started from are not needed.
 
     Raises:
         ValueError: weights of another model.
@@ -171,9 +137,8 @@ def rebuild_model(config: RunConfig, state: Mapping[str, Tensor] | None = None) 
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(
-                f"the weights do not fit a model of these settings ({one_line(error, 160)})"
-            ) from None
+            why = one_line(error, 160)
+            raise ValueError(f"the weights do not fit a model of these settings ({why})") from None
     return model
 
 
@@ -207,15 +172,11 @@ def _heads(v2: bool, anchors_per_pixel: int, num_outputs: int) -> dict[str, nn.M
 
     They are made in torchvision's order, which decides the random numbers that each starts from.
     """
-    channels, parts = 256, {}
+    channels, parts, norm = 256, {}, nn.BatchNorm2d if v2 else None
     if v2:
         parts["rpn_head"] = RPNHead(channels, anchors_per_pixel, conv_depth=2)
-        parts["box_head"] = FastRCNNConvFCHead(
-            (channels, 7, 7), [256] * 4, [1024], norm_layer=nn.BatchNorm2d
-        )
-    parts["mask_head"] = MaskRCNNHeads(
-        channels, [256] * 4, 1, norm_layer=nn.BatchNorm2d if v2 else None
-    )
+        parts["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [256] * 4, [1024], norm)
+    parts["mask_head"] = MaskRCNNHeads(channels, [256] * 4, 1, norm_layer=norm)
     parts["mask_predictor"] = MaskRCNNPredictor(256, 256, num_outputs)
     if not v2:
         parts["rpn_head"] = RPNHead(channels, anchors_per_pixel)
@@ -224,30 +185,30 @@ def _heads(v2: bool, anchors_per_pixel: int, num_outputs: int) -> dict[str, nn.M
     return parts
 
 
-def _load(model: nn.Module, config: RunConfig) -> LoadReport:
+def _load(model: nn.Module, config: RunConfig) -> backbones.LoadReport:
     kind, is_v2 = config.weights, config.backbone == "resnet50_fpn_v2"
     if kind == "none":
-        return LoadReport("none", [], tensor_names(model.state_dict()), [])
+        return backbones.LoadReport("none", [], backbones.tensor_names(model.state_dict()), [])
     if kind == "imagenet":
         network = get_model_weights("resnet50" if is_v2 else config.backbone)
-        state = published_weights(network.IMAGENET1K_V1, kind)
+        state = backbones.published_weights(network.IMAGENET1K_V1, kind)
     elif kind == "coco":
         if config.backbone not in COCO_WEIGHTS:
-            raise ValueError(
-                f"torchvision has no COCO weights for backbone {config.backbone!r}, "
-                f"only for {', '.join(COCO_WEIGHTS)}"
-            )
-        state = published_weights(COCO_WEIGHTS[config.backbone], kind)
+            missing = f"torchvision has no COCO weights for backbone {config.backbone!r}"
+            raise ValueError(f"{missing}, only for {', '.join(COCO_WEIGHTS)}")
+        state = backbones.published_weights(COCO_WEIGHTS[config.backbone], kind)
         state = {name: state[name] for name in state if starts_loaded(name, config)}
     else:
-        state = read_weights(resolve_path(kind))
-    return load_weights(model, state, ("", "backbone.", "backbone.body."), kind)
+        state = backbones.read_weights(resolve_path(kind))
+    return backbones.load_weights(model, state, ("", "backbone.", "backbone.body."), kind)
 
 
 def _freeze(model: LabelMapMaskRCNN, config: RunConfig, loaded: Iterable[str]) -> None:
     """Freeze those of the loaded tensors that the settings name."""
     is_v2 = config.backbone == "resnet50_fpn_v2"
     in_backbone = {name.removeprefix("backbone.") for name in loaded}
-    freeze_loaded(model.backbone, in_backbone, config.trainable_backbone_layers, norms=not is_v2)
+    backbones.freeze_loaded(
+        model.backbone, in_backbone, config.trainable_backbone_layers, norms=not is_v2
+    )
     if config.weights == "coco" and not is_v2:
         overwrite_eps(model, 0.0)  # as torchvision builds the model around these weights

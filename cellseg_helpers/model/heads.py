@@ -1,8 +1,5 @@
-"""Mask R-CNN parts that read their mask targets from label maps and leave predicted masks in their
-boxes.
-
-torchvision's own take a dense mask for each instance (N x H x W) in training and paste each
-prediction into one at the end.
+"""Mask R-CNN parts with mask targets from label maps and predicted masks left in their boxes, where
+torchvision's take a dense mask for each instance (N x H x W) and paste each prediction into one.
 """
 
 import math
@@ -68,8 +65,8 @@ def mask_targets(
 def _axis_weights(
     start: Tensor, end: Tensor, size: int, span: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    """RoIAlign along one axis of ``length`` px: the pixels int64 [P, span] under each box, and the
-    weight float32 [P, size, span] of each in each bin.
+    """RoIAlign along one axis of ``length`` px: each box's pixels int64 [P, span] and their
+    weights in each bin float32 [P, size, span].
     """
     start, end = start[:, None, None], end[:, None, None]
     bin_extent = (end - start).clamp(min=1) / size
@@ -86,10 +83,8 @@ def _axis_weights(
 
 
 class SeededSampler(BalancedPositiveNegativeSampler):
-    """torchvision's balanced sampler, drawing for each image from that image's own seed.
-
-    So an image's samples depend neither on its batch nor on the process or device. Without
-    ``seeds`` it draws from torch's generator, as torchvision's does.
+    """torchvision's balanced sampler, drawing for each image from that image's own seed, whatever
+    its batch, process or device. Without ``seeds`` it draws from torch's generator.
     """
 
     seeds: Sequence[int] = ()
@@ -108,9 +103,7 @@ class SeededSampler(BalancedPositiveNegativeSampler):
 
 
 def mean_over_processes(total: Tensor, count: int) -> Tensor:
-    """``total / count``, with the count averaged over processes, so that averaged gradients are
-    those of one large batch.
-    """
+    """``total / count``, the count averaged over processes, as in one large batch."""
     if distributed.is_available() and distributed.is_initialized():
         counts = torch.tensor(float(count), device=total.device)
         distributed.all_reduce(counts)
@@ -154,9 +147,8 @@ class LabelMapRoIHeads(RoIHeads):
         box_features = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
         class_logits, deltas = (output.float() for output in self.box_predictor(box_features))
         if self.training:
-            losses = _box_losses(
-                class_logits, deltas, torch.cat(labels), torch.cat(regression_targets)
-            )
+            goals = torch.cat(labels), torch.cat(regression_targets)
+            losses = _box_losses(class_logits, deltas, *goals)
             chosen = self._mask_samples(labels)
             boxes = [boxes[rows] for boxes, rows in zip(proposals, chosen, strict=True)]
             matched = [match[rows] for match, rows in zip(matched, chosen, strict=True)]
@@ -178,13 +170,11 @@ class LabelMapRoIHeads(RoIHeads):
         if not most:
             return positive
         seeds = self.fg_bg_sampler.seeds or torch.randint(2**62, (len(labels),)).tolist()
-        orders = [
-            torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-            for rows, seed in zip(positive, seeds, strict=True)
-        ]
-        return [
-            rows[order[:most].to(rows.device)] for rows, order in zip(positive, orders, strict=True)
-        ]
+        chosen = []
+        for rows, seed in zip(positive, seeds, strict=True):
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+            chosen.append(rows[order[:most].to(rows.device)])
+        return chosen
 
     def _mask_logits(self, features, boxes, image_shapes) -> Tensor:
         pooled = self.mask_roi_pool(features, boxes, image_shapes)
@@ -223,23 +213,17 @@ def _mask_loss(
 
 
 class LabelMapTransform(GeneralizedRCNNTransform):
-    """torchvision's normalisation, resizing and batching, with label maps in place of masks;
-    ``min_size`` 0 leaves images at their size.
-    """
+    """torchvision's, with label maps for masks; ``min_size`` 0 leaves images at their size."""
 
     def learn_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Normalise by these (of R, G, B in [0, 1]) from now on. They become part of the model's
-        weights and are saved with them.
-        """
+        """Normalise by these (R, G, B in [0, 1]) from now on; they are saved with the weights."""
         for name, values in (("image_mean", mean), ("image_std", std)):
             if hasattr(self, name):
                 delattr(self, name)
             self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32))
 
     def resize(self, image, target=None):
-        """torchvision's, its oracle, with label maps sampled at the pixels where it samples masks
-        (nearest).
-        """
+        """torchvision's, its oracle, with label maps sampled where it samples masks (nearest)."""
         if not self.max_size:
             return image, target
         height, width = image.shape[-2:]
@@ -253,9 +237,7 @@ class LabelMapTransform(GeneralizedRCNNTransform):
         return image, target
 
     def batch_images(self, images, size_divisible=32):
-        """torchvision's, but large images in the memory order "channels last", which makes
-        convolutions faster (``bench/README.md``).
-        """
+        """torchvision's; large images in channels-last order, faster (``bench/README.md``)."""
         batch = super().batch_images(images, size_divisible)
         large = min(batch.shape[2:]) >= CHANNELS_LAST_FROM_PX
         return batch.contiguous(memory_format=torch.channels_last) if large else batch

@@ -35,9 +35,7 @@ class GatherRoIAlign(MultiScaleRoIAlign):
 
     @torch.no_grad()
     def _gather(self, features: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Row and weight of every feature vector in every bin: int64 and float32 [boxes * bins, (2
-        * sampling_ratio) ** 2].
-        """
+        """Rows and weights of a bin's features: int64, float32 [boxes * bins, (2 * ratio) ** 2]."""
         rois, levels = _convert_to_roi_format(boxes).float(), self.map_levels(boxes)
         sizes = torch.tensor([level.shape[2:] for level in features])
         areas = sizes.prod(1)
@@ -54,9 +52,7 @@ class GatherRoIAlign(MultiScaleRoIAlign):
         return rows.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
 
     def _axis(self, start: Tensor, end: Tensor, bins: int, length: Tensor) -> tuple[Tensor, Tensor]:
-        """Along one axis: pixels int64 and weights float32 [boxes, bins, 2 * sampling_ratio] of
-        each bin's bilinear samples.
-        """
+        """Along one axis a bin's pixels int64 and weights float32 [boxes, bins, 2 * ratio]."""
         start, end, length = start[:, None, None], end[:, None, None], length[:, None, None]
         sample = (torch.arange(self.sampling_ratio) + 0.5) / self.sampling_ratio
         bin_extent = (end - start).clamp(min=1) / bins

@@ -1,6 +1,4 @@
-"""The region proposal network: anchors are matched without the matrix of all pairs, and gradients
-are computed only for the sampled anchors.
-"""
+"""The region proposal network, which matches anchors without the matrix of all pairs."""
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +44,7 @@ def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor) -> Tensor:
     best_box = torch.zeros_like(best_iou, dtype=torch.int64)
     highest_iou = boxes.new_zeros(len(boxes))
     strips = []
-    # On a GPU each strip launches some 50 kernels: fewer, longer ones (how much is gained has not
-    # been measured).
+    # On a GPU each strip launches some 50 kernels: fewer, longer ones (gain not measured).
     length = ANCHORS_PER_STRIP * (8 if anchors.is_cuda else 1)
     for first in range(0, len(anchors), length):
         strip = slice(first, first + length)
