@@ -10,6 +10,7 @@ with the kernel, SIGKILL included.
 import argparse
 import ctypes
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -31,11 +32,8 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel end this process by SIGKILL when its parent ends. Linux only; elsewhere it
-    does nothing.
-
-    Args:
-        parent: process id of the parent. If it is gone already, this process ends at once.
+    """Have the kernel end this process by SIGKILL when its parent, a process id, ends (at once if
+    it is gone already). Linux only; elsewhere it does nothing.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -54,9 +52,7 @@ def end_forks_too() -> None:
 
 
 def hold(path: Path) -> TextIO | None:
-    """Lock a file until the returned file is closed or its process ends; None if another process
-    holds the lock.
-    """
+    """Lock a file until it is closed or its process ends; None if another process has locked it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
     try:
@@ -68,9 +64,7 @@ def hold(path: Path) -> TextIO | None:
 
 
 def gpus() -> list[str]:
-    """The GPUs that jobs may use: those of ``CUDA_VISIBLE_DEVICES`` if it is set, else all that
-    ``nvidia-smi`` lists.
-    """
+    """The GPUs for jobs: of ``CUDA_VISIBLE_DEVICES`` if it is set, else all of ``nvidia-smi``."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
@@ -78,8 +72,8 @@ def gpus() -> list[str]:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return []
-    lines = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
-    return [str(number) for number in range(len(lines))]
+    number = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return [str(i) for i in range(number)]
 
 
 def memory_mb() -> int:
@@ -88,36 +82,30 @@ def memory_mb() -> int:
 
 
 def take_gpu() -> TextIO | None:
-    """Wait for a GPU that no other job uses, and make it the only one that this job sees.
+    """Wait for a GPU that no other job uses, and make it the only one that this job sees. Two
+    studies of one user do not share a GPU either; a Slurm job has those that it was given.
 
     Returns:
-        The GPU's lock, to be closed at the end of the job; None if there is no GPU. Two studies of
-        one user on a machine do not share a GPU either. A Slurm job has the GPUs that it was given.
+        The GPU's lock, to be closed at the end of the job; None if there is no GPU.
     """
-    names, waited = gpus(), False
+    if not (names := gpus()):
+        return None
     owner = f"{os.getuid()}-{os.environ.get('SLURM_JOB_ID', '')}"
-    while names:
+    for tries in itertools.count():
         for name in names:
             if taken := hold(Path(tempfile.gettempdir()) / f"cellseg-gpu-{owner}-{name}.lock"):
                 os.environ["CUDA_VISIBLE_DEVICES"] = name
                 return taken
-        if not waited:
+        if tries == 0:
             print("All GPUs are in use; this job waits for one.", flush=True)
-        waited = True
         time.sleep(1)
-    return None
 
 
 def run(
-    notebook: Path,
-    log: Path,
-    output: Path,
-    parameters: dict[str, Any],
-    gpu: bool = False,
-    set_aside: bool = False,
-    page: Path | None = None,
-) -> str:
-    """Execute a notebook by papermill, in ``notebooks/``.
+    notebook: Path, log: Path, output: Path, parameters: dict[str, Any],
+    gpu: bool = False, set_aside: bool = False, page: Path | None = None,
+) -> str:  # fmt: skip
+    """Execute a notebook by papermill, in ``notebooks/``; what went wrong, as a sentence, or "".
 
     Args:
         log: where the notebook is written while it runs.
@@ -126,9 +114,6 @@ def run(
         gpu: wait for a GPU of its own; otherwise the notebook sees none.
         set_aside: first rename a run folder of this name that has other settings or images.
         page: HTML file to write: text, tables and figures of the notebook, without the code.
-
-    Returns:
-        What went wrong, as a sentence, or "".
     """
     while not (lock := hold(output.with_name(f".{output.stem}.lock"))):
         time.sleep(1)  # Slurm may still run this job of a killed study
@@ -175,25 +160,18 @@ def _execute(notebook: Path, log: Path, parameters: dict[str, Any]) -> str:
     import papermill
     from traitlets.config import Config
 
-    kernel = [
-        "--IPKernelApp.log_level=CRITICAL",
-        "--IPKernelApp.exec_lines=from cellseg_helpers.jobs import end_forks_too, end_with; "
-        f"end_with({os.getpid()}); end_forks_too(); del end_forks_too, end_with",
-    ]
+    first = "from cellseg_helpers.jobs import end_forks_too, end_with; "
+    first += f"end_with({os.getpid()}); end_forks_too(); del end_forks_too, end_with"
+    kernel = ["--IPKernelApp.log_level=CRITICAL", f"--IPKernelApp.exec_lines={first}"]
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cellseg-") as folder:
         # Kernels that start together could choose the same free TCP port; these talk over files.
         sockets = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
+        options = {"config": Config(KernelManager=sockets), "extra_arguments": kernel}
+        options |= {"cwd": ROOT / "notebooks", "progress_bar": False}
         try:
             papermill.execute_notebook(
-                notebook,
-                log,
-                parameters,
-                cwd=ROOT / "notebooks",
-                progress_bar=False,
-                config=Config(KernelManager=sockets),
-                shutdown_kernel="immediate",
-                extra_arguments=kernel,
+                notebook, log, parameters, shutdown_kernel="immediate", **options
             )
         except papermill.PapermillExecutionError as error:
             return _sentence(error.ename, error.evalue)
@@ -230,8 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         parameters |= yaml.safe_load(Path(file).read_text()) or {}
     parameters |= dict(given.raw) | {name: yaml.safe_load(value) for name, value in given.typed}
     paths = (given.notebook, given.log, given.output)
-    error = run(*paths, parameters, given.gpu, given.set_aside, given.page)
-    if error:
+    if error := run(*paths, parameters, given.gpu, given.set_aside, given.page):
         message = f"{given.output.stem} failed: {error} (all of it in {given.log})"
         print(message, file=sys.stderr, flush=True)
     return bool(error)

@@ -37,12 +37,11 @@ def run_study(data: str, scale: str, seeds: int, profile: str = "", cores: int =
     that succeeded.
 
     Args:
-        data: "drawn" or a folder that holds ``train/``.
+        data: "drawn", a COCO file, or a folder that holds ``train/``.
         scale: quick, sample or full.
         seeds: every training is done with the seeds 0 to ``seeds`` - 1.
         profile: a folder under ``profiles/`` with Snakemake's options for a cluster; "" runs here.
-        cores: processors to use, or, with a profile, jobs at the same time; 0: all, or as many as
-            the profile says.
+        cores: processors, or, with a profile, jobs at a time; 0: all, or as the profile says.
 
     Returns:
         Whether every job succeeded.
@@ -53,26 +52,26 @@ def run_study(data: str, scale: str, seeds: int, profile: str = "", cores: int =
     options, begun = _options(data, scale, seeds, profile, cores), time.time()
     name = study_name(scale, data)
     if not (lock := jobs.hold(LOCK)):
-        process = LOCK.read_text()
-        raise StudyError(
-            f"another study runs in this folder (process {process}); wait for it or stop it"
-        )
+        other = f"another study runs in this folder (process {LOCK.read_text()})"
+        raise StudyError(f"{other}; wait for it or stop it")
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
 
-    succeeded = _snakemake([*options, "--quiet", "host", "reason"])
+    quiet = ["--quiet", "host", "reason"]
+    succeeded = _snakemake([*options, *quiet])
     if not succeeded and any((ROOT / "outputs/runs").glob(f"{name}-*/scores.json")):
         print("\nThe tables of the runs that succeeded; an empty cell has its reason.", flush=True)
         rules = ["tables", "findings"]
-        partial = [*options, "partial=1", "--quiet", "host", "reason", "--allowed-rules", *rules]
-        _snakemake([*partial, "--", *rules])
+        _snakemake([*options, "partial=1", *quiet, "--allowed-rules", *rules, "--", *rules])
     logs, notebooks = ROOT / "outputs/logs" / name, ROOT / "outputs/notebooks" / name
     _write_times(logs, ROOT / "outputs" / f"{name}-times.csv")
     if succeeded:
-        print(f"\nThe reports' tables, as a page: outputs/{name}.html")
-        print(f"Time and memory of each job:    outputs/{name}-times.csv")
-        print(f"Executed notebooks:             outputs/notebooks/{name}")
+        print(
+            f"\nThe reports' tables, as a page: outputs/{name}.html"
+            f"\nTime and memory of each job:    outputs/{name}-times.csv"
+            f"\nExecuted notebooks:             outputs/notebooks/{name}"
+        )
         return True
     print("\nWhat does not depend on these failures is done:")
     for log in sorted(logs.rglob("*.ipynb")):
@@ -100,16 +99,17 @@ def plan_study(data: str, scale: str, seeds: int, profile: str = "", cores: int 
 
 def _options(data: str, scale: str, seeds: int, profile: str, cores: int) -> list[str]:
     """Snakemake's options; the last one is ``--config``, to which values can be added."""
-    if seeds < 1:
-        raise StudyError(f"SEEDS is {seeds}, but must be at least 1")
-    if cores < 0:
-        raise StudyError(f"JOBS is {cores}, but must be at least 1, or 0 for all")
     source = resolve_path(data)
     is_coco = source.suffix == ".json" and source.is_file()
-    if data != "drawn" and not is_coco and not (source / "train").is_dir():
-        raise StudyError(
-            f"DATA={data} is no folder that holds train/; README.md says what must be in it"
-        )
+    found = data == "drawn" or is_coco or (source / "train").is_dir()
+    no_data = f"DATA={data} is no folder that holds train/; README.md says what must be in it"
+    for valid, error in (
+        (seeds >= 1, f"SEEDS is {seeds}, but must be at least 1"),
+        (cores >= 0, f"JOBS is {cores}, but must be at least 1, or 0 for all"),
+        (found, no_data),
+    ):
+        if not valid:
+            raise StudyError(error)
     for key in run_keys():
         try:
             settings(key, scale, data, 0)
@@ -130,10 +130,8 @@ def _options(data: str, scale: str, seeds: int, profile: str, cores: int) -> lis
 def _check_profile(profile: str) -> None:
     file = ROOT / "profiles" / profile / "config.yaml"
     if not file.exists():
-        raise StudyError(
-            f"PROFILE={profile} has no {file.relative_to(ROOT)}; "
-            "`make study PROFILE=slurm` is for Slurm"
-        )
+        missing = f"PROFILE={profile} has no {file.relative_to(ROOT)}"
+        raise StudyError(f"{missing}; `make study PROFILE=slurm` is for Slurm")
     plugin = f"snakemake-executor-plugin-{yaml.safe_load(file.read_text())['executor']}"
     if not importlib.util.find_spec(plugin.replace("-", "_")):
         raise StudyError(
@@ -153,8 +151,7 @@ def _snakemake(options: list[str]) -> bool:
     return True
 
 
-def _job_name(log: Path, logs: Path) -> str:
-    """``02_train <run>``, or ``01_explore_data`` for a notebook that runs once."""
+def _job_name(log: Path, logs: Path) -> str:  # 02_train <run>; 01_explore_data, that runs once
     return " ".join(log.relative_to(logs).with_suffix("").parts)
 
 
@@ -166,24 +163,21 @@ def _write_times(logs: Path, table: Path) -> None:
     times = pd.concat([pd.read_csv(file, sep="\t").tail(1) for file in files], ignore_index=True)
     times.insert(0, "job", [_job_name(file, logs) for file in files])
     times.to_csv(table, index=False)
-    notebook = times.job.str.split().str[0].rename("notebook")
-    sums = times.groupby(notebook).agg(
-        jobs=("s", "size"),
-        minutes=("s", lambda seconds: seconds.sum() / 60),
-        cpu_minutes=("cpu_time", lambda seconds: seconds.sum() / 60),
-        most_MB=("max_rss", "max"),
-    )
+    times["minutes"], times["cpu_minutes"] = times["s"] / 60, times["cpu_time"] / 60
+    of_notebook = times.groupby(times["job"].str.split().str[0].rename("notebook"))
+    sums = of_notebook[["minutes", "cpu_minutes"]].sum()
+    sums.insert(0, "jobs", of_notebook.size())
+    sums["most_MB"] = of_notebook["max_rss"].max()
     print(f"\n{sums.round(1).to_string()}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m study", description="The five reports' study.")
     parser.add_argument("command", choices=["run", "plan"])
-    parser.add_argument("--data", default="drawn")
-    parser.add_argument("--scale", default="quick")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--profile", default="")
-    parser.add_argument("--jobs", dest="cores", type=int, default=0)
+    defaults = {"data": "drawn", "scale": "quick", "seeds": 1, "profile": "", "jobs": 0}
+    for name, value in defaults.items():
+        dest = "cores" if name == "jobs" else name
+        parser.add_argument(f"--{name}", dest=dest, type=type(value), default=value)
     given = vars(parser.parse_args(arguments))
     if "MAKELEVEL" in os.environ:
         jobs.end_with(os.getppid())

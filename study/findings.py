@@ -100,15 +100,9 @@ class Measures:
         self.sentence = f"{why}Data: {self.dataset.name!r}, {counts}."
 
     def count(
-        self,
-        key: str,
-        measure: str,
-        effect: float | None,
-        sentence: str,
-        shown: bool | None = None,
-        on: str = "data",
-        run: str = "",
-    ) -> None:
+        self, key: str, measure: str, effect: float | None, sentence: str,
+        shown: bool | None = None, on: str = "data", run: str = "",
+    ) -> None:  # fmt: skip
         """Add a number without an interval.
 
         Args:
@@ -117,8 +111,7 @@ class Measures:
             effect: the number, or None if it could not be measured.
             sentence: what the number says, or why there is none.
             shown: whether it confirms the difference; by default, if it is above 0.
-            on: what it was measured on: ``data`` (all annotated images), ``model``, ``detections``
-                or ``training pair``.
+            on: ``data`` (all annotated images), ``model``, ``detections`` or ``training pair``.
             run: key of the run with these detections.
         """
         with self._row(key, measure, on, run) as row:
@@ -155,17 +148,14 @@ class Measures:
         released minus as reported.
 
         Args:
-            key: of the finding.
-            run: key of the run.
             ways: label -> what is done to the detections; as reported, then as released.
             metric: ``AP50``, or ``F1`` of all detections that a way leaves.
         """
         with self._row(key, metric, "detections", run) as row:
             runs = self._trained(run)
-            scores = {
-                label: [_scores(trained, change, metric) for trained in runs]
-                for label, change in ways.items()
-            }
+            scores = {}
+            for label, way in ways.items():
+                scores[label] = [_scores(trained, way, metric) for trained in runs]
             _judge(row, FINDINGS[key].change, scores, runs[0])
 
     def compare_thresholds(self, key: str, run: str, halving_seed: int = HALVING_SEED) -> None:
@@ -177,9 +167,8 @@ class Measures:
             scores = {"chosen on the other half": [], "fixed": []}
             for trained in runs:
                 try:
-                    *halves, sentence = resampling.halve(
-                        trained.run.truth, trained.run.detections, halving_seed
-                    )
+                    cells = trained.run.truth, trained.run.detections
+                    *halves, sentence = resampling.halve(*cells, halving_seed)
                 except ValueError as error:
                     raise RunError(str(error)) from None
                 draw = resampling.draw_units(halves[1].truth)
@@ -201,12 +190,10 @@ class Measures:
             saved, unseen = trained.scores, self.study.values(trained)
             draw = resampling.draw_units(truth, saved.resamples, saved.seed + 1)
             training = resampling.bootstrap_ap50(truth, detections, draw.weights)
-            found = verdicts.judge(
-                "training images score higher",
-                verdicts.Side("unseen images", [unseen]),
-                verdicts.Side("training images", [training]),
-                min(draw.units, saved.units),
-            )
+            sides = {"unseen images": [unseen], "training images": [training]}.items()
+            sides = [verdicts.Side(label, values) for label, values in sides]
+            units = min(draw.units, saved.units)
+            found = verdicts.judge("training images score higher", *sides, units)
             row["effect"], _, row["low"], row["high"] = found.difference
             words = {verdicts.HOLDS: HIGHER, verdicts.OPPOSITE: LOWER}
             row |= {"verdict": words.get(found.word, CANNOT_TELL), "seeds": 1, **_context(trained)}
@@ -266,9 +253,7 @@ class Measures:
             return runs
         raise RunError(self.study.missing(run))
 
-    def _pairs(
-        self, reported: str, released: str
-    ) -> tuple[list[tuple[Trained, Trained]], list[str]]:
+    def _pairs(self, *keys: str) -> tuple[list[tuple[Trained, Trained]], list[str]]:
         """Trainings of two runs with the same seeds, and the settings that should differ in them
         but do not.
 
@@ -276,12 +261,12 @@ class Measures:
             RunError: no seed was trained on both sides, or a pair differs in anything else or in
                 nothing.
         """
-        sides = [{run.seed: run for run in self.study.trained(key)} for key in (reported, released)]
-        pairs = [(sides[0][seed], sides[1][seed]) for seed in sorted(set(sides[0]) & set(sides[1]))]
+        first, second = ({run.seed: run for run in self.study.trained(key)} for key in keys)
+        pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
         if not pairs:
-            why = "; ".join(filter(None, map(self.study.missing, (reported, released))))
+            why = "; ".join(filter(None, map(self.study.missing, keys)))
             raise RunError(why or "no seed was trained on both sides")
-        base, other = (study_runs.settings(key, "full", "drawn", 0) for key in (reported, released))
+        base, other = (study_runs.settings(key, "full", "drawn", 0) for key in keys)
         meant = set(other.differences(base.to_dict()))
         for pair in pairs:
             apart, settings = _apart(*pair), pair[0].run.settings
@@ -298,13 +283,8 @@ class Measures:
 
 def training_detections(trained: Trained, dataset: CellDataset) -> tuple[dict[str, Any], Cells]:
     """The truth of some of a run's training images, as many as it has validation images, spread
-    evenly, and its detections in them.
-
-    They are predicted once and saved as ``training_detections.json`` in the run folder.
-
-    Args:
-        trained: the run.
-        dataset: all annotated images of its data, every cell.
+    evenly over ``dataset``, and its detections in them: predicted once and saved as
+    ``training_detections.json`` in the run folder.
 
     Raises:
         RunError: other data, or neither weights nor saved detections in the run folder.
@@ -336,25 +316,18 @@ def _judge(
 ) -> None:
     """Fill in a row from two sides' scores: label -> for each seed float64 [1 + B]."""
     sides = [verdicts.Side(label, values) for label, values in scores.items()]
-    found = verdicts.judge(
-        f"With {change}, the score does not change visibly",
-        *sides,
-        (draw or trained.scores).units,
-        (draw or trained.scores).unit,
-        expected=0,
-        same_weights=not row["as_released"],
-        metric=row["measure"],
-    )
+    drawn, metric = draw or trained.scores, row["measure"]
+    claim = f"With {change}, the score does not change visibly"
+    options = {"same_weights": not row["as_released"], "metric": metric}
+    found = verdicts.judge(claim, *sides, drawn.units, drawn.unit, expected=0, **options)
     effect, _, low, high = found.difference
     verdict = HIGHER if effect > 0 else LOWER
     if found.word != verdicts.OPPOSITE:
         verdict = CANNOT_TELL if found.word == verdicts.CANNOT_TELL else NO_CHANGE
     row |= {"effect": effect, "low": low, "high": high, "verdict": verdict, **_context(trained)}
-    row |= {
-        "seeds": len(sides[0].values),
-        "sentence": f"{found.sentence} {trained.caution}".strip(),
-    }
-    values = f"{row['measure']} goes from {found.base:.3f} to {found.other:.3f}"
+    row["seeds"] = len(sides[0].values)
+    row["sentence"] = f"{found.sentence} {trained.caution}".strip()
+    values = f"{metric} goes from {found.base:.3f} to {found.other:.3f}"
     row["summary"] = f"With {change}, {values}: **{verdict}**."
 
 

@@ -70,14 +70,10 @@ def components_of_cells(dataset: Iterable[CellImage]) -> pd.DataFrame:
             components = connected_components(left)
             pixels = pd.DataFrame({"component": components[left > 0], "cell": left[left > 0]})
             pairs = pixels.drop_duplicates()
-            counts += (
-                len(ids),
-                number[values == 0].sum(),
-                number[(values > 0) & (number > 1)].sum(),
-                components.max(initial=0),
-                pairs.loc[pairs["component"].duplicated(keep=False), "cell"].nunique(),
-                pairs.loc[pairs["cell"].duplicated(), "cell"].nunique(),
-            )
+            lost, shared = number[values == 0].sum(), number[(values > 0) & (number > 1)].sum()
+            joined = pairs.loc[pairs["component"].duplicated(keep=False), "cell"].nunique()
+            split = pairs.loc[pairs["cell"].duplicated(), "cell"].nunique()
+            counts += len(ids), lost, shared, components.max(initial=0), joined, split
         highest = int(cell_image.label_maps.max(initial=0))
         rows.append((cell_image.image_id, counts[0], highest, *counts[1:]))
     columns = ["image_id", "cells", "highest_id", "lost", "same_value"]
@@ -97,15 +93,11 @@ def missing_strip(cells: pd.DataFrame) -> pd.DataFrame:
     width, height = cells["width_px"], cells["height_px"]
     missing = 1 - (width - 1) * (height - 1) / (width * height)
     table = cells.assign(missing=missing, IoU=1 - missing, vanished=(width == 1) | (height == 1))
-    return _by_class(table).agg(
-        cells=("missing", "size"),
-        width_px=("width_px", "mean"),
-        height_px=("height_px", "mean"),
-        missing=("missing", "mean"),
-        **{"worst_5%": ("missing", lambda share: share.quantile(0.95))},
-        IoU=("IoU", "mean"),
-        vanished=("vanished", "sum"),
-    )
+    groups = _by_class(table)
+    found = groups[["width_px", "height_px", "missing", "IoU"]].mean()
+    found.insert(0, "cells", groups.size())
+    found.insert(4, "worst_5%", groups["missing"].quantile(0.95))
+    return found.assign(vanished=groups["vanished"].sum())
 
 
 def small_cells(cells: pd.DataFrame) -> pd.DataFrame:
@@ -117,13 +109,10 @@ def small_cells(cells: pd.DataFrame) -> pd.DataFrame:
         images_left (with such a cell afterwards).
     """
     dropped = cells[["width_px", "height_px"]].min(axis=1) - 1 <= 5
-    table = _by_class(cells.assign(dropped=dropped)).agg(
-        cells=("dropped", "size"),
-        dropped=("dropped", "sum"),
-        share=("dropped", "mean"),
-        images=("image", "nunique"),
-    )
-    return table.assign(images_left=_by_class(cells[~dropped])["image"].nunique())
+    groups = _by_class(cells.assign(dropped=dropped))
+    table = groups["dropped"].agg(cells="size", dropped="sum", share="mean")
+    left = _by_class(cells[~dropped])["image"].nunique()
+    return table.assign(images=groups["image"].nunique(), images_left=left)
 
 
 def _by_class(cells: pd.DataFrame):
@@ -191,14 +180,9 @@ class OneTransform(Dataset):
 
 
 def augmented_images(images: Sequence[np.ndarray]) -> pd.DataFrame:
-    """How many images are augmented when training and validation (one image in five) are views of
-    one dataset object, and of two.
-
-    The views are torch's ``Subset``. The training view gets a flip as its transform; then the
-    validation view gets a transform that changes nothing.
-
-    Args:
-        images: uint8 [3, H, W] each, none its own mirror image.
+    """How many images (uint8 [3, H, W], none its own mirror image) are augmented when training and
+    validation (one in five) are torch's ``Subset`` of one dataset object, and of two. The training
+    view gets a flip as its transform; then the validation view gets one that changes nothing.
 
     Returns:
         Rows: one object (as in report E's code), two objects. Columns: training, training_flipped,
@@ -222,12 +206,7 @@ def augmented_images(images: Sequence[np.ndarray]) -> pd.DataFrame:
 def shared_patients(
     patients: Sequence[str | None], validation_fraction: float, draws: int = 1000
 ) -> tuple[float | None, str]:
-    """How patients fall in random splits by image.
-
-    Args:
-        patients: of each image.
-        validation_fraction: share of the images held out, 0..1.
-        draws: number of random splits.
+    """How the images' patients fall in random splits by image that hold out a fraction, 0..1.
 
     Returns:
         The share of validation images whose patient also has a training image, mean over the draws,
@@ -251,23 +230,16 @@ def shared_patients(
 # Model
 
 PARTS = {
-    "backbone.body.": "backbone",
-    "backbone.fpn.": "feature pyramid",
-    "rpn.head.conv.": "RPN convolutions",
-    "rpn.head.": "RPN predictors",
-    "roi_heads.box_head.": "box head",
-    "roi_heads.box_predictor.": "box predictor",
-    "roi_heads.mask_head.": "mask head",
-    "roi_heads.mask_predictor.": "mask predictor",
-}  # a parameter's name begins with one; the first that fits counts
+    "backbone.body.": "backbone", "backbone.fpn.": "feature pyramid",
+    "rpn.head.conv.": "RPN convolutions", "rpn.head.": "RPN predictors",
+    "roi_heads.box_head.": "box head", "roi_heads.box_predictor.": "box predictor",
+    "roi_heads.mask_head.": "mask head", "roi_heads.mask_predictor.": "mask predictor",
+}  # fmt: skip  # a parameter's name begins with one; the first that fits counts
 HEAD_NORMS = "norms in the heads"
 
 
 def model_parts(key: str) -> pd.DataFrame:
     """The parameters of a run's model at full scale, part by part; no weights are loaded or made.
-
-    Args:
-        key: of the run.
 
     Returns:
         Rows: the parts, then ``all``. parameters; trainable: those that are not frozen; loaded:
@@ -308,12 +280,10 @@ def normalised_values(dataset: CellDataset, normalizations: Sequence[str]) -> pd
     """What the first layer of the model sees of some images.
 
     Args:
-        dataset: the images.
         normalizations: of ``RunConfig.normalization``; ``data`` takes these images' own statistics.
 
     Returns:
-        One row a normalisation and channel (R, G, B): mean, std, least, greatest over all pixels of
-        all images.
+        One row a normalisation and channel (R, G, B): mean, std, least, greatest over all pixels.
     """
     mean, std = (np.array(values) for values in image_statistics(dataset, range(len(dataset))))
     channels = [cell_image.image.reshape(3, -1) / 255 for cell_image in dataset]
@@ -329,11 +299,8 @@ def normalised_values(dataset: CellDataset, normalizations: Sequence[str]) -> pd
 
 
 def range_behind_a_norm(image: np.ndarray) -> pd.DataFrame:
-    """How far the range of an image's values reaches behind a norm: one random convolution and what
-    follows it, in float64.
-
-    Args:
-        image: uint8 [3, H, W].
+    """How far the range of an image's values (uint8 [3, H, W]) reaches behind a norm: one random
+    convolution and what follows it, in float64.
 
     Returns:
         Rows: the convolution alone; a BatchNorm with the batch's statistics; a frozen norm with the
@@ -388,11 +355,9 @@ def norms_after_validation(dataset: CellDataset, images: int = 2) -> pd.DataFram
 REPORTED_ANCHORS = (8, 16, 32, 64, 128)
 DEFAULT_ANCHORS = (32, 64, 128, 256, 512)
 SET_PROPOSALS = {
-    "pre_nms_top_n_train": 2000,
-    "post_nms_top_n_train": 1000,
-    "pre_nms_top_n_test": 1000,
-    "post_nms_top_n_test": 500,
-}
+    "pre_nms_top_n_train": 2000, "post_nms_top_n_train": 1000,
+    "pre_nms_top_n_test": 1000, "post_nms_top_n_test": 500,
+}  # fmt: skip
 
 
 def anchor_generator(sizes: Sequence[float]) -> AnchorGenerator:
@@ -431,11 +396,10 @@ def input_scale(cells: pd.DataFrame, min_size: int = MIN_SIZE) -> pd.Series:
 def anchor_fit(
     cells: pd.DataFrame, anchors: Mapping[str, Sequence[float]], scales: Mapping[str, pd.Series]
 ) -> pd.DataFrame:
-    """The share of cells with a box that an anchor around the same centre fits at an IoU of 0.5,
-    or 0.7. Anchors lie on a grid, so fewer cells really have such an anchor.
+    """The share of cells (of ``cell_table``) with a box that an anchor around the same centre fits
+    at an IoU of 0.5, or 0.7. Anchors lie on a grid, so fewer cells really have such an anchor.
 
     Args:
-        cells: of ``cell_table``.
         anchors: name -> sizes, px, each with the ratios 0.5, 1 and 2.
         scales: name -> of ``input_scale``.
 

@@ -81,10 +81,6 @@ class Shown:
             display(Markdown(self.text))
 
 
-# ------------------------------------------------------------------------------------------------
-# everything of a report
-
-
 def build(study: Study, key: str) -> Shown:
     """A table or figure of a report by its key.
 
@@ -106,10 +102,8 @@ def build(study: Study, key: str) -> Shown:
 
 def build_all(study: Study) -> dict[str, list[Shown]]:
     """Every table and figure of each report (A to E), in the report's order."""
-    return {
-        report: [build(study, key) for key in TABLES if key[0] == report]
-        for report in reported.SYSTEMS
-    }
+    keys = {report: [key for key in TABLES if key[0] == report] for report in reported.SYSTEMS}
+    return {report: [build(study, key) for key in of_report] for report, of_report in keys.items()}
 
 
 def overview(parts: Sequence[Shown]) -> pd.DataFrame:
@@ -157,10 +151,8 @@ def describe(study: Study) -> str:
     text += f"are finished and scored in {study.runs_dir}."
     if not found:
         return text
-    data, weights = (
-        ", ".join(sorted({Path(settings[name]).name for settings in found}))
-        for name in ("data", "weights")
-    )
+    named = ({Path(settings[name]).name for settings in found} for name in ("data", "weights"))
+    data, weights = (", ".join(sorted(names)) for names in named)
     text += f" Data: {data}; initial weights: {weights}."
     if "quick" not in {settings["scale"] for settings in found}:
         return text
@@ -202,10 +194,6 @@ def _page(table: pd.DataFrame, columns: list[str], reasons: dict[str, str]) -> p
     return page[[*columns, "missing"] if left else columns]
 
 
-# ------------------------------------------------------------------------------------------------
-# tables of scores
-
-
 def _score_table(shown: Shown, study: Study) -> None:
     about = TABLES[shown.key]
     base = next((first for row in about.rows if (first := study.first(row.run))), None)
@@ -232,17 +220,13 @@ def _score_table(shown: Shown, study: Study) -> None:
             verdict = verdicts.not_asked(compared.claim, "; ".join(filter(None, missing)))
             shown.judged.append((compared, verdict))
             continue
-        sides = [
-            verdicts.Side(
-                row.label,
-                [values[row.label][seed] for seed in common],
-                row.reported if isinstance(row.reported, float) else None,
-            )
-            for row in (first, second)
-        ]
-        _add_verdict(
-            shown, compared, sides, base, base.scores, same_weights=first.run == second.run
-        )
+        sides = []
+        for row in (first, second):
+            number = row.reported if isinstance(row.reported, float) else None
+            seeds = [values[row.label][seed] for seed in common]
+            sides.append(verdicts.Side(row.label, seeds, number))
+        same = first.run == second.run
+        _add_verdict(shown, compared, sides, base, base.scores, same_weights=same)
 
 
 def _reproduced(row: Row, trained: list[Trained], values: dict[int, np.ndarray]) -> dict[str, Any]:
@@ -262,13 +246,9 @@ def _scores(estimate: verdicts.Estimate) -> dict[str, float]:
 
 
 def _add_verdict(
-    shown: Shown,
-    compared: Comparison,
-    sides: list[verdicts.Side],
-    trained: Trained,
-    draw: resampling.Draw | resampling.SavedScores,
-    **options: Any,
-) -> None:
+    shown: Shown, compared: Comparison, sides: list[verdicts.Side], trained: Trained,
+    draw: resampling.Draw | resampling.SavedScores, **options: Any,
+) -> None:  # fmt: skip
     """Add a verdict, with the caution that the scale calls for."""
     units = draw.units, draw.unit, compared.expected
     verdict = verdicts.judge(compared.claim, *sides, *units, **options)
@@ -299,10 +279,6 @@ def _of_runs(study: Study, trained: list[Trained]) -> dict[str, Any]:
         "peak_memory_GB": max(history["peak_memory_bytes"].max() for history in histories) / 1e9,
         "run_dir": f"{study.runs_dir}/{folder}",
     }
-
-
-# ------------------------------------------------------------------------------------------------
-# everything else: of each report's own system
 
 
 def _table_of_the_system(shown: Shown, study: Study) -> None:
@@ -341,12 +317,10 @@ def _table_of_the_system(shown: Shown, study: Study) -> None:
 def _coco_lines(shown: Shown, trained: list[Trained]) -> None:
     """B-T1: mean over seeds."""
     draw = resampling.draw_units(trained[0].run.truth)
-    lines = [
-        resampling.bootstrap_summary(
-            one.run.truth, one.run.detections, draw.weights, metrics.COCO_MAX_DETS
-        )
-        for one in trained
-    ]
+    limits, lines = metrics.COCO_MAX_DETS, []
+    for run in (one.run for one in trained):
+        found = run.truth, run.detections, draw.weights, limits
+        lines.append(resampling.bootstrap_summary(*found))
     for row, name in shown.table["metric"].items():
         estimate = verdicts.estimate([line[name] for line in lines], draw.units)
         shown.table.loc[row, SCORES] = _scores(estimate)
@@ -365,9 +339,8 @@ def _losses(shown: Shown, trained: list[Trained]) -> None:
     shown.table["seed_sd"] = by_seed.std().to_numpy()
     shown.reasons = {"reproduced": f"the run has {len(trained[0].run.history)} epochs"}
     if shown.figure:
-        shown.figure = plots.losses_beside_reported(
-            trained[0].run.history, reported.LOSSES[shown.key]
-        )
+        losses = reported.LOSSES[shown.key]
+        shown.figure = plots.losses_beside_reported(trained[0].run.history, losses)
 
 
 def _data_set(shown: Shown, trained: list[Trained]) -> None:
@@ -517,9 +490,8 @@ def _border_cells(shown: Shown, images: list[CellImage], run: Run, cells: Cells)
 def _predictions(shown: Shown, images: list[CellImage], run: Run, cells: Cells) -> None:
     """The image with the most predictions; of several, the one with the most cells."""
     predicted = reported.VARIANTS[reported.E_BOTH](run.detections)
-    counts = [
-        np.bincount(found.image_ids, minlength=len(images) + 1) for found in (predicted, cells)
-    ]
+    size = len(images) + 1
+    counts = [np.bincount(found.image_ids, minlength=size) for found in (predicted, cells)]
     by_image = np.transpose(counts)[1:].tolist()
     number = by_image.index(max(by_image)) + 1
     of_image = [[found[found.image_ids == number]] for found in (cells, predicted)]
@@ -533,7 +505,7 @@ PICTURES: dict[str, Callable[[Shown, list[CellImage], Run, Cells], None]] = {
     "C-Fig1": _image_and_map,
     "E-Fig2": _predictions,
 }
-SCALE_COLUMNS = ["scale", "weights"]
+SCALE_COLUMNS, OF_E_T3 = ["scale", "weights"], TABLES["E-T3"]
 # Each with the columns that a reader sees beside the rows' names; none: the figure says it all.
 BUILDERS: dict[str, tuple[Callable[[Shown, list[Trained]], None], list[str]]] = {
     "A-Fig3": (_curves, []),
@@ -546,10 +518,7 @@ BUILDERS: dict[str, tuple[Callable[[Shown, list[Trained]], None], list[str]]] = 
     "D-T2": (_settings, ["reported", "full scale", "this run"]),
     "D-Fig2": (_curves, []),
     "E-Fig1": (_curves, []),
-    "E-T3": (
-        _class_thresholds,
-        [*TABLES["E-T3"].columns[1:], *TABLES["E-T3"].measured, *SCALE_COLUMNS],
-    ),
+    "E-T3": (_class_thresholds, [*OF_E_T3.columns[1:], *OF_E_T3.measured, *SCALE_COLUMNS]),
     "E-sweep": (_threshold_sweep, []),
 }
 MEANS_OVER_SEEDS = {"B-T1", "B-T2", "C-Fig3", "E-T3"}  # all else is of the first seed
