@@ -11,33 +11,28 @@ import math
 import os
 import tempfile
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_PART_OF_A_RUN = ("run_name", "num_workers", "keep_checkpoint")
 CHECKED = "_parameters_checked"  # a notebook's global once its parameters are checked
 
-
-class Check(NamedTuple):
-    """What a number must be: as text for a message, and as a test."""
-
-    words: str
-    holds: Callable[[float], bool]
-
-
-NOT_NEGATIVE = Check("must not be negative", lambda value: value >= 0)
-ABOVE_0 = Check("must be above 0", lambda value: value > 0)
-Count = Annotated[int, NOT_NEGATIVE]
-Positive = Annotated[int, ABOVE_0]
-Amount = Annotated[float, NOT_NEGATIVE]
-Rate = Annotated[float, ABOVE_0]
-Share = Annotated[float, Check("must lie between 0 and 1", lambda value: 0 <= value <= 1)]
-OpenShare = Annotated[float, Check("must lie strictly between 0 and 1", lambda v: 0 < v < 1)]
-Threshold = Annotated[float, Check("must be above 0 and at most 1", lambda v: 0 < v <= 1)]
+# A type, what its values must also be, and the test of that.
+Count = Annotated[int, "must not be negative", lambda value: value >= 0]
+Positive = Annotated[int, "must be above 0", lambda value: value > 0]
+Layers = Annotated[int, "a backbone has 5 layers", lambda value: 0 <= value <= 5]
+Amount = Annotated[float, "must not be negative", lambda value: value >= 0]
+Rate = Annotated[float, "must be above 0", lambda value: value > 0]
+Share = Annotated[float, "must lie between 0 and 1", lambda value: 0 <= value <= 1]
+OpenShare = Annotated[float, "must lie strictly between 0 and 1", lambda value: 0 < value < 1]
+Threshold = Annotated[float, "must be above 0 and at most 1", lambda value: 0 < value <= 1]
+Numbers = Annotated[
+    tuple[float, ...], "needs at least one number, all above 0", lambda v: min(v, default=0) > 0
+]
 
 Scale = Literal["quick", "sample", "full"]
 Reading = Literal["pixel_values", "connected_components"]
@@ -96,12 +91,12 @@ class RunConfig:
     attention: Attention = "none"  # or "cbam" after each stage of the body
     heads: Heads = "auto"  # torchvision's v1 or v2; auto: v2 for resnet50_fpn_v2, else v1
     weights: str = "none"  # none, imagenet, coco, or the path of a .safetensors or .pth file
-    trainable_backbone_layers: Count = 3  # of 5, from the end; only loaded layers are ever frozen
+    trainable_backbone_layers: Layers = 3  # of 5, from the end; only loaded layers are ever frozen
     normalization: Normalization = "imagenet"  # or "data": statistics of the training images
     min_size: Count = 0  # px, an image's shorter side after resizing; 0 = native size
     max_size: Count = 0  # px, its longest side after resizing; 0 = native size
-    anchor_sizes: tuple[float, ...] = (8, 16, 32, 64, 128)  # px, one a level, smallest first
-    anchor_ratios: tuple[float, ...] = (0.5, 1, 2)  # height / width, all at every level
+    anchor_sizes: Numbers = (8, 16, 32, 64, 128)  # px, one a level, smallest first
+    anchor_ratios: Numbers = (0.5, 1, 2)  # height / width, all at every level
 
     # Model: region proposals
     rpn_pre_nms_top_n_train: Positive = 1000  # proposals a level before their NMS, in training
@@ -169,51 +164,36 @@ class RunConfig:
         if not self.weights:
             yield "weights is empty; one of none, imagenet, coco, or the path of a weights file"
         for part in ("rpn", "box"):
-            below, above = (getattr(self, f"{part}_{side}_iou_thresh") for side in ("bg", "fg"))
+            lower, upper = f"{part}_bg_iou_thresh", f"{part}_fg_iou_thresh"
+            below, above = getattr(self, lower), getattr(self, upper)
             if below > above:
-                yield (
-                    f"{part}_bg_iou_thresh is {below}, but must not be above "
-                    f"{part}_fg_iou_thresh, {above}"
-                )
+                yield f"{lower} is {below}, but must not be above {upper}, {above}"
         if self.precision == "16-mixed" and self.accelerator == "cpu":
             yield "precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' on a CPU"
-        layers = self.trainable_backbone_layers
-        if layers > 5:
-            yield f"trainable_backbone_layers is {layers}, but a backbone has 5 layers"
-        for name in ("anchor_sizes", "anchor_ratios"):
-            numbers = list(getattr(self, name))
-            if not numbers or min(numbers) <= 0:
-                yield f"{name} is {numbers}, but needs at least one number, all above 0"
         sizes = len(self.anchor_sizes)
         if self.neck == "fpn" and sizes != 5:
             yield f"anchor_sizes has {sizes} values, but the feature pyramid has 5 levels, one each"
         if self.neck == "none" and self.backbone == "resnet50_fpn_v2":
             yield "neck 'none' needs a backbone without a pyramid, such as 'resnet50'"
-        if bool(self.min_size) != bool(self.max_size) or self.max_size < self.min_size:
+        small, large = self.min_size, self.max_size
+        if bool(small) != bool(large) or large < small:
             yield (
-                f"min_size is {self.min_size} and max_size {self.max_size}; give both, min_size <= "
-                "max_size, or 0 for both to keep the images' own size"
+                f"min_size is {small} and max_size {large}; give both, min_size <= max_size, or 0 "
+                "for both to keep the images' own size"
             )
-        if self.tile_size_px and not 0 < self.tile_overlap_px < self.tile_size_px:
-            yield (
-                f"tile_overlap_px is {self.tile_overlap_px}, but must be above 0 and below "
-                f"tile_size_px, {self.tile_size_px}"
-            )
+        side, overlap = self.tile_size_px, self.tile_overlap_px
+        if side and not 0 < overlap < side:
+            allowed = f"above 0 and below tile_size_px, {side}"
+            yield f"tile_overlap_px is {overlap}, but must be {allowed}"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
         """A config from names and values; the others have their defaults.
 
         Raises:
-            ValueError: a name that no setting has, with the nearest one, or a value out of type or
-                range.
+            ValueError: an unknown name (with the nearest known one), or a value out of range.
         """
-        for name in values:
-            if name not in cls.__dataclass_fields__:
-                hint = _did_you_mean(name, cls.__dataclass_fields__)
-                raise ValueError(
-                    f"unknown parameter {name!r}{hint or '; see RunConfig for all names'}"
-                )
+        _refuse_unknown(values, cls.__dataclass_fields__, "see RunConfig for all names")
         return cls(**values)
 
     @classmethod
@@ -225,26 +205,21 @@ class RunConfig:
 
         merged: dict[str, Any] = {}
         for path in paths:
+            file = f"parameter file {path}"
             try:
                 values = yaml.safe_load(resolve_path(path).read_text()) or {}
             except (OSError, yaml.YAMLError) as error:
-                problem = one_line(error, 1000)
-                raise ValueError(f"parameter file {path} cannot be read: {problem}") from None
+                raise ValueError(f"{file} cannot be read: {one_line(error, 1000)}") from None
             if not isinstance(values, dict):
                 found = type(values).__name__
-                raise ValueError(
-                    f"parameter file {path} must hold `name: value` lines, not a {found}"
-                )
+                raise ValueError(f"{file} must hold `name: value` lines, not a {found}")
             merged |= values
         return cls.from_dict(merged)
 
     @classmethod
     def from_notebook(cls, namespace: dict[str, Any]) -> "RunConfig":
-        """The named config of a notebook whose parameters are a run's settings; call it with
-        ``globals()`` right after the parameters cell.
-
-        Raises:
-            ValueError: see ``from_dict``; every plain value in the namespace counts as a parameter.
+        """The named config of a notebook whose parameters are a run's settings, checked as by
+        ``from_dict``; call it with ``globals()`` right after the parameters cell.
         """
         config = cls.from_dict(_parameters(namespace, cls.__dataclass_fields__)).named()
         namespace[CHECKED] = True
@@ -258,18 +233,16 @@ class RunConfig:
         """
         if self.run_name:
             return self
-        values = {
-            name: value for name, value in self.to_dict().items() if name not in NOT_PART_OF_A_RUN
-        }
+        values = self.to_dict()
+        for name in NOT_PART_OF_A_RUN:
+            del values[name]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
         return replace(self, run_name=f"{self.scale}-{self.backbone}-{digest}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain names and values, lists for tuples: as ``settings.json`` and YAML hold them."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        values = vars(self).items()
+        return {name: list(value) if type(value) is tuple else value for name, value in values}
 
     def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """The settings that differ in two runs: name -> (value in ``other``, value in this one)."""
@@ -281,43 +254,25 @@ class RunConfig:
         }
 
 
-CHOICES = {
-    field.name: get_args(field.type)
-    for field in fields(RunConfig)
-    if get_origin(field.type) is Literal
-}
-
-
 def check_parameters(namespace: dict[str, Any], **kinds: Any) -> dict[str, Any]:
-    """Check a notebook's own parameters; call it with ``globals()`` right after the parameters
-    cell.
+    """A notebook's own parameters, checked; call it with ``globals()`` right after their cell.
 
     Args:
-        namespace: the notebook's globals; every plain value in it counts as a parameter.
-        kinds: the parameters that the notebook has, with their types. (type, least, greatest) also
-            bounds the value, or each number of a list; (list, least, greatest, length) its length,
-            too. A name that ``RunConfig`` has, too, must also be in its range.
-
-    Returns:
-        name -> value, in the order of ``kinds``.
+        namespace: every plain value in it counts as a parameter.
+        kinds: name -> type. (type, least, greatest) also bounds the number, or each number of a
+            list; (list, least, greatest, length) its length, too. A parameter that is a setting of
+            ``RunConfig`` must also be in that one's range.
 
     Raises:
         ValueError: an unknown name (with the nearest known one), a missing one, or a value out of
             type or range.
     """
     found = _parameters(namespace, kinds)
-    for name in found:
-        if name not in kinds:
-            hint = _did_you_mean(name, kinds) or f"; this notebook has {', '.join(kinds)}"
-            raise ValueError(f"unknown parameter {name!r}{hint}")
-    checked = {}
-    for name, kind in kinds.items():
+    _refuse_unknown(found, kinds, f"this notebook has {', '.join(kinds)}")
+    for name in kinds:
         if name not in found:
             raise ValueError(f"parameter {name!r} has no value; the parameters cell must set it")
-        kind, *bounds = kind if isinstance(kind, tuple) else (kind,)
-        checked[name] = _checked(name, found[name], kind)
-        if bounds:
-            _check_bounds(name, checked[name], *bounds)
+    checked = {name: _checked(name, found[name], kind) for name, kind in kinds.items()}
     shared = checked.keys() & RunConfig.__dataclass_fields__.keys()
     RunConfig(**{name: checked[name] for name in shared})
     namespace[CHECKED] = True
@@ -325,9 +280,7 @@ def check_parameters(namespace: dict[str, Any], **kinds: Any) -> dict[str, Any]:
 
 
 def resolve_path(path: str | Path) -> Path:
-    """An absolute path; a relative one counts from the repository's root, not from the working
-    folder.
-    """
+    """An absolute path; a relative one is under the repository's root, not the working folder."""
     return ROOT / Path(path).expanduser()
 
 
@@ -361,71 +314,71 @@ def _parameters(namespace: dict[str, Any], known: Collection[str]) -> dict[str, 
     """The plain values of a notebook. Once they are checked, a live kernel also holds later cells'
     results: then only names that are nearly a parameter's count.
     """
-    not_plain = {"In", "Out", "exit", "quit"}
-    found = {
-        name: value
-        for name, value in namespace.items()
-        if not (name.startswith("_") or name in not_plain or callable(value))
-        and not isinstance(value, types.ModuleType)
-    }
-    if CHECKED not in namespace:
-        return found
-    return {
-        name: value
-        for name, value in found.items()
-        if difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    }
+
+    def is_parameter(name: str, value: Any) -> bool:
+        if name.startswith("_") or name in ("In", "Out", "exit", "quit") or callable(value):
+            return False
+        is_near = CHECKED not in namespace or difflib.get_close_matches(name, known, 1, 0.8)
+        return bool(is_near) and not isinstance(value, types.ModuleType)
+
+    return {name: value for name, value in namespace.items() if is_parameter(name, value)}
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
     """``value`` as ``kind`` if nothing is lost (an int for a float, a list for a tuple).
 
+    Args:
+        kind: a type; or, as in ``check_parameters``, a tuple of it and its bounds.
+
     Raises:
         ValueError: another type, not one of the choices, or out of range.
     """
-    is_bool = isinstance(value, bool)
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    kind = _bounded(*kind) if isinstance(kind, tuple) else kind
     if get_origin(kind) is Annotated:
-        kind, check = get_args(kind)
+        kind, words, holds = get_args(kind)
         value = _checked(name, value, kind)
-        if not check.holds(value):
-            raise ValueError(f"{name} is {value}, but {check.words}")
-        return value
-    if get_origin(kind) is Literal:
-        choices = get_args(kind)
-        value = str(value) if isinstance(value, int) and not is_bool else value  # YAML's 32
+        if not holds(value):
+            shown = list(value) if isinstance(value, tuple) else value
+            raise ValueError(f"{name} is {shown}, but {words}")
+    elif get_origin(kind) is Literal:
+        choices, value = get_args(kind), str(value) if is_int else value  # YAML reads 32 as int
         if value not in choices:
             hint = _did_you_mean(value, choices)
             raise ValueError(f"unknown {name} {value!r}; one of {', '.join(choices)}{hint}")
-        return value
-    if get_origin(kind) is tuple:
+    elif get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(
-                f"{name} is {value!r}, but must be a list, such as [8, 16, 32]; -p cannot pass "
-                "lists, -y and -f can"
-            )
-        return tuple(_checked(name, item, get_args(kind)[0]) for item in value)
-    if kind is float and isinstance(value, int) and not is_bool:
+            advice = "such as [8, 16, 32]; -p cannot pass lists, -y and -f can"
+            raise ValueError(f"{name} is {value!r}, but must be a list, {advice}")
+        value = tuple(_checked(name, item, get_args(kind)[0]) for item in value)
+    elif kind is float and is_int:
         value = float(value)
-    if not isinstance(value, kind) or (kind is int and is_bool):
+    elif not isinstance(value, kind) or (kind is int and not is_int):
         is_text = kind is float and isinstance(value, str)
         hint = "; YAML reads 1e-4 as text, write 1.0e-4" if is_text else ""
         raise ValueError(f"{name} is {value!r}, but must be of type {kind.__name__}{hint}")
-    if kind is float and not math.isfinite(value):
+    elif kind is float and not math.isfinite(value):
         raise ValueError(f"{name} is {value}, but must be a finite number")
     return value
 
 
-def _check_bounds(name: str, value: Any, least: float, greatest: float, length: int = 0) -> None:
-    numbers = value if isinstance(value, list) else [value]
-    fits = [
-        isinstance(number, (int, float))
-        and not isinstance(number, bool)
-        and least <= number <= greatest
-        for number in numbers
-    ]
-    if not all(fits) or len(fits) != (length or max(len(fits), 1)):
-        each = f"hold {length or 'one or more'} numbers, each" if isinstance(value, list) else "lie"
-        raise ValueError(f"{name} is {value!r}, but must {each} between {least:g} and {greatest:g}")
+def _bounded(kind: type, least: float, greatest: float, length: int = 0) -> Any:
+    """The type of a number, or of a list of ``length`` (0: one or more) numbers, within bounds."""
+    must = f"hold {length or 'one or more'} numbers, each" if kind is list else "lie"
+
+    def holds(value: Any) -> bool:
+        numbers = value if kind is list else [value]
+        fit = [type(number) in (int, float) and least <= number <= greatest for number in numbers]
+        return all(fit) and len(fit) == (length or max(len(fit), 1))
+
+    return Annotated[kind, f"must {must} between {least:g} and {greatest:g}", holds]
+
+
+def _refuse_unknown(names: Collection[str], known: Collection[str], otherwise: str) -> None:
+    for name in names:
+        if name not in known:
+            hint = _did_you_mean(name, known) or f"; {otherwise}"
+            raise ValueError(f"unknown parameter {name!r}{hint}")
 
 
 def _did_you_mean(name: Any, known: Collection[str]) -> str:

@@ -3,6 +3,7 @@ alone, as often as listed.
 """
 
 import colorsys
+from typing import get_args
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,7 +16,7 @@ from skimage.measure import label
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from cellseg_helpers.config import CHOICES
+from cellseg_helpers.config import Augmentation
 from cellseg_helpers.data.augment import (
     RECIPES,
     STRIP_ROWS,
@@ -134,7 +135,7 @@ def middle(area: torch.Tensor, box: tuple[slice, slice]) -> np.ndarray:
 
 
 def test_every_choice_is_a_recipe():
-    assert tuple(RECIPES) == CHOICES["augmentation"]
+    assert tuple(RECIPES) == get_args(Augmentation)
 
 
 def test_joint_full_is_the_table_of_report_d():

@@ -2,6 +2,8 @@
 must hold.
 """
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from cellseg_helpers.config import CHOICES
+from cellseg_helpers.config import Augmentation
 from cellseg_helpers.data.augment import RECIPES, QuarterTurn
 from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.data.labels import find_instances
@@ -81,7 +83,7 @@ def same(first, second) -> bool:
 
 
 def test_every_recipe_is_a_choice():
-    assert set(RECIPES) == set(CHOICES["augmentation"])
+    assert set(RECIPES) == set(get_args(Augmentation))
 
 
 @pytest.mark.parametrize("augmentation", ["none", "flips"])
