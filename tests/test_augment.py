@@ -9,8 +9,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from skimage.draw import disk
 from skimage.measure import label
 from torchvision import tv_tensors
@@ -19,7 +17,6 @@ from torchvision.transforms import v2
 from cellseg_helpers.config import Augmentation
 from cellseg_helpers.data.augment import (
     RECIPES,
-    STRIP_ROWS,
     ElasticDistortion,
     Gamma,
     GaussianNoise,
@@ -27,7 +24,6 @@ from cellseg_helpers.data.augment import (
     OnWhite,
     QuarterTurn,
     ResizedCrop,
-    StripedImage,
     augment,
 )
 from cellseg_helpers.data.cache import CellImage
@@ -410,30 +406,6 @@ def test_colour_jitter_keeps_to_its_ranges_and_uses_them(transform):
     assert low - 0.021 < min(factors) < low + 0.04 and high - 0.04 < max(factors) < high + 0.021
     low, high = transform.hue or (0, 0)
     assert low - 0.012 < min(turns) <= low + 0.02 and high - 0.02 <= max(turns) < high + 0.012
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    height=st.sampled_from([4, STRIP_ROWS - 1, STRIP_ROWS, STRIP_ROWS + 1, 2 * STRIP_ROWS + 3])
-    | st.integers(4, 3 * STRIP_ROWS),
-    width=st.integers(4, 40),
-    seed=st.integers(0, 2**31),
-    sigma=st.tuples(*[st.floats(0.1, 3)] * 2),
-    hue=st.floats(-0.5, 0.5),
-)
-@example(height=300, width=1100, seed=0, sigma=(0.8, 1.4), hue=0.11)
-def test_hue_and_blur_by_strips_are_those_of_the_whole_image(height, width, seed, sigma, hue):
-    """Oracle: torchvision's own, of the whole image at once."""
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
-    for functional, parameters in (
-        (v2.functional.adjust_hue, {"hue_factor": hue}),
-        (v2.functional.gaussian_blur, {"kernel_size": [3, 7], "sigma": list(sigma)}),
-        (v2.functional.gaussian_blur, {"kernel_size": [7, 3], "sigma": list(sigma)}),
-    ):
-        by_strips = functional(StripedImage(image), **parameters)
-        assert isinstance(by_strips, StripedImage)
-        assert torch.equal(by_strips.as_subclass(torch.Tensor), functional(image, **parameters))
 
 
 def test_noise_has_its_standard_deviation():

@@ -1,57 +1,19 @@
 """The named augmentation recipes. A step that moves cells moves image and label maps together.
 
-Images are sampled bilinearly, label maps by nearest neighbour, so ids are never mixed or rounded
-(exact below 2^24). A cell stays one cell: no transform folds or tears it. Pieces may come off where
-a cell is a pixel or two thin, or where the image's edge cuts it. All randomness comes from torch's
-default generator.
+Images are sampled bilinearly, label maps by nearest neighbour, so ids are never mixed (and exact
+below 2^24). No transform folds or tears a cell; pieces may come off only where a cell is a pixel or
+two thin, or cut by the image's edge. All randomness comes from torch's default generator.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 BILINEAR, NEAREST = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.NEAREST_EXACT
-STRIP_ROWS = 128
-
-
-class StripedImage(tv_tensors.Image):
-    """An image that gets hue and blur strip by strip: the same pixels as the whole image at once.
-
-    How it works: 1. torchvision calls the functions registered for a tensor's class. 2. With reach
-    r (0 px for hue, half a kernel for blur), rows a to b of f(image) follow from the image's rows
-    a - r to b + r alone. 3. Strips stay in a processor's cache: at 1024 px a blur takes half the
-    time and a third of the memory. The oracle is torchvision on the whole image
-    (``tests/test_augment.py``).
-    """
-
-
-def _strip_by_strip(
-    functional: Callable[..., Tensor], image: Tensor, reach_px: int, **parameters
-) -> Tensor:
-    """``functional`` of an image uint8 [3, H, W]; a pixel of its result may depend on rows up to
-    ``reach_px`` away.
-    """
-    strips = []
-    for top in range(0, image.shape[1], STRIP_ROWS):
-        first = max(top - reach_px, 0)
-        rows = image[:, first : top + STRIP_ROWS + reach_px].as_subclass(Tensor)
-        strips.append(functional(rows, **parameters)[:, top - first : top - first + STRIP_ROWS])
-    return tv_tensors.wrap(torch.cat(strips, 1), like=image)
-
-
-@v2.functional.register_kernel(v2.functional.adjust_hue, StripedImage)
-def _adjust_hue(image: Tensor, hue_factor: float) -> Tensor:
-    return _strip_by_strip(v2.functional.adjust_hue, image, 0, hue_factor=hue_factor)
-
-
-@v2.functional.register_kernel(v2.functional.gaussian_blur, StripedImage)
-def _gaussian_blur(image: Tensor, kernel_size: Sequence[int], sigma: Sequence[float]) -> Tensor:
-    blur, reach_px = v2.functional.gaussian_blur, kernel_size[1] // 2
-    return _strip_by_strip(blur, image, reach_px, kernel_size=kernel_size, sigma=sigma)
 
 
 class QuarterTurn(v2.Transform):
@@ -61,16 +23,16 @@ class QuarterTurn(v2.Transform):
         return {"turns": int(torch.randint(4, ()))}
 
     def transform(self, inpt, params):
-        turned = torch.rot90(inpt, params["turns"], (-2, -1))
-        return tv_tensors.wrap(turned.contiguous(), like=inpt)  # the next steps are faster
+        turned = torch.rot90(inpt, params["turns"], (-2, -1)).contiguous()  # faster to work on
+        return tv_tensors.wrap(turned, like=inpt)
 
 
 class OnWhite(v2.Transform):
     """A transform with white, unlabelled pixels where it samples outside the image.
 
     White is the bare glass of a slide; mirrored tissue would show cells without labels. The inner
-    transform gets the image's negative: outside it samples 0, the negative of white. torchvision's
-    ``fill`` would leave a grey line along the edge.
+    transform gets the image's negative, outside which it samples 0, the negative of white:
+    torchvision's ``fill`` would leave a grey line along the edge.
     """
 
     def __init__(self, inner: v2.Transform):
@@ -109,10 +71,8 @@ class ResizedCrop(v2.Transform):
         return {"top": top, "left": left, "height": height, "width": width, "size": list(size)}
 
     def transform(self, inpt, params):
-        is_image = isinstance(inpt, tv_tensors.Image)
-        interpolation = BILINEAR if is_image else NEAREST
-        whole = inpt.as_subclass(Tensor)
-        resized = v2.functional.resized_crop(whole, **params, interpolation=interpolation)
+        params["interpolation"] = BILINEAR if isinstance(inpt, tv_tensors.Image) else NEAREST
+        resized = v2.functional.resized_crop(inpt.as_subclass(Tensor), **params)
         return tv_tensors.wrap(resized, like=inpt)
 
 
@@ -182,8 +142,7 @@ class GridDistortion(Displacement):
     def _shifts(self, length: int) -> Tensor:
         widths = 1 + (2 * torch.rand(self.steps) - 1) * self.limit
         ends = widths.cumsum(0) / widths.sum()
-        moves = torch.zeros(self.steps + 1)
-        moves[1:-1] = (ends - torch.arange(1, self.steps + 1) / self.steps)[:-1]
+        moves = nn.functional.pad(ends[:-1] - torch.arange(1, self.steps) / self.steps, (1, 1))
         position = torch.linspace(0, self.steps, length)
         step = position.long().clamp(max=self.steps - 1)
         moves = torch.lerp(moves[step], moves[step + 1], position - step)
@@ -238,45 +197,36 @@ BASIC = [*FLIPS, _with(0.5, QuarterTurn())]
 ROTATION = OnWhite(v2.RandomRotation((-15, 15), BILINEAR, fill=None))
 ZOOM = OnWhite(v2.RandomAffine(0, scale=(0.85, 1.15), interpolation=BILINEAR, fill=None))
 
+# The numbers of a ColorJitter are its ranges of brightness, contrast, saturation and hue.
 RECIPES = {
     "none": [],
     "flips": FLIPS,
-    "flips_turns_stain": [
-        FLIPS[0],
-        QuarterTurn(),
-        _with(0.8, v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.04)),
-    ],
+    "flips_turns_stain": [FLIPS[0], QuarterTurn(), _with(0.8, v2.ColorJitter(0.2, 0.2, 0.2, 0.04))],
     # Published are only the kinds of steps and the 15 degrees. The probabilities are torchvision's
     # defaults; the strengths of the colour changes are our choice, moderate ones.
-    "flip_colour_rotation": [
-        FLIPS[0],
-        v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05),
-        ROTATION,
-    ],
-    # As published, but for the colour jitter: 0.3, 0.3, 0.3, 0.15 are legible and taken, in the
-    # order of the names, for brightness, contrast, saturation and hue. Its probability is not
-    # legible; 0.3 is the most frequent one in the published table.
+    "flip_colour_rotation": [FLIPS[0], v2.ColorJitter(0.2, 0.2, 0.2, 0.05), ROTATION],
+    # As published, but for the colour jitter: its numbers are taken in the order of the names, and
+    # its probability is not legible; 0.3 is the most frequent one in the published table.
     "joint_full": [
         v2.RandomHorizontalFlip(p=0.5),
         v2.RandomVerticalFlip(p=0.3),
         _with(0.4, ROTATION),
         _with(0.3, ZOOM),
         _with(0.3, ResizedCrop(area=(0.8, 1.0), ratio=(0.9, 1.1))),
-        _with(0.3, v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.15)),
+        _with(0.3, v2.ColorJitter(0.3, 0.3, 0.3, 0.15)),
         _with(0.2, GaussianNoise(std=0.02)),
         _with(0.2, v2.GaussianBlur(3, sigma=(0.1, 1.0))),
         _with(0.3, Gamma(0.8, 1.2)),
     ],
-    # No numbers are published. Probabilities, and ranges that carry over, are albumentations'
-    # defaults: p 0.5 for each step, or for one of several; quarter turns by 0 included; brightness,
-    # contrast, saturation +-0.2; hue +-20 of 180; 5 grid steps +-0.3; the blur of kernels of 3 to
-    # 7 px. Its elastic default (alpha 1, sigma 50) moves nothing visibly, so ours has the size of
-    # cells. Only the published steps are included: the released code also shifts, scales, adds
-    # noise, motion blur and optical distortion.
+    # Only the steps are published, no numbers. Probabilities, and ranges that carry over, are
+    # albumentations' defaults: p 0.5 for each step, or for one of several; quarter turns by 0
+    # included; brightness, contrast, saturation +-0.2; hue +-20 of 180; 5 grid steps +-0.3; the
+    # blur of kernels of 3 to 7 px. Its elastic default (alpha 1, sigma 50) moves nothing visibly,
+    # so ours has the size of cells.
     "basic": BASIC,
     "full": [
         *BASIC,
-        _with(0.5, v2.ColorJitter(0.2, 0.2), v2.ColorJitter(0.2, 0.2, saturation=0.2, hue=0.11)),
+        _with(0.5, v2.ColorJitter(0.2, 0.2), v2.ColorJitter(0.2, 0.2, 0.2, 0.11)),
         _with(0.5, OnWhite(ElasticDistortion(8, spacing_px=24)), GridDistortion(5, limit=0.3)),
         _with(0.5, v2.GaussianBlur(7, sigma=(0.8, 1.4))),
     ],
@@ -287,10 +237,8 @@ def augment(
     image: Tensor, label_maps: Tensor, recipe: Sequence[v2.Transform], seed: int
 ) -> tuple[Tensor, Tensor]:
     """Image and label maps after a recipe's steps, drawn by ``seed`` alone; torch's generator is
-    left as it was.
-
-    Its oracle is torchvision on a mask of each instance (``tests/test_oracles.py``). A quarter turn
-    may swap the sides.
+    left as it was. A quarter turn may swap the sides. The oracle is torchvision on a mask of each
+    instance (``tests/test_oracles.py``).
 
     Args:
         image: uint8 [3, H, W]; at least 4 px a side if the recipe blurs.
@@ -298,8 +246,7 @@ def augment(
         recipe: one of ``RECIPES``.
         seed: in [0, 2^63).
     """
-    kind = tv_tensors.Image if image.is_cuda else StripedImage
-    image, label_maps = kind(image), tv_tensors.Mask(label_maps)
+    image, label_maps = tv_tensors.Image(image), tv_tensors.Mask(label_maps)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for step in recipe:
