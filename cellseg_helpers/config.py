@@ -27,6 +27,7 @@ Positive = Annotated[int, "must be above 0", lambda value: value > 0]
 Layers = Annotated[int, "a backbone has 5 layers", lambda value: 0 <= value <= 5]
 Amount = Annotated[float, "must not be negative", lambda value: value >= 0]
 Rate = Annotated[float, "must be above 0", lambda value: value > 0]
+Stride = Annotated[int, "must be 2 or 4", lambda value: value in (2, 4)]
 Share = Annotated[float, "must lie between 0 and 1", lambda value: 0 <= value <= 1]
 OpenShare = Annotated[float, "must lie strictly between 0 and 1", lambda value: 0 < value < 1]
 Threshold = Annotated[float, "must be above 0 and at most 1", lambda value: 0 < value <= 1]
@@ -48,6 +49,7 @@ Backbone = Literal[
 Neck = Literal["fpn", "none"]
 Attention = Literal["none", "cbam"]
 Heads = Literal["auto", "v1", "v2"]
+MaskGeometry = Literal["exact", "torchvision"]
 Optimizer = Literal["adam", "adamw", "sgd"]
 Scheduler = Literal["none", "cosine", "plateau"]
 Monitor = Literal["validation_ap50", "validation_loss", "loss"]
@@ -89,13 +91,15 @@ class RunConfig:
     backbone: Backbone = "resnet18"  # a ResNet or ResNeXt of torchvision, or resnet50_fpn_v2
     neck: Neck = "fpn"  # fpn: a pyramid of five levels; none: one feature map at stride 16
     attention: Attention = "none"  # or "cbam" after each stage of the body
+    stem_stride: Stride = 4  # px between neighbours on the body's first map; 2: twice as fine maps
     heads: Heads = "auto"  # torchvision's v1 or v2; auto: v2 for resnet50_fpn_v2, else v1
+    head_width: Positive = 256  # channels of pyramid, RPN, mask head; a quarter of the box head's
     weights: str = "none"  # none, imagenet, coco, or the path of a .safetensors or .pth file
     trainable_backbone_layers: Layers = 3  # of 5, from the end; only loaded layers are ever frozen
     normalization: Normalization = "imagenet"  # or "data": statistics of the training images
     min_size: Count = 0  # px, an image's shorter side after resizing; 0 = native size
     max_size: Count = 0  # px, its longest side after resizing; 0 = native size
-    anchor_sizes: Numbers = (8, 16, 32, 64, 128)  # px, one a level, smallest first
+    anchor_sizes: Numbers = (8, 16, 32, 64, 128)  # px; 5: one a level, 10: two a level
     anchor_ratios: Numbers = (0.5, 1, 2)  # height / width, all at every level
 
     # Model: region proposals
@@ -114,6 +118,7 @@ class RunConfig:
     box_fg_iou_thresh: Share = 0.5  # IoU with a cell from which a proposal counts as that cell
     box_bg_iou_thresh: Share = 0.5  # IoU below which it counts as background
     box_batch_size_per_image: Positive = 128  # proposals sampled an image for the box losses
+    mask_geometry: MaskGeometry = "torchvision"  # or exact: pixels are sampled at their centres
     mask_batch_size_per_image: Count = 4  # of them in the mask loss, cells only; 0 = all cells
     detections_per_image: Positive = 300  # at most, in each image (or tile): the highest-scored
 
@@ -171,8 +176,13 @@ class RunConfig:
         if self.precision == "16-mixed" and self.accelerator == "cpu":
             yield "precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' on a CPU"
         sizes = len(self.anchor_sizes)
-        if self.neck == "fpn" and sizes != 5:
-            yield f"anchor_sizes has {sizes} values, but the feature pyramid has 5 levels, one each"
+        if self.neck == "fpn" and sizes % 5:
+            yield (
+                f"anchor_sizes has {sizes} values, but the feature pyramid has 5 levels; give 5 "
+                "values, or 10 for two a level, and so on"
+            )
+        if self.neck == "none" and self.stem_stride != 4:
+            yield "stem_stride 2 needs neck 'fpn'"
         if self.neck == "none" and self.backbone == "resnet50_fpn_v2":
             yield "neck 'none' needs a backbone without a pyramid, such as 'resnet50'"
         small, large = self.min_size, self.max_size
@@ -229,7 +239,7 @@ class RunConfig:
         """The same settings with a ``run_name``: if it is empty, one made from the settings.
 
         >>> RunConfig(backbone="resnet34").named().run_name
-        'quick-resnet34-8f270811'
+        'quick-resnet34-a73454e5'
         """
         if self.run_name:
             return self

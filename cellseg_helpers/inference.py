@@ -41,7 +41,8 @@ def predict(
     Args:
         model: in evaluation mode it takes a list of float32 [3, H, W] images in 0..1 and gives a
             dict for each: boxes float32 [N, 4] px, labels int64 [N], scores float32 [N], masks
-            float32 [N, 28, 28] in 0..1, inside the box. Its mode is the same afterwards.
+            float32 [N, 28, 28] in 0..1, inside the box. Its mode is the same afterwards. If it has
+            a ``mask_geometry``, masks become pixels as that says, else as in torchvision.
         image: uint8 [3, H, W].
         tile_size_px: side of the square tiles; 0 = the whole image at once.
         tile_overlap_px: neighbouring tiles share at least this much. Best a little more than a
@@ -136,14 +137,22 @@ def _config_of(run_dir: str | Path) -> RunConfig:
 
 
 def paste_in_boxes(
-    masks: Tensor, boxes: Tensor, height: int, width: int, mask_threshold: float = 0.5
+    masks: Tensor,
+    boxes: Tensor,
+    height: int,
+    width: int,
+    mask_threshold: float = 0.5,
+    mask_geometry: str = "torchvision",
 ) -> list[BoxMask]:
     """Binary masks of an image's detections, each in its own box.
 
-    Pixel for pixel ``paste_masks_in_image(masks, boxes, (height, width)) >= mask_threshold`` of
-    ``torchvision.models.detection.roi_heads`` (mask padded by one, box grown likewise and cut to
-    integers, bilinear interpolation without aligned corners, clipped to the image), without the N
-    images that it makes. A box outside the image gives an empty mask.
+    ``exact``: a pixel takes the mask's value at the pixel's centre, by bilinear interpolation with
+    zeros outside the box, as in detectron2's ``paste_masks_in_image``. With bins of the box as the
+    unit, pixel i lies at ``(i + 1/2 - x1) / (x2 - x1) * M``, bin b at ``b + 1/2``.
+
+    ``torchvision``: pixel for pixel ``paste_masks_in_image`` of its ``roi_heads`` (mask padded by
+    one, box grown likewise and cut to integers, bilinear interpolation without aligned corners).
+    Both clip to the image and make no mask of its size. A box outside the image gives an empty one.
 
     Args:
         masks: float32 [N, M, M] on the CPU, probabilities inside the box.
@@ -151,7 +160,13 @@ def paste_in_boxes(
         height: of the image, px.
         width: of the image, px.
         mask_threshold: above 0; a pixel of this probability or more belongs to the mask.
+        mask_geometry: exact or torchvision.
     """
+    if mask_geometry == "exact":
+        return [
+            _paste_exactly(mask, box, height, width, mask_threshold)
+            for mask, box in zip(masks, boxes, strict=True)
+        ]
     padded, scale = expand_masks(masks[:, None], padding=1)
     pasted = []
     for mask, corners in zip(padded, expand_boxes(boxes, scale).to(torch.int64), strict=True):
@@ -165,6 +180,21 @@ def paste_in_boxes(
         inside = grown[0, 0, top - y1 : bottom - y1, left - x1 : right - x1] >= mask_threshold
         pasted.append(BoxMask.around(inside.numpy(), left, top))
     return pasted
+
+
+def _paste_exactly(
+    mask: Tensor, box: Tensor, height: int, width: int, mask_threshold: float
+) -> BoxMask:
+    firsts, weights, bins = [], [], torch.arange(len(mask)) + 0.5
+    for start, end, length in zip(box[:2], box[2:], (width, height), strict=True):
+        half_bin = (end - start) / len(mask) / 2
+        first = int((start - half_bin).floor().clamp(0, length))
+        last = int((end + half_bin).ceil().clamp(first, length))
+        pixels = (torch.arange(first, last) + 0.5 - start) / (end - start) * len(mask)
+        weights.append((1 - (pixels[:, None] - bins).abs()).clamp(min=0))
+        firsts.append(first)
+    inside = weights[1] @ mask @ weights[0].T >= mask_threshold
+    return BoxMask.around(inside.numpy(), *firsts)
 
 
 def lay_tiles(height: int, width: int, tile_size_px: int, tile_overlap_px: int) -> np.ndarray:
@@ -193,6 +223,7 @@ def _predict_tiles(
     model: nn.Module, image: Tensor, tiles: np.ndarray, mask_threshold: float
 ) -> list[Cells]:
     """What the model finds in each tile, in the image's coordinates."""
+    pasting = mask_threshold, getattr(model, "mask_geometry", "torchvision")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modes = {module: module.training for module in model.modules()}
     found = []
@@ -202,7 +233,7 @@ def _predict_tiles(
             batch = tiles[first : first + TILES_PER_BATCH].tolist()
             views = [image[:, y1:y2, x1:x2].to(device).float() / 255 for x1, y1, x2, y2 in batch]
             found += [
-                _in_image(output, tile, image.shape[1:], mask_threshold)
+                _in_image(output, tile, image.shape[1:], pasting)
                 for output, tile in zip(model(views), batch, strict=True)
             ]
     finally:
@@ -212,7 +243,7 @@ def _predict_tiles(
 
 
 def _in_image(
-    output: dict[str, Tensor], tile: list[int], size: tuple[int, int], mask_threshold: float
+    output: dict[str, Tensor], tile: list[int], size: tuple[int, int], pasting: tuple[float, str]
 ) -> Cells:
     """A tile's detections as cells of the image, of ``size``; empty masks are left out."""
     x1, y1, x2, y2 = tile
@@ -220,7 +251,7 @@ def _in_image(
     names = ("boxes", "labels", "scores", "masks")
     boxes, labels, scores, masks = (output[name].cpu() for name in names)
     boxes, scores = boxes.float(), scores.float().numpy()
-    pasted = paste_in_boxes(masks.float(), boxes, height, width, mask_threshold)
+    pasted = paste_in_boxes(masks.float(), boxes, height, width, *pasting)
     placed = [BoxMask(mask, x + x1, y + y1) for mask, x, y in pasted]
     boxes = clip_boxes_to_image(boxes, (height, width)) + torch.tensor([x1, y1, x1, y1])
     cells = Cells.of_image(*size, labels.numpy(), placed, scores, boxes.numpy())

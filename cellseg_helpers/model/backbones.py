@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.models.detection.backbone_utils import BackboneWithFPN, _resnet_fpn_extractor
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 
 from cellseg_helpers.config import one_line
@@ -34,28 +34,31 @@ class LoadReport(NamedTuple):
         return text + (f"; not used from the file: {_modules(self.unused)}" if self.unused else "")
 
 
-def resnet_fpn(name: str) -> BackboneWithFPN:
+def resnet_fpn(name: str, channels: int = 256, stem_stride: int = 4) -> BackboneWithFPN:
     """torchvision's ResNet, ResNeXt or ``resnet50_fpn_v2`` (with norms in the pyramid) at random
-    weights: 256 channels, 5 levels of strides 4 to 64.
+    weights: 5 levels of strides ``stem_stride`` (4, or 2: no stride in the first pooling) to 16
+    times that.
     """
     network = torchvision.models.get_model(name.removesuffix("_fpn_v2"), weights=None)
+    network.maxpool.stride = stem_stride // 2
     norm = nn.BatchNorm2d if name.endswith("_v2") else None
-    return _resnet_fpn_extractor(network, trainable_layers=5, norm_layer=norm)
+    stages = {f"layer{number}": str(number - 1) for number in (1, 2, 3, 4)}
+    widths = [network.inplanes // 8 * 2**stage for stage in range(4)]
+    return BackboneWithFPN(network, stages, widths, channels, norm_layer=norm)
 
 
 class SingleMapBackbone(nn.Module):
-    """A ResNet without a feature pyramid: one map of 256 channels at stride 16.
+    """A ResNet without a feature pyramid: one map at stride 16.
 
     The map is C4, the output of ``layer3``, as in the Mask R-CNN without a pyramid of He et al.
-    ("Mask R-CNN", 2017). A 1x1 convolution gives it the pyramid's 256 channels, so that RPN and
+    ("Mask R-CNN", 2017). A 1x1 convolution gives it the pyramid's channels, so that RPN and
     heads are the same with and without a pyramid. (Theirs uses ``layer4`` as the box head; C5, at
     stride 32, is coarser than most cells.)
     """
 
-    out_channels = 256
-
-    def __init__(self, name: str):
+    def __init__(self, name: str, channels: int):
         super().__init__()
+        self.out_channels = channels
         net = torchvision.models.get_model(name, weights=None)
         self.body = IntermediateLayerGetter(net, {"layer3": "0"})
         self.lateral = nn.Conv2d(net.inplanes // 2, self.out_channels, 1)

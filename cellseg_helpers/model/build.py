@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models import detection, get_model_weights
@@ -56,6 +57,7 @@ class LabelMapMaskRCNN(GeneralizedRCNN):
         mean, std = channel_statistics(config.normalization)
         transform = LabelMapTransform(config.min_size, config.max_size, list(mean), list(std))
         super().__init__(backbone, rpn, roi_heads, transform)
+        self.mask_geometry = config.mask_geometry
         if config.normalization == "data":
             transform.learn_statistics(mean, std)
 
@@ -89,16 +91,16 @@ def build_model(config: RunConfig) -> LabelMapMaskRCNN:
         ValueError: weights that cannot be had or do not fit, or too many parameters for the task.
     """
     if config.neck == "none":
-        backbone, sizes = backbones.SingleMapBackbone(config.backbone), (config.anchor_sizes,)
+        backbone = backbones.SingleMapBackbone(config.backbone, config.head_width)
+        levels = 1
     else:
-        backbone = backbones.resnet_fpn(config.backbone)
-        sizes = tuple((size,) for size in config.anchor_sizes)
+        backbone = backbones.resnet_fpn(config.backbone, config.head_width, config.stem_stride)
+        levels = 5
     if config.attention == "cbam":
         backbones.add_cbam(backbone)
-    anchors = AnchorGenerator(sizes, (config.anchor_ratios,) * len(sizes))
-    heads = _heads(
-        has_v2_heads(config), anchors.num_anchors_per_location()[0], len(CLASS_NAMES) + 1
-    )
+    sizes = np.reshape(config.anchor_sizes, (levels, -1)).tolist()
+    anchors = AnchorGenerator(tuple(map(tuple, sizes)), (config.anchor_ratios,) * levels)
+    heads = _heads(config, anchors.num_anchors_per_location()[0], len(CLASS_NAMES) + 1)
     model = LabelMapMaskRCNN(config, backbone, anchors, **heads)
     if count_parameters(model) >= PARAMETER_LIMIT:
         found = f"the model has {count_parameters(model):,} trainable parameters"
@@ -166,22 +168,23 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _heads(v2: bool, anchors_per_pixel: int, num_outputs: int) -> dict[str, nn.Module]:
+def _heads(config: RunConfig, anchors_per_pixel: int, num_outputs: int) -> dict[str, nn.Module]:
     """The heads of torchvision's ``maskrcnn_resnet50_fpn``, or of its ``_v2``: two convolutions in
     the RPN, four in the box head, norms in the box and the mask head.
 
     They are made in torchvision's order, which decides the random numbers that each starts from.
     """
-    channels, parts, norm = 256, {}, nn.BatchNorm2d if v2 else None
+    width, parts, v2 = config.head_width, {}, has_v2_heads(config)
+    norm = nn.BatchNorm2d if v2 else None
     if v2:
-        parts["rpn_head"] = RPNHead(channels, anchors_per_pixel, conv_depth=2)
-        parts["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [256] * 4, [1024], norm)
-    parts["mask_head"] = MaskRCNNHeads(channels, [256] * 4, 1, norm_layer=norm)
-    parts["mask_predictor"] = MaskRCNNPredictor(256, 256, num_outputs)
+        parts["rpn_head"] = RPNHead(width, anchors_per_pixel, conv_depth=2)
+        parts["box_head"] = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], norm)
+    parts["mask_head"] = MaskRCNNHeads(width, [width] * 4, 1, norm_layer=norm)
+    parts["mask_predictor"] = MaskRCNNPredictor(width, width, num_outputs)
     if not v2:
-        parts["rpn_head"] = RPNHead(channels, anchors_per_pixel)
-        parts["box_head"] = TwoMLPHead(channels * 7**2, 1024)
-    parts["box_predictor"] = FastRCNNPredictor(1024, num_outputs)
+        parts["rpn_head"] = RPNHead(width, anchors_per_pixel)
+        parts["box_head"] = TwoMLPHead(width * 7**2, 4 * width)
+    parts["box_predictor"] = FastRCNNPredictor(4 * width, num_outputs)
     return parts
 
 

@@ -21,12 +21,17 @@ CHANNELS_LAST_FROM_PX = 256
 
 @torch.no_grad()
 def mask_targets(
-    label_maps: Tensor, labels: Tensor, ids: Tensor, boxes: Tensor, size: int
+    label_maps: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    boxes: Tensor,
+    size: int,
+    aligned: bool = False,
 ) -> Tensor:
     """Mask R-CNN's mask targets, read from label maps.
 
-    Its oracle is torchvision's ``project_masks_on_boxes``, which RoI-aligns (He et al., "Mask
-    R-CNN", 2017; sampling_ratio -1, aligned False) the dense mask of each box's instance.
+    Its oracle is torchvision's ``roi_align`` (He et al., "Mask R-CNN", 2017; sampling_ratio -1) of
+    the dense mask of each box's instance; with ``aligned`` False, ``project_masks_on_boxes``.
 
     How it works: 1. RoIAlign averages bilinear samples on a regular grid, so it is separable: with
     the averaged weights A_y, A_x [size, span] of a box's rows and columns, its target is
@@ -40,11 +45,12 @@ def mask_targets(
         ids: int [P], its instance id in that class's map.
         boxes: float32 [P, 4], x1, y1, x2, y2 px; what lies outside the image is background.
         size: target side, 28 in Mask R-CNN.
+        aligned: a pixel's value is sampled at its centre, not at its upper left corner.
 
     Returns:
         float32 [P, size, size] in [0, 1].
     """
-    boxes = boxes.float()
+    boxes, least_px = boxes.float() - aligned / 2, 0 if aligned else 1
     height, width = label_maps.shape[-2:]
     targets = boxes.new_zeros(len(boxes), size, size)
     spans = (boxes[:, 2:].floor() - boxes[:, :2].floor()).clamp(min=1).amax(1) + 2
@@ -53,8 +59,8 @@ def mask_targets(
         span = 2**power
         of_span = torch.where(powers == power)[0]
         for rows in of_span.split(max(1, PATCH_ELEMENTS // span**2)):
-            y, weights_y = _axis_weights(boxes[rows, 1], boxes[rows, 3], size, span, height)
-            x, weights_x = _axis_weights(boxes[rows, 0], boxes[rows, 2], size, span, width)
+            y, weights_y = _axis_weights(boxes[rows, 1::2], least_px, size, span, height)
+            x, weights_x = _axis_weights(boxes[rows, 0::2], least_px, size, span, width)
             patches = label_maps[(labels[rows] - 1)[:, None, None], y[:, :, None], x[:, None, :]]
             masks = (patches == ids[rows, None, None]).to(weights_y.dtype)
             with torch.autocast(boxes.device.type, enabled=False):
@@ -63,14 +69,15 @@ def mask_targets(
 
 
 def _axis_weights(
-    start: Tensor, end: Tensor, size: int, span: int, length: int
+    ends: Tensor, least_px: int, size: int, span: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    """RoIAlign along one axis of ``length`` px: each box's pixels int64 [P, span] and their
-    weights in each bin float32 [P, size, span].
+    """RoIAlign along one axis of ``length`` px, from ``ends[:, 0]`` to ``ends[:, 1]``, at least
+    ``least_px``: each box's pixels int64 [P, span] and their weights in each bin float32
+    [P, size, span].
     """
-    start, end = start[:, None, None], end[:, None, None]
-    bin_extent = (end - start).clamp(min=1) / size
-    samples = bin_extent.ceil()
+    start, end = ends[:, :, None, None].unbind(1)
+    bin_extent = (end - start).clamp(min=least_px) / size
+    samples = bin_extent.ceil().clamp(min=1)
     sample = torch.arange(-(-span // size), device=start.device, dtype=start.dtype)
     bins = torch.arange(size, device=start.device, dtype=start.dtype)[:, None]
     position = start + bins * bin_extent + (sample + 0.5) * bin_extent / samples
@@ -127,11 +134,12 @@ class LabelMapRoIHeads(RoIHeads):
     def __init__(self, config: RunConfig, box_head, box_predictor, mask_head, mask_predictor):
         levels, positive_fraction = ["0", "1", "2", "3"], 0.25
         samples = config.box_batch_size_per_image, positive_fraction
+        aligned = config.mask_geometry == "exact"
         super().__init__(
-            *(GatherRoIAlign(levels, 7, 2), box_head, box_predictor),
+            *(GatherRoIAlign(levels, 7, 2, aligned), box_head, box_predictor),
             *(config.box_fg_iou_thresh, config.box_bg_iou_thresh, *samples),
             *(None, config.box_score_thresh, config.box_nms_thresh, config.detections_per_image),
-            *(GatherRoIAlign(levels, 14, 2), mask_head, mask_predictor),
+            *(GatherRoIAlign(levels, 14, 2, aligned), mask_head, mask_predictor),
         )
         self.fg_bg_sampler = SeededSampler(*samples)
         self.mask_batch_size_per_image = config.mask_batch_size_per_image
@@ -153,7 +161,7 @@ class LabelMapRoIHeads(RoIHeads):
             boxes = [boxes[rows] for boxes, rows in zip(proposals, chosen, strict=True)]
             matched = [match[rows] for match, rows in zip(matched, chosen, strict=True)]
             mask_logits = self._mask_logits(features, boxes, image_shapes)
-            return [], losses | {"loss_mask": _mask_loss(mask_logits, boxes, matched, targets)}
+            return [], losses | {"loss_mask": self._mask_loss(mask_logits, boxes, matched, targets)}
         boxes, scores, labels = self.postprocess_detections(
             class_logits, deltas, proposals, image_shapes
         )
@@ -180,6 +188,26 @@ class LabelMapRoIHeads(RoIHeads):
         pooled = self.mask_roi_pool(features, boxes, image_shapes)
         return self.mask_predictor(self.mask_head(pooled)).float()
 
+    def _mask_loss(
+        self,
+        logits: Tensor,
+        boxes: list[Tensor],
+        matched: list[Tensor],
+        targets: list[dict[str, Tensor]],
+    ) -> Tensor:
+        """torchvision's ``maskrcnn_loss`` of logits [P, classes, size, size], P over all images."""
+        size, labels, goals = logits.shape[-1], [], []
+        for target, match, box in zip(targets, matched, boxes, strict=True):
+            labels.append(target["labels"][match])
+            of_cells = target["label_maps"], labels[-1], target["ids"][match], box
+            goals.append(mask_targets(*of_cells, size, self.mask_roi_pool.aligned))
+        classes = torch.cat(labels)
+        each = torch.arange(len(classes), device=classes.device)
+        loss = F.binary_cross_entropy_with_logits(
+            logits[each, classes], torch.cat(goals), reduction="sum"
+        )
+        return mean_over_processes(loss, len(classes) * size**2)
+
 
 def _box_losses(
     class_logits: Tensor, deltas: Tensor, labels: Tensor, regression_targets: Tensor
@@ -193,23 +221,6 @@ def _box_losses(
         "loss_classifier": mean_over_processes(classifier, len(labels)),
         "loss_box_reg": mean_over_processes(box, len(labels)),
     }
-
-
-def _mask_loss(
-    logits: Tensor, boxes: list[Tensor], matched: list[Tensor], targets: list[dict[str, Tensor]]
-) -> Tensor:
-    """torchvision's ``maskrcnn_loss`` of logits [P, classes, size, size], P over all images."""
-    size, labels, goals = logits.shape[-1], [], []
-    for target, match, box in zip(targets, matched, boxes, strict=True):
-        labels.append(target["labels"][match])
-        ids = target["ids"][match]
-        goals.append(mask_targets(target["label_maps"], labels[-1], ids, box, size))
-    classes = torch.cat(labels)
-    each = torch.arange(len(classes), device=classes.device)
-    loss = F.binary_cross_entropy_with_logits(
-        logits[each, classes], torch.cat(goals), reduction="sum"
-    )
-    return mean_over_processes(loss, len(classes) * size**2)
 
 
 class LabelMapTransform(GeneralizedRCNNTransform):

@@ -3,13 +3,16 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import _convert_to_roi_format, _setup_scales
 
 
 class GatherRoIAlign(MultiScaleRoIAlign):
-    """torchvision's ``MultiScaleRoIAlign``, several times faster on a CPU; on other devices it is
-    torchvision's own. That is also its oracle (values and gradients, ``tests/test_model.py``).
+    """torchvision's ``MultiScaleRoIAlign``, several times faster on a CPU; other devices call its
+    ``roi_align``, the oracle of values and gradients (``tests/test_model.py``).
+
+    ``aligned``, which ``MultiScaleRoIAlign`` does not offer: pixel i covers [i, i + 1), its value
+    lies at i + 1/2, and no box is widened to one pixel.
 
     How it works: 1. A bin is the mean of ``sampling_ratio ** 2`` bilinear samples (He et al., "Mask
     R-CNN", 2017), a sum of at most ``(2 * sampling_ratio) ** 2`` weighted feature vectors. 2. The
@@ -18,20 +21,37 @@ class GatherRoIAlign(MultiScaleRoIAlign):
     the rows as whole vectors, where torchvision's CPU kernel goes channel by channel.
     """
 
+    def __init__(
+        self, levels: list[str], output_size: int, sampling_ratio: int, aligned: bool = False
+    ):
+        super().__init__(levels, output_size, sampling_ratio)
+        self.aligned = aligned
+
     def forward(
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> Tensor:
         features = [feature for name, feature in x.items() if name in self.featmap_names]
-        if features[0].device.type != "cpu":
-            return super().forward(x, boxes, image_shapes)
         if self.scales is None:
             self.scales, self.map_levels = _setup_scales(
                 features, image_shapes, self.canonical_scale, self.canonical_level
             )
+        on_cpu = features[0].device.type == "cpu"
+        return (self._pool_by_gather if on_cpu else self._pool_by_torchvision)(features, boxes)
+
+    def _pool_by_gather(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
         table = [level.permute(0, 2, 3, 1).flatten(0, 2).float() for level in features]
         rows, weights = self._gather(features, boxes)
         pooled = F.embedding_bag(rows, torch.cat(table), per_sample_weights=weights, mode="sum")
         return pooled.unflatten(0, (-1, *self.output_size)).permute(0, 3, 1, 2)
+
+    def _pool_by_torchvision(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
+        rois, levels = _convert_to_roi_format(boxes), self.map_levels(boxes)
+        pooled = features[0].new_zeros(len(rois), features[0].shape[1], *self.output_size)
+        for level, (feature, scale) in enumerate(zip(features, self.scales, strict=True)):
+            rows = torch.where(levels == level)[0]
+            sampling = self.output_size, scale, self.sampling_ratio, self.aligned
+            pooled[rows] = roi_align(feature, rois[rows].to(feature), *sampling).to(pooled)
+        return pooled
 
     @torch.no_grad()
     def _gather(self, features: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -41,7 +61,8 @@ class GatherRoIAlign(MultiScaleRoIAlign):
         areas = sizes.prod(1)
         first_row = (areas.cumsum(0) - areas) * len(features[0])
         height, width = sizes[levels].unbind(1)
-        x1, y1, x2, y2 = (rois[:, 1:] * torch.tensor(self.scales)[levels, None]).unbind(1)
+        corners = rois[:, 1:] * torch.tensor(self.scales)[levels, None] - self.aligned / 2
+        x1, y1, x2, y2 = corners.unbind(1)
         y, weight_y = self._axis(y1, y2, self.output_size[0], height)
         x, weight_x = self._axis(x1, x2, self.output_size[1], width)
         y = (first_row[levels] + rois[:, 0].long() * areas[levels])[:, None, None] + (
@@ -55,7 +76,7 @@ class GatherRoIAlign(MultiScaleRoIAlign):
         """Along one axis a bin's pixels int64 and weights float32 [boxes, bins, 2 * ratio]."""
         start, end, length = start[:, None, None], end[:, None, None], length[:, None, None]
         sample = (torch.arange(self.sampling_ratio) + 0.5) / self.sampling_ratio
-        bin_extent = (end - start).clamp(min=1) / bins
+        bin_extent = (end - start).clamp(min=0 if self.aligned else 1) / bins
         position = start + (torch.arange(bins)[:, None] + sample) * bin_extent
         inside = (position >= -1) & (position <= length)
         position = position.clamp(min=0).minimum(length - 1)
