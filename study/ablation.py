@@ -19,22 +19,13 @@ LEAST_GAIN = 0.001  # of panoptic quality on the choosing half, for a step to be
 
 
 class Step(NamedTuple):
-    """One step of post-processing.
-
-    Attributes:
-        name: as tables show it.
-        apply: takes cells and one of the options, gives new cells.
-        options: to choose from, or a function that makes them from the half to choose on; [None]
-            for a step without parameter.
-        required: it is carried on even where it does not help.
-        replaces: names of earlier steps that it stands in for, before all later ones.
-    """
+    """One step of post-processing; ``apply`` gives new cells from cells and one of the options."""
 
     name: str
     apply: Callable[[Cells, Any], Cells]
-    options: Sequence[Any] | Callable[[Half], Sequence[Any]]
-    required: bool = False
-    replaces: tuple[str, ...] = ()
+    options: Sequence[Any] | Callable[[Half], Sequence[Any]]  # or made from the choosing half
+    required: bool = False  # carried on even where it does not help
+    replaces: tuple[str, ...] = ()  # names of earlier steps that it stands in for
 
 
 Chain = list[tuple[Step, Any]]  # steps with their chosen options, in the order of application
@@ -44,12 +35,12 @@ class Ablation(NamedTuple):
     """What ``ablate`` found.
 
     Attributes:
-        steps: one row a step in its order: step, option (the chosen one), PQ_before, PQ_after (on
-            the choosing half), carried.
+        steps: one row a step: step, option (the chosen one), PQ_before, PQ_after (on the choosing
+            half), carried.
         effects: one row a step and score on the judging half: step, then as ``resampling.compare``;
             ``before`` is what the carried steps before it gave, ``after`` what it made of that.
-        total: as ``resampling.compare``, from the detections as predicted to those after all
-            carried steps.
+        total: as ``resampling.compare``, of the detections as predicted and after all carried
+            steps.
         chain: the carried steps.
     """
 
@@ -70,17 +61,10 @@ def steps_of_report_e(
     """Report E's steps and two that users need in the end, in the order in which they are applied.
 
     Scores first: one threshold for all classes; instead of it one for each class; instead of both
-    size-aware scores with thresholds chosen for them (a changed score only counts at a threshold,
-    and report E adjusts first). Then masks (closing, opening, holes, largest component, smoothing),
-    then overlaps (mask NMS across classes, each pixel to one cell).
-
-    Args:
-        size_factors: of ``postprocess.adjust_scores_by_size``.
-        score_thresholds: to choose one for all, or for each class, from.
-        radii_px: of closing and opening, to choose from.
-        smoothing_px: sigma of the smoothing, to choose from.
-        nms_iou_thresholds: of the mask NMS, to choose from.
-        visible_shares: least share of a mask that must be left over, to choose from.
+    size-aware scores (``size_factors`` of ``postprocess.adjust_scores_by_size``) with thresholds
+    chosen for them. Then masks: closing and opening (``radii_px``), holes, largest component,
+    smoothing (sigma). Then overlaps: mask NMS across classes, each pixel to one cell (the least
+    share of a mask that must stay visible). All arguments but the first are options to choose from.
     """
     adjust = partial(postprocess.adjust_scores_by_size, factors=size_factors)
     by_class = postprocess.apply_class_thresholds
@@ -93,16 +77,14 @@ def steps_of_report_e(
     def limits_of_adjusted(half: Half) -> list[dict[int, float]]:
         return limits(half._replace(detections=adjust(half.detections)))
 
+    def cut_adjusted(cells: Cells, least: dict[int, float]) -> Cells:
+        return by_class(adjust(cells), least)
+
     one, several = "one threshold", "class thresholds"
     return [
         Step(one, lambda cells, least: cells[cells.scores >= least], score_thresholds),
         Step(several, by_class, limits, replaces=(one,)),
-        Step(
-            "size-aware scores",
-            lambda cells, least: by_class(adjust(cells), least),
-            limits_of_adjusted,
-            replaces=(one, several),
-        ),
+        Step("size-aware scores", cut_adjusted, limits_of_adjusted, replaces=(one, several)),
         Step("closing", postprocess.close_masks, radii_px),
         Step("opening", postprocess.open_masks, radii_px),
         Step("hole filling", lambda cells, _: postprocess.fill_holes(cells), [None]),
@@ -116,36 +98,24 @@ def steps_of_report_e(
 def ablate(
     choosing: Half, judging: Half, steps: Sequence[Step], resamples: int, seed: int
 ) -> Ablation:
-    """Add steps one by one.
+    """Add steps one by one; ``resamples`` and ``seed`` are of the bootstrap on the judging half.
 
     How it works, for each step: 1. Its option is the one of best panoptic quality (mean over
     classes) on the choosing half after the steps carried on so far; the first of equal ones. 2. It
     is carried on if it raises that quality by ``LEAST_GAIN`` or more, or is required. 3. Its effect
     on the judging half is measured in any case.
-
-    Args:
-        choosing: the half that options are chosen on.
-        judging: the half that effects are measured on.
-        steps: in the order of application.
-        resamples: bootstrap samples of the judging half's images.
-        seed: of the samples.
     """
     weights = draw_images(len(judging.truth["images"]), resamples, seed)
     first = before = resampled_scores(*judging, weights)
     quality, chain, rows, effects = panoptic_quality(choosing), [], [], []
     for step in steps:
         base = [(earlier, option) for earlier, option in chain if earlier.name not in step.replaces]
-        start, start_judging = (
-            half._replace(detections=apply_chain(half.detections, base))
-            for half in (choosing, judging)
-        )
+        start = choosing._replace(detections=apply_chain(choosing.detections, base))
         options = step.options(start) if callable(step.options) else step.options
-        qualities = [
-            panoptic_quality(start._replace(detections=step.apply(start.detections, option)))
-            for option in options
-        ]
+        tried = [step.apply(start.detections, option) for option in options]
+        qualities = [panoptic_quality(start._replace(detections=cells)) for cells in tried]
         best = 0 if np.isnan(qualities).all() else int(np.nanargmax(qualities))
-        judged = step.apply(start_judging.detections, options[best])
+        judged = apply_chain(judging.detections, [*base, (step, options[best])])
         after = resampled_scores(judging.truth, judged, weights)
         carried = step.required or qualities[best] >= quality + LEAST_GAIN
         row = {"step": step.name, "option": options[best], "PQ_before": quality}

@@ -16,18 +16,17 @@ import pandas as pd
 import yaml
 from IPython.display import HTML, Markdown, display
 
-from cellseg_helpers import metrics, resampling, thresholds
-from cellseg_helpers.cells import Cells
+from cellseg_helpers import resampling
+from cellseg_helpers.cells import CLASS_NAMES, Cells
 from cellseg_helpers.config import NOT_PART_OF_A_RUN
 from cellseg_helpers.data.cache import CellDataset, DataError
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.inference import predict_run
-from cellseg_helpers.runs import RunError, context_of, read_json, write_json
+from cellseg_helpers.runs import RunError, read_json, write_json
 from study import runs as study_runs
 from study import tables, verdicts
-from study.reported import E_GRID, E_THRESHOLDS
-from study.reports import HALVING_SEED
+from study.reported import E_THRESHOLDS
 from study.runs import Study, Trained, differences
 
 NO_CHANGE, CANNOT_TELL = "no visible change", "cannot tell"
@@ -123,7 +122,7 @@ class Measures:
             if on == "data":
                 row |= {"data": self.dataset.name, "split": "all annotated images"}
             if run:
-                row |= {"seeds": 1, **_context(self.study.first(run))}
+                row |= {"seeds": 1, **self.study.first(run).context}
 
     def compare_runs(self, key: str) -> None:
         """Add the paired difference in AP50 of a finding's two runs, as released minus as reported:
@@ -153,32 +152,24 @@ class Measures:
         """
         with self._row(key, metric, "detections", run) as row:
             runs = self._trained(run)
-            scores = {}
-            for label, way in ways.items():
-                scores[label] = [_scores(trained, way, metric) for trained in runs]
+            scores = {
+                label: [trained.rescored(way, metric) for trained in runs]
+                for label, way in ways.items()
+            }
             _judge(row, FINDINGS[key].change, scores, runs[0])
 
-    def compare_thresholds(self, key: str, run: str, halving_seed: int = HALVING_SEED) -> None:
+    def compare_thresholds(self, key: str, run: str) -> None:
         """Add F1 of report E's fixed class thresholds minus F1 of thresholds chosen on one half of
         the images, both on the other half.
         """
         with self._row(key, "F1", "detections", run) as row:
             runs = self._trained(run)
-            scores = {"chosen on the other half": [], "fixed": []}
-            for trained in runs:
-                try:
-                    cells = trained.run.truth, trained.run.detections
-                    *halves, sentence = resampling.halve(*cells, halving_seed)
-                except ValueError as error:
-                    raise RunError(str(error)) from None
-                draw = resampling.draw_units(halves[1].truth)
-                choosing, judging = (metrics.match_detections(*half) for half in halves)
-                chosen = thresholds.choose_thresholds(choosing, E_GRID)
-                fixed = {name: E_THRESHOLDS[k] for k, name in judging.class_names.items()}
-                for values, limits in zip(scores.values(), (chosen, fixed), strict=True):
-                    values.append(_f1(thresholds.keep_scores(judging, limits), draw.weights))
-            _judge(row, FINDINGS[key].change, scores, runs[0], draw)
-            row["sentence"] += f" {sentence}"
+            halves = [trained.halves() for trained in runs]
+            fixed = dict(zip(CLASS_NAMES, E_THRESHOLDS.values(), strict=True))
+            scores = {"chosen on the other half": [half.f1(half.chosen) for half in halves]}
+            scores["fixed"] = [half.f1(fixed) for half in halves]
+            _judge(row, FINDINGS[key].change, scores, runs[0], halves[0].draw)
+            row["sentence"] += f" {halves[0].sentence}"
 
     def compare_with_training_images(self, key: str, run: str) -> None:
         """Add AP50 of a run's first training on its own training images minus AP50 on its
@@ -192,11 +183,11 @@ class Measures:
             training = resampling.bootstrap_ap50(truth, detections, draw.weights)
             sides = {"unseen images": [unseen], "training images": [training]}.items()
             sides = [verdicts.Side(label, values) for label, values in sides]
-            units = min(draw.units, saved.units)
-            found = verdicts.judge("training images score higher", *sides, units)
+            smaller = min(draw, saved, key=lambda samples: samples.units)
+            found = verdicts.judge("training images score higher", *sides, smaller)
             row["effect"], _, row["low"], row["high"] = found.difference
             words = {verdicts.HOLDS: HIGHER, verdicts.OPPOSITE: LOWER}
-            row |= {"verdict": words.get(found.word, CANNOT_TELL), "seeds": 1, **_context(trained)}
+            row |= {"verdict": words.get(found.word, CANNOT_TELL), "seeds": 1, **trained.context}
             row["split"] = f"{trained.run.split['kind']}, training minus validation side"
             row["sentence"] = (
                 f"{run}: AP50 {found.other:.3f} on {len(truth['images'])} training images, "
@@ -316,32 +307,18 @@ def _judge(
 ) -> None:
     """Fill in a row from two sides' scores: label -> for each seed float64 [1 + B]."""
     sides = [verdicts.Side(label, values) for label, values in scores.items()]
-    drawn, metric = draw or trained.scores, row["measure"]
-    claim = f"With {change}, the score does not change visibly"
-    options = {"same_weights": not row["as_released"], "metric": metric}
-    found = verdicts.judge(claim, *sides, drawn.units, drawn.unit, expected=0, **options)
+    claim, metric = f"With {change}, the score does not change visibly", row["measure"]
+    options = {"expected": 0, "same_weights": not row["as_released"], "metric": metric}
+    options["caution"] = trained.caution
+    found = verdicts.judge(claim, *sides, draw or trained.scores, **options)
     effect, _, low, high = found.difference
     verdict = HIGHER if effect > 0 else LOWER
     if found.word != verdicts.OPPOSITE:
         verdict = CANNOT_TELL if found.word == verdicts.CANNOT_TELL else NO_CHANGE
-    row |= {"effect": effect, "low": low, "high": high, "verdict": verdict, **_context(trained)}
-    row["seeds"] = len(sides[0].values)
-    row["sentence"] = f"{found.sentence} {trained.caution}".strip()
+    row |= {"effect": effect, "low": low, "high": high, "verdict": verdict, **trained.context}
+    row |= {"seeds": len(sides[0].values), "sentence": found.sentence}
     values = f"{metric} goes from {found.base:.3f} to {found.other:.3f}"
     row["summary"] = f"With {change}, {values}: **{verdict}**."
-
-
-def _scores(trained: Trained, change: Callable[[Cells], Cells], metric: str) -> np.ndarray:
-    truth, saved = trained.run.truth, trained.scores
-    weights = resampling.draw_units(truth, saved.resamples, saved.seed).weights
-    left = change(trained.run.detections)
-    if metric == "AP50":
-        return resampling.bootstrap_ap50(truth, left, weights)
-    return _f1(metrics.match_detections(truth, left), weights)
-
-
-def _f1(matches: metrics.Matches, image_weights: np.ndarray) -> np.ndarray:
-    return np.nan_to_num(resampling.count_scores(matches, image_weights).values["F1", "all"])
 
 
 def _apart(reported: Trained, released: Trained) -> set[str]:
@@ -349,7 +326,3 @@ def _apart(reported: Trained, released: Trained) -> set[str]:
     before, after = reported.run.settings, released.run.settings
     names = (before | after).keys() - set(NOT_PART_OF_A_RUN)
     return {name for name in names if before.get(name) != after.get(name)}
-
-
-def _context(trained: Trained) -> dict[str, Any]:
-    return context_of(trained.run) | {"weights": Path(trained.run.settings["weights"]).name}

@@ -23,7 +23,7 @@ from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.cache import CellDataset, CellImage, DataError
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.hw3 import open_test_images
-from cellseg_helpers.data.labels import connected_components, find_boxes
+from cellseg_helpers.data.labels import connected_components, find_boxes, find_cells
 from cellseg_helpers.devices import make_fabric
 from cellseg_helpers.engine import image_statistics, validation_loss
 from cellseg_helpers.model.build import channel_statistics, rebuild_model, starts_loaded
@@ -40,15 +40,12 @@ def cell_table(dataset: Iterable[CellImage]) -> pd.DataFrame:
     """One row a cell: image (its index), class, width_px and height_px of its tight box,
     image_height_px, image_width_px.
     """
-    parts = []
-    for index, cell_image in enumerate(dataset):
-        boxes, labels, _ = find_boxes(cell_image.label_maps)
-        table = pd.DataFrame(boxes[:, 2:] - boxes[:, :2], columns=["width_px", "height_px"])
-        table = table.astype(int).assign(image=index)
-        table["class"] = pd.Categorical.from_codes(labels - 1, CLASS_NAMES)
-        table["image_height_px"], table["image_width_px"] = cell_image.image.shape[1:]
-        parts.append(table)
-    return pd.concat(parts, ignore_index=True)
+    parts = (find_cells(cell_image.label_maps, i) for i, cell_image in enumerate(dataset))
+    cells = Cells.concatenate(parts)
+    table = pd.DataFrame({"image": cells.image_ids})
+    table["class"] = pd.Categorical.from_codes(cells.labels - 1, CLASS_NAMES)
+    table[["width_px", "height_px"]] = (cells.boxes[:, 2:] - cells.boxes[:, :2]).astype(int)
+    return table.assign(image_height_px=cells.sizes[:, 0], image_width_px=cells.sizes[:, 1])
 
 
 def components_of_cells(dataset: Iterable[CellImage]) -> pd.DataFrame:
@@ -87,13 +84,11 @@ def missing_strip(cells: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Rows: ``all``, then the classes. cells; width_px and height_px (means); missing: mean share
         of the box's area; worst_5%: the share that one in twenty cells exceeds; IoU: mean IoU of
-        the short box with the whole one; vanished: cells of one row or column, whose short box is
-        empty.
+        the short box with the whole one; vanished: cells whose short box is empty.
     """
     width, height = cells["width_px"], cells["height_px"]
     missing = 1 - (width - 1) * (height - 1) / (width * height)
-    table = cells.assign(missing=missing, IoU=1 - missing, vanished=(width == 1) | (height == 1))
-    groups = _by_class(table)
+    groups = _by_class(cells.assign(missing=missing, IoU=1 - missing, vanished=missing == 1))
     found = groups[["width_px", "height_px", "missing", "IoU"]].mean()
     found.insert(0, "cells", groups.size())
     found.insert(4, "worst_5%", groups["missing"].quantile(0.95))
@@ -123,9 +118,7 @@ def _by_class(cells: pd.DataFrame):
 
 
 def image_sizes(dataset: CellDataset, data: str | Path) -> tuple[list[tuple[int, int]], str]:
-    """The distinct sizes (height, width), px, of the annotated images and of the data's test
-    images, if it has any; a sentence.
-    """
+    """The distinct sizes (height, width), px, of the annotated and the test images; a sentence."""
     annotated = {tuple(size) for size in dataset.sizes.tolist()}
     try:
         tests = {(image["height"], image["width"]) for image in open_test_images(data).listed}
@@ -136,12 +129,12 @@ def image_sizes(dataset: CellDataset, data: str | Path) -> tuple[list[tuple[int,
 
 
 def unreachable_edges(sizes: Sequence[tuple[int, int]]) -> pd.DataFrame:
-    """Whether a box at the right and bottom edge of the resized image ends at the image's own edge
-    once torchvision has scaled it back, for sizes (height, width) in px.
+    """Whether a box as large as the resized image reaches the image's right and bottom edge once
+    torchvision has scaled it back, for image sizes (height, width) in px.
 
     Returns:
-        One row a size: height_px, width_px, right_px, bottom_px (where the box ends), right, bottom
-        (bool, reached).
+        One row a size: height_px, width_px, right_px and bottom_px (where the box ends), right and
+        bottom (whether the edge is reached).
     """
     rows = []
     for height, width in sizes:
@@ -155,9 +148,7 @@ def unreachable_edges(sizes: Sequence[tuple[int, int]]) -> pd.DataFrame:
 
 
 def changed_by_coco(dataset: Iterable[CellImage]) -> tuple[int, int]:
-    """The number of cells, and how many of them come back with other pixels from the COCO format's
-    run lengths.
-    """
+    """The number of cells, and of those that the COCO format's run lengths give other pixels."""
     cells = changed = 0
     for cell_image in dataset:
         _, labels, ids = find_boxes(cell_image.label_maps)
@@ -192,14 +183,14 @@ def augmented_images(images: Sequence[np.ndarray]) -> pd.DataFrame:
     for name, number in (("one object", 1), ("two objects", 2)):
         objects = [OneTransform(images) for _ in range(number)]
         training = Subset(objects[0], [i for i in range(len(images)) if i % 5])
-        validation = Subset(objects[-1], list(range(0, len(images), 5)))
+        validation = Subset(objects[-1], range(0, len(images), 5))
         training.dataset.transform = lambda image: image[..., ::-1]
         validation.dataset.transform = lambda image: image
         rows[name] = {}
         for side, view in (("training", training), ("validation", validation)):
-            pairs = [(view[i], images[row]) for i, row in enumerate(view.indices)]
+            pairs = zip(view, (images[index] for index in view.indices), strict=True)
             flipped = sum(not np.array_equal(*pair) for pair in pairs)
-            rows[name] |= {side: len(pairs), f"{side}_flipped": flipped}
+            rows[name] |= {side: len(view), f"{side}_flipped": flipped}
     return pd.DataFrame(rows).T.rename_axis("views of")
 
 
@@ -239,11 +230,11 @@ HEAD_NORMS = "norms in the heads"
 
 
 def model_parts(key: str) -> pd.DataFrame:
-    """The parameters of a run's model at full scale, part by part; no weights are loaded or made.
+    """Numbers of parameters of a run's model at full scale; no weights are loaded or made.
 
     Returns:
-        Rows: the parts, then ``all``. parameters; trainable: those that are not frozen; loaded:
-        those that start from the run's weights. Frozen norms have no parameters.
+        Rows: the parts, then ``all``. Columns: parameters; trainable: those that are not frozen;
+        loaded: those that start from the run's weights. Frozen norms have no parameters.
     """
     config = study_runs.settings(key, "full", "drawn", 0)
     with torch.device("meta"):
@@ -285,16 +276,14 @@ def normalised_values(dataset: CellDataset, normalizations: Sequence[str]) -> pd
     Returns:
         One row a normalisation and channel (R, G, B): mean, std, least, greatest over all pixels.
     """
-    mean, std = (np.array(values) for values in image_statistics(dataset, range(len(dataset))))
-    channels = [cell_image.image.reshape(3, -1) / 255 for cell_image in dataset]
-    least = np.min([image.min(axis=1) for image in channels], axis=0)
-    greatest = np.max([image.max(axis=1) for image in channels], axis=0)
+    mean, std = image_statistics(dataset, range(len(dataset)))
+    values = pd.DataFrame({"mean": mean, "std": std}, pd.Index(list("RGB"), name="channel"))
+    values["least"] = np.min([item.image.min((1, 2)) / 255 for item in dataset], axis=0)
+    values["greatest"] = np.max([item.image.max((1, 2)) / 255 for item in dataset], axis=0)
     tables = {}
     for name in normalizations:
-        m, s = (mean, std) if name == "data" else map(np.array, channel_statistics(name))
-        columns = {"mean": mean - m, "std": std, "least": least - m, "greatest": greatest - m}
-        channel = pd.Index(list("RGB"), name="channel")
-        tables[name] = pd.DataFrame(columns, channel).div(s, axis=0)
+        m, s = np.array((mean, std) if name == "data" else channel_statistics(name))
+        tables[name] = values.sub(m, axis=0).assign(std=values["std"]).div(s, axis=0)
     return pd.concat(tables, names=["normalization"])
 
 
@@ -327,9 +316,9 @@ def range_behind_a_norm(image: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(columns).rename_axis("behind")
 
 
-def norms_after_validation(dataset: CellDataset, images: int = 2) -> pd.DataFrame:
+def norms_after_validation(dataset: CellDataset) -> pd.DataFrame:
     """How many norms of a small model change their statistics in ``engine.validation_loss`` over
-    some images.
+    two images.
 
     Returns:
         Rows: norms left alone (validation as in this study), in training mode. Columns: norms,
@@ -343,7 +332,7 @@ def norms_after_validation(dataset: CellDataset, images: int = 2) -> pd.DataFram
         model = fabric.setup_module(rebuild_model(config))
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         before = [norm.running_mean.clone() for norm in norms]
-        validation_loss(fabric, model, dataset, list(range(min(images, len(dataset)))), config)
+        validation_loss(fabric, model, dataset, list(range(len(dataset)))[:2], config)
         pairs = zip(norms, before, strict=True)
         changed = sum(not torch.equal(norm.running_mean, mean) for norm, mean in pairs)
         rows[name] = {"norms": len(norms), "changed": changed}
@@ -384,9 +373,7 @@ def reassign_sizes(sizes: Sequence[float], new_sizes: Sequence[float]) -> pd.Dat
 
 
 def input_scale(cells: pd.DataFrame, min_size: int = MIN_SIZE) -> pd.Series:
-    """By how much the model enlarges each cell's image, by torchvision's rule; with ``min_size`` 0
-    not at all.
-    """
+    """By how much the model enlarges each cell's image (torchvision's rule); ``min_size`` 0: 1."""
     if not min_size:
         return pd.Series(1.0, cells.index)
     sides = cells[["image_height_px", "image_width_px"]]
@@ -418,24 +405,23 @@ def anchor_fit(
     return pd.DataFrame(rows).T.rename_axis(["image", "anchors"])
 
 
-def proposals_after_setting(names: Mapping[str, int] = SET_PROPOSALS) -> pd.DataFrame:
-    """What the region proposal network of torchvision's v2 model reads before and after some names
-    are set on it, as in report E's code.
+def proposals_after_setting() -> pd.DataFrame:
+    """How many proposals the region proposal network of torchvision's v2 model keeps before and
+    after ``SET_PROPOSALS`` is set on it, as in report E's code.
 
     Returns:
-        Rows: number of proposals before and after NMS, in training and in testing. Columns: before,
-        set, after.
+        Rows: before and after NMS, in training and in testing. Columns: before, set, after.
     """
     rpn = default_model().rpn
-    columns = {"before": {}, "set": names, "after": {}}
+    columns = {"before": {}, "set": SET_PROPOSALS, "after": {}}
     for when in ("before", "after"):
         for mode in ("train", "test"):
             rpn.train(mode == "train")
             columns[when][f"pre_nms_top_n_{mode}"] = rpn.pre_nms_top_n()
             columns[when][f"post_nms_top_n_{mode}"] = rpn.post_nms_top_n()
-        for name, number in names.items():
+        for name, number in SET_PROPOSALS.items():
             setattr(rpn, name, number)
-    return pd.DataFrame(columns).loc[list(names)].rename_axis("proposals")
+    return pd.DataFrame(columns).loc[list(SET_PROPOSALS)].rename_axis("proposals")
 
 
 def default_model() -> nn.Module:
@@ -448,17 +434,15 @@ def default_model() -> nn.Module:
 
 
 def box_nms(detections: Cells, iou_threshold: float) -> Cells:
-    """The detections that torchvision's box NMS, within each image and class, leaves, in their
-    order.
-    """
+    """The detections that torchvision's box NMS leaves in each image and class, in their order."""
     groups = detections.image_ids * (len(CLASS_NAMES) + 1) + detections.labels
     arrays = (torch.from_numpy(array) for array in (detections.boxes, detections.scores, groups))
     return detections[np.sort(batched_nms(*arrays, iou_threshold).numpy())]
 
 
 def images_at_limit(study: Study, key: str) -> tuple[int | None, str]:
-    """How many images have as many detections as the run's model may leave, so that it may have
-    found more; a sentence. None and the reason if the run is missing.
+    """How many images have as many detections as the run's model may leave; a sentence. None and
+    the reason if the run is missing.
     """
     if not (trained := study.first(key)):
         return None, study.missing(key)

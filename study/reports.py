@@ -26,7 +26,6 @@ from study.runs import Study, Trained, differences, parameter_files
 
 NOTHING_FOUND = "no detection scores as high as the threshold"
 NO_SUCH_CELL = "no such cell in the validation images"
-HALVING_SEED = 0  # of the halves of E-T3
 HISTOGRAM_BINS = 40  # of B-Fig1
 DISPLAYED_THRESHOLD = 0.5  # of predictions in B-Fig2, as in 05_border_cells
 
@@ -40,12 +39,13 @@ SCORE_PAGE = [
     "run", "reported", "reproduced", "95 % interval", "data", "split", "maxDets", "scale",
     "weights", "epochs", "minutes", "parameters",
 ]  # fmt: skip
+CONTEXT = ["seeds", "data", "split", "maxDets", "scale", "weights"]
 VERDICT_COLUMNS = [
-    "table", "claim", "verdict", "base", "other", "difference", "low", "high", "sentence",
-    "seeds", "data", "split", "maxDets", "scale", "weights",
+    "table", "claim", "verdict", "base", "other", "difference", "low", "high", "sentence", *CONTEXT,
 ]  # fmt: skip
-SWEEP = ["AP50", "precision", "recall", "F1"]
-HISTORY = ["epoch", "loss", "validation_loss", "validation_ap50"]
+SHARED = [  # settings that all quick runs have in common, whatever their reports say
+    "optimizer", "learning_rate", "scheduler", "crop_size_px", "min_size", "detections_per_image",
+]  # fmt: skip
 
 
 @dataclass
@@ -133,11 +133,10 @@ def verdict_table(parts: Sequence[Shown]) -> pd.DataFrame:
     rows = []
     for part in parts:
         for compared, found in part.judged:
-            row = {"table": part.key, "claim": compared.claim, "verdict": found.word}
-            row |= {"base": found.base, "other": found.other}
-            row |= {"difference": found.difference.value, "low": found.difference.low}
-            row |= {"high": found.difference.high, "sentence": found.sentence}
-            of_runs = part.table[VERDICT_COLUMNS[-6:]].dropna(how="all")
+            row = found._asdict() | found.difference._asdict()
+            row |= {"table": part.key, "claim": compared.claim, "verdict": found.word}
+            row["difference"] = found.difference.value
+            of_runs = part.table[CONTEXT].dropna(how="all")
             rows.append(row | (of_runs.iloc[0].to_dict() if len(of_runs) else {}))
     return pd.DataFrame(rows, columns=VERDICT_COLUMNS)
 
@@ -158,9 +157,7 @@ def describe(study: Study) -> str:
         return text
     steps = [settings["epochs"] * settings["steps_per_epoch"] for settings in found]
     span = " to ".join(str(number) for number in sorted({min(steps), max(steps)}))
-    names = ["optimizer", "learning_rate", "scheduler", "crop_size_px", "min_size"]
-    names += ["detections_per_image"]
-    alike = [name for name in names if len({settings[name] for settings in found}) == 1]
+    alike = [name for name in SHARED if len({settings[name] for settings in found}) == 1]
     listed = ", ".join(f"{name} {found[0][name]}" for name in alike)
     return (
         f"**Quick scale: weights {weights}, {span} steps: a smoke test, not a reproduction of the "
@@ -213,20 +210,22 @@ def _score_table(shown: Shown, study: Study) -> None:
     shown.page = _page(shown.table, SCORE_PAGE, {"reproduced": ""})
     by_label = {row.label: row for row in about.rows}
     for compared in about.comparisons:
-        first, second = by_label[compared.base], by_label[compared.other]
-        common = sorted(values[first.label].keys() & values[second.label].keys())
-        if not common:
-            missing = dict.fromkeys(rows[row.label]["missing"] for row in (first, second))
+        pair = by_label[compared.base], by_label[compared.other]
+        common = sorted(set.intersection(*(set(values[row.label]) for row in pair)))
+        if common:
+            sides = []
+            for row in pair:
+                number = row.reported if isinstance(row.reported, float) else None
+                seeds = [values[row.label][seed] for seed in common]
+                sides.append(verdicts.Side(row.label, seeds, number))
+            same = pair[0].run == pair[1].run
+            options = {"same_weights": same, "caution": base.caution}
+            scores, expected = base.scores, compared.expected
+            verdict = verdicts.judge(compared.claim, *sides, scores, expected, **options)
+        else:
+            missing = dict.fromkeys(rows[row.label]["missing"] for row in pair)
             verdict = verdicts.not_asked(compared.claim, "; ".join(filter(None, missing)))
-            shown.judged.append((compared, verdict))
-            continue
-        sides = []
-        for row in (first, second):
-            number = row.reported if isinstance(row.reported, float) else None
-            seeds = [values[row.label][seed] for seed in common]
-            sides.append(verdicts.Side(row.label, seeds, number))
-        same = first.run == second.run
-        _add_verdict(shown, compared, sides, base, base.scores, same_weights=same)
+        shown.judged.append((compared, verdict))
 
 
 def _reproduced(row: Row, trained: list[Trained], values: dict[int, np.ndarray]) -> dict[str, Any]:
@@ -245,17 +244,6 @@ def _scores(estimate: verdicts.Estimate) -> dict[str, float]:
     return dict(zip(SCORES, (estimate.value, estimate.seed_sd, low, high), strict=True))
 
 
-def _add_verdict(
-    shown: Shown, compared: Comparison, sides: list[verdicts.Side], trained: Trained,
-    draw: resampling.Draw | resampling.SavedScores, **options: Any,
-) -> None:  # fmt: skip
-    """Add a verdict, with the caution that the scale calls for."""
-    units = draw.units, draw.unit, compared.expected
-    verdict = verdicts.judge(compared.claim, *sides, *units, **options)
-    sentence = f"{verdict.sentence} {trained.caution}".strip()
-    shown.judged.append((compared, verdict._replace(sentence=sentence)))
-
-
 def _of_runs(study: Study, trained: list[Trained]) -> dict[str, Any]:
     """``RUN_COLUMNS``: what the runs behind a row are; {} without a run."""
     if not trained:
@@ -265,14 +253,9 @@ def _of_runs(study: Study, trained: list[Trained]) -> dict[str, Any]:
     if len(trained) > 1:
         seeds = ",".join(str(one.seed) for one in trained)
         folder = f"{folder.removesuffix(str(first.seed))}{{{seeds}}}"
-    return {
+    return first.context | {
         "interval_over": f"{first.scores.units} {first.scores.unit}",
         "seeds": len(trained),
-        "data": Path(first.run.settings["data"]).name,
-        "split": f"{first.run.split['kind']}, validation side",
-        "maxDets": first.scores.max_dets,
-        "scale": first.run.settings["scale"],
-        "weights": Path(first.run.settings["weights"]).name,
         "epochs": float(np.mean([len(history) for history in histories])),
         "minutes": float(np.mean([history["train_minutes"].iloc[-1] for history in histories])),
         "parameters": first.finished["parameters"],
@@ -289,25 +272,22 @@ def _table_of_the_system(shown: Shown, study: Study) -> None:
     builder, columns = BUILDERS[key]
     trained = study.trained(run) if key in MEANS_OVER_SEEDS else study.trained(run)[:1]
     shown.table = about.frame if about.columns else None
-    if key in WITHOUT_A_RUN:
-        WITHOUT_A_RUN[key](shown)
-    if trained:
+    if trained or key in ALSO_WITHOUT_A_RUN:
         builder(shown, trained)
     missing, of_runs = study.missing(run), _of_runs(study, trained)
+    sentence = f"Nothing of {run}: {missing}."
     if trained:
-        shown.sentences.append(
-            f"Run {run}: {of_runs['scale']} scale, weights {of_runs['weights']}, data "
-            f"{of_runs['data']} ({of_runs['split']}), maxDets {of_runs['maxDets']}, in "
-            f"{of_runs['run_dir']}."
-        )
-    else:
-        shown.sentences.append(f"Nothing of {run}: {missing}.")
+        sentence = (
+            "Run {run}: {scale} scale, weights {weights}, data {data} ({split}), maxDets "
+            "{maxDets}, in {run_dir}."
+        ).format(run=run, **of_runs)
+    shown.sentences.append(sentence)
     if shown.table is None:
         return
-    columns_of_runs = {name: of_runs.get(name) for name in RUN_COLUMNS}
-    columns_of_runs |= {name: shown.table[name] for name in RUN_COLUMNS if name in shown.table}
-    measured = shown.table.drop(columns=RUN_COLUMNS, errors="ignore")
-    shown.table = measured.assign(run=run, **columns_of_runs, missing=missing)
+    own = shown.table.filter(items=RUN_COLUMNS)
+    of_runs = {name: of_runs.get(name) for name in RUN_COLUMNS} | dict(own)
+    measured = shown.table.drop(columns=own.columns)
+    shown.table = measured.assign(run=run, **of_runs, missing=missing)
     for name, reason in shown.reasons.items():
         shown.table.loc[shown.table[name].isna(), "missing"] = reason
     if columns:
@@ -317,9 +297,9 @@ def _table_of_the_system(shown: Shown, study: Study) -> None:
 def _coco_lines(shown: Shown, trained: list[Trained]) -> None:
     """B-T1: mean over seeds."""
     draw = resampling.draw_units(trained[0].run.truth)
-    limits, lines = metrics.COCO_MAX_DETS, []
+    lines = []
     for run in (one.run for one in trained):
-        found = run.truth, run.detections, draw.weights, limits
+        found = run.truth, run.detections, draw.weights, metrics.COCO_MAX_DETS
         lines.append(resampling.bootstrap_summary(*found))
     for row, name in shown.table["metric"].items():
         estimate = verdicts.estimate([line[name] for line in lines], draw.units)
@@ -327,20 +307,17 @@ def _coco_lines(shown: Shown, trained: list[Trained]) -> None:
     shown.reasons = {"reproduced": NO_SUCH_CELL}
 
 
-def _reported_losses(shown: Shown) -> None:
-    shown.figure = plots.losses_beside_reported(None, reported.LOSSES[shown.key])
-
-
 def _losses(shown: Shown, trained: list[Trained]) -> None:
-    epochs = shown.table["epoch"]
-    losses = [one.run.history.set_index("epoch")["loss"].reindex(epochs) for one in trained]
-    by_seed = pd.DataFrame(losses).reset_index(drop=True)
-    shown.table["reproduced"] = by_seed.mean().to_numpy()
-    shown.table["seed_sd"] = by_seed.std().to_numpy()
-    shown.reasons = {"reproduced": f"the run has {len(trained[0].run.history)} epochs"}
-    if shown.figure:
-        losses = reported.LOSSES[shown.key]
-        shown.figure = plots.losses_beside_reported(trained[0].run.history, losses)
+    """The mean loss by epoch, over seeds; in a figure, the first run's beside the reported one."""
+    epochs, histories = shown.table["epoch"], [one.run.history for one in trained]
+    if "Fig" in shown.key:
+        first = histories[0] if histories else None
+        shown.figure = plots.losses_beside_reported(first, shown.table["reported"])
+    if histories:
+        by_seed = pd.DataFrame(h.set_index("epoch")["loss"].reindex(epochs) for h in histories)
+        shown.table["reproduced"] = by_seed.mean().to_numpy()
+        shown.table["seed_sd"] = by_seed.reset_index(drop=True).std().to_numpy()
+        shown.reasons = {"reproduced": f"the run has {len(histories[0])} epochs"}
 
 
 def _data_set(shown: Shown, trained: list[Trained]) -> None:
@@ -359,51 +336,46 @@ def _augmentation(shown: Shown, trained: list[Trained]) -> None:
     shown.sentences.append(f"The run's augmentation is {trained[0].run.settings['augmentation']}.")
 
 
-def _full_scale_settings(shown: Shown) -> None:
-    full = RunConfig.from_yaml(*parameter_files(reported.SYSTEMS["D"], "full")).to_dict()
-    shown.table["full scale"] = shown.table.pop("name").map(full)
-
-
 def _settings(shown: Shown, trained: list[Trained]) -> None:
-    names = reported.column(shown.key, "name")
-    shown.table["this run"] = [trained[0].run.settings.get(name) for name in names]
+    names = shown.table.pop("name")
+    full = RunConfig.from_yaml(*parameter_files(reported.SYSTEMS["D"], "full")).to_dict()
+    shown.table["full scale"] = names.map(full)
+    if trained:
+        shown.table["this run"] = [trained[0].run.settings.get(name) for name in names]
 
 
 def _class_thresholds(shown: Shown, trained: list[Trained]) -> None:
     """E-T3: the report's thresholds, and those chosen on one half of the images, both judged on the
     other half; mean over seeds. Then whether class thresholds beat one threshold.
     """
-    halves = [resampling.halve(one.run.truth, one.run.detections, HALVING_SEED) for one in trained]
-    _, (truth, _), sentence = halves[0]
-    limit, draw = metrics.dense_max_dets(truth)[-1], resampling.draw_units(truth)
+    halves = [one.halves() for one in trained]
     fixed = dict(zip(CLASS_NAMES, reported.E_THRESHOLDS.values(), strict=True))
-    found, ones, of_one, of_classes = [], [], [], []
-    for choosing, judging, _ in halves:
-        choosing, judging = metrics.match_detections(*choosing), metrics.match_detections(*judging)
-        chosen = thresholds.choose_thresholds(choosing, reported.E_GRID)
-        ways = {"reported": fixed, "chosen": chosen}
-        scores = thresholds.threshold_table(judging, ways, limit).set_index(["strategy", "class"])
-        wide = scores.unstack("strategy").loc[list(CLASS_NAMES)]
-        measured = [("precision", "reported"), ("recall", "reported")]
-        measured += [(name, "chosen") for name in ("score_threshold", "precision", "recall")]
-        found.append(wide[measured].to_numpy(float))
-        sweep = thresholds.sweep(choosing, reported.E_GRID, limit).query("`class` == 'all'")
-        ones.append(float(sweep["score_threshold"].iloc[int(sweep["F1"].fillna(0).argmax())]))
-        for way, values in ((ones[-1], of_one), (chosen, of_classes)):
-            counted = resampling.count_scores(thresholds.keep_scores(judging, way), draw.weights)
-            values.append(np.nan_to_num(counted.values["F1", "all"]))
+    columns = [("precision", "reported"), ("recall", "reported")]
+    columns += [(name, "chosen") for name in ("score_threshold", "precision", "recall")]
+    found = []
+    for half in halves:
+        ways = {"reported": fixed, "chosen": half.chosen}
+        scores = thresholds.threshold_table(half.judging, ways, trained[0].scores.max_dets)
+        scores = scores.pivot(index="class", columns="strategy").loc[list(CLASS_NAMES), columns]
+        found.append(scores.to_numpy(float))
     names = TABLES[shown.key].measured
     shown.table[names] = sum(found) / len(found)  # empty if it is for one training
     shown.reasons = {name: NOTHING_FOUND for name in names if "precision" in name}
     shown.reasons |= {name: NO_SUCH_CELL for name in names if "recall" in name}
     shown.sentences.append(
-        f"{sentence} Chosen: the thresholds of best F1 on the one half; precision and recall are "
-        "measured on the other."
+        f"{halves[0].sentence} Chosen: the thresholds of best F1 on the one half; precision and "
+        "recall are measured on the other."
     )
     (compared,) = TABLES[shown.key].comparisons
-    label = f"{compared.base}, {', '.join(f'{one:g}' for one in dict.fromkeys(ones))}"
-    sides = [verdicts.Side(label, of_one), verdicts.Side(compared.other, of_classes)]
-    _add_verdict(shown, compared, sides, trained[0], draw, same_weights=True, metric="F1")
+    chosen = ", ".join(dict.fromkeys(f"{half.threshold:g}" for half in halves))
+    of_one = [half.f1(half.threshold) for half in halves]
+    of_classes = [half.f1(half.chosen) for half in halves]
+    sides = [verdicts.Side(f"{compared.base}, {chosen}", of_one)]
+    sides.append(verdicts.Side(compared.other, of_classes))
+    options = {"same_weights": True, "metric": "F1", "caution": trained[0].caution}
+    draw, expected = halves[0].draw, compared.expected
+    verdict = verdicts.judge(compared.claim, *sides, draw, expected, **options)
+    shown.judged.append((compared, verdict))
 
 
 def _threshold_sweep(shown: Shown, trained: list[Trained]) -> None:
@@ -412,16 +384,16 @@ def _threshold_sweep(shown: Shown, trained: list[Trained]) -> None:
     shown.figure = plots.threshold_sweep(shown.table)
     shown.reasons = {"precision": NOTHING_FOUND, "recall": NO_SUCH_CELL}
     rows = shown.table.pivot(index="score_threshold", columns="class")
-    overall = rows[SWEEP].xs("all", axis=1, level="class")
-    of_classes = rows["F1"][list(CLASS_NAMES)].add_prefix("F1 ")
-    wide = overall.join(of_classes)
+    overall = rows[TABLES[shown.key].measured].xs("all", axis=1, level="class")
+    wide = overall.join(rows["F1"][list(CLASS_NAMES)].add_prefix("F1 "))
     reasons = dict.fromkeys(wide, NO_SUCH_CELL) | {"precision": NOTHING_FOUND}
     shown.page = _page(wide.reset_index(), list(wide), reasons)
 
 
 def _curves(shown: Shown, trained: list[Trained]) -> None:
     history = trained[0].run.history
-    shown.table, shown.figure = history[HISTORY], plots.training_curves(history)
+    shown.table = history[["epoch", "loss", "validation_loss", "validation_ap50"]]
+    shown.figure = plots.training_curves(history)
     if history["validation_loss"].notna().sum() == 1:
         shown.sentences.append("Validated once, after the last epoch: a point, no curve.")
 
@@ -446,9 +418,8 @@ def _score_histogram(shown: Shown, trained: list[Trained]) -> None:
 def _picture(shown: Shown, study: Study) -> None:
     """A figure of the validation images; without them the sentence that says why."""
     key = reported.SYSTEMS[shown.key[0]]
-    trained = study.first(key)
     images, sentence = [], f"No pictures: {study.missing(key)}."
-    if trained:
+    if trained := study.first(key):
         images, sentence = images_of_run(trained.run)
     if images:
         cells = Cells.from_coco(trained.run.truth["annotations"])
@@ -471,12 +442,9 @@ def _border_cells(shown: Shown, images: list[CellImage], run: Run, cells: Cells)
     margin = borders.BORDER_MARGIN_PX
     at_border = predicted[borders.near_border(predicted, margin, by="mask")]
     number = int(np.bincount(at_border.image_ids, minlength=2)[1:].argmax()) + 1
-    shown.figure = plots.border_strip(
-        images[number - 1],
-        cells[cells.image_ids == number],
-        at_border[at_border.image_ids == number],
-        f"predicted at the border, score ≥ {DISPLAYED_THRESHOLD:g}",
-    )
+    of_image = [found[found.image_ids == number] for found in (cells, at_border)]
+    title = f"predicted at the border, score ≥ {DISPLAYED_THRESHOLD:g}"
+    shown.figure = plots.border_strip(images[number - 1], *of_image, title)
     annotated, which = annotations_of_run(run)
     everywhere = Cells.from_coco(annotated["annotations"])
     contact = borders.border_contact(everywhere, annotated["images"]).loc["all"]
@@ -505,24 +473,21 @@ PICTURES: dict[str, Callable[[Shown, list[CellImage], Run, Cells], None]] = {
     "C-Fig1": _image_and_map,
     "E-Fig2": _predictions,
 }
-SCALE_COLUMNS, OF_E_T3 = ["scale", "weights"], TABLES["E-T3"]
+SCALE, OF_E_T3 = ["scale", "weights"], TABLES["E-T3"]
 # Each with the columns that a reader sees beside the rows' names; none: the figure says it all.
 BUILDERS: dict[str, tuple[Callable[[Shown, list[Trained]], None], list[str]]] = {
     "A-Fig3": (_curves, []),
-    "B-T1": (_coco_lines, ["reported", "reproduced", "95 % interval", "maxDets", *SCALE_COLUMNS]),
-    "B-T2": (_losses, ["reported", "reproduced", *SCALE_COLUMNS]),
+    "B-T1": (_coco_lines, ["reported", "reproduced", "95 % interval", "maxDets", *SCALE]),
+    "B-T2": (_losses, ["reported", "reproduced", *SCALE]),
     "B-Fig1": (_score_histogram, []),
     "C-T1": (_data_set, ["reported", "here"]),
-    "C-Fig3": (_losses, ["reported", "reproduced", *SCALE_COLUMNS]),
+    "C-Fig3": (_losses, ["reported", "reproduced", *SCALE]),
     "D-T1": (_augmentation, ["reported", "here"]),
     "D-T2": (_settings, ["reported", "full scale", "this run"]),
     "D-Fig2": (_curves, []),
     "E-Fig1": (_curves, []),
-    "E-T3": (_class_thresholds, [*OF_E_T3.columns[1:], *OF_E_T3.measured, *SCALE_COLUMNS]),
+    "E-T3": (_class_thresholds, [*OF_E_T3.columns[1:], *OF_E_T3.measured, *SCALE]),
     "E-sweep": (_threshold_sweep, []),
 }
 MEANS_OVER_SEEDS = {"B-T1", "B-T2", "C-Fig3", "E-T3"}  # all else is of the first seed
-WITHOUT_A_RUN: dict[str, Callable[[Shown], None]] = {
-    "C-Fig3": _reported_losses,
-    "D-T2": _full_scale_settings,
-}
+ALSO_WITHOUT_A_RUN = {"C-Fig3", "D-T2"}

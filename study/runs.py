@@ -5,7 +5,7 @@ A run's key names its parameter files: ``a/resnet101`` is ``params/reports/a/res
 ``params/findings/c/final+coco_weights.yaml``, which changes one thing.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellseg_helpers import resampling
+from cellseg_helpers.cells import Cells
 from cellseg_helpers.config import ROOT, RunConfig, resolve_path
-from cellseg_helpers.runs import Run, RunError, load_run, read_json
-from study.reported import SYSTEMS, VARIANTS
+from cellseg_helpers.metrics import Matches, count_matches, match_detections
+from cellseg_helpers.runs import Run, RunError, context_of, load_run, read_json
+from cellseg_helpers.thresholds import Thresholds, choose_thresholds, keep_scores
+from study.reported import E_GRID, SYSTEMS, VARIANTS
 
 REPORTS = Path("params/reports")
 FINDINGS = Path("params/findings")
@@ -25,6 +28,7 @@ SCALES = {
     "quick": [Path("params/quick.yaml"), Path("params/quick_study.yaml")],
 }
 FINALS = tuple(SYSTEMS.values())  # each report's own system
+HALVING_SEED = 0  # of the halves of images that thresholds are chosen and judged on
 
 
 def run_keys(scale: str = "full") -> list[str]:
@@ -46,8 +50,8 @@ def differs_from_base(key: str, scale: str) -> bool:
     """Whether a run of the findings has other settings than its base at a scale; True for a run of
     a report, which has no base.
     """
-    base, *change = key.split("+")
-    return not change or _config(key, scale) != _config(base, scale)
+    base = key.split("+")[0]
+    return key == base or _config(key, scale) != _config(base, scale)
 
 
 def parameter_files(key: str, scale: str) -> list[Path]:
@@ -61,9 +65,9 @@ def parameter_files(key: str, scale: str) -> list[Path]:
         raise ValueError(f"unknown scale {scale!r}; one of {', '.join(SCALES)}")
     if key not in run_keys():
         raise ValueError(f"unknown run {key!r}; one of {', '.join(run_keys())}")
-    base, *change = key.split("+")
-    files = [REPORTS / f"{base}.yaml", *(FINDINGS / f"{key}.yaml" for _ in change)]
-    return files + SCALES[scale]
+    base = key.split("+")[0]
+    change = [] if key == base else [FINDINGS / f"{key}.yaml"]
+    return [REPORTS / f"{base}.yaml", *change, *SCALES[scale]]
 
 
 def _config(key: str, scale: str) -> RunConfig:
@@ -97,6 +101,22 @@ def settings(key: str, scale: str, data: str, seed: int) -> RunConfig:
     return replace(_config(key, scale), data=data, seed=seed, run_name=name)
 
 
+class Halves(NamedTuple):
+    """A run's detections in two halves of its images, and report E's search for thresholds."""
+
+    judging: Matches  # of the one half
+    chosen: dict[str, float]  # class -> the threshold of best F1 on the other half
+    threshold: float  # the same, one for all classes
+    draw: resampling.Draw  # of the judging half's images
+    sentence: str  # on the halves
+
+    def f1(self, limits: Thresholds) -> np.ndarray:
+        """F1 of the judging half's detections that score at least the thresholds, and its bootstrap
+        values: float64 [1 + B].
+        """
+        return _f1(keep_scores(self.judging, limits), self.draw)
+
+
 class Trained(NamedTuple):
     """A finished and scored run of a study."""
 
@@ -111,6 +131,11 @@ class Trained(NamedTuple):
         return self.run.run_dir.name
 
     @property
+    def context(self) -> dict[str, Any]:
+        """Columns of tables: scale, data, split, maxDets, weights."""
+        return context_of(self.run) | {"weights": Path(self.run.settings["weights"]).name}
+
+    @property
     def caution(self) -> str:
         """At quick scale a sentence on what a comparison is worth, else ''."""
         settings = self.run.settings
@@ -119,6 +144,36 @@ class Trained(NamedTuple):
         steps, weights = settings["epochs"] * settings["steps_per_epoch"], settings["weights"]
         how = f"Quick scale ({steps} steps, weights {Path(weights).name})"
         return f"{how}: it says nothing of models trained to the end."
+
+    def rescored(self, change: Callable[[Cells], Cells], metric: str = "AP50") -> np.ndarray:
+        """``AP50`` or ``F1`` of the detections after a change, and its bootstrap values: float64
+        [1 + B].
+        """
+        truth, cells = self.run.truth, change(self.run.detections)
+        draw = resampling.draw_units(truth, self.scores.resamples, self.scores.seed)
+        if metric == "AP50":
+            return resampling.bootstrap_ap50(truth, cells, draw.weights)
+        return _f1(match_detections(truth, cells), draw)
+
+    def halves(self) -> Halves:
+        """Report E's thresholds, chosen on one half of the images to be judged on the other.
+
+        Raises:
+            RunError: there are fewer than two images.
+        """
+        try:
+            *halves, sentence = resampling.halve(self.run.truth, self.run.detections, HALVING_SEED)
+        except ValueError as error:
+            raise RunError(str(error)) from None
+        choosing, judging = (match_detections(*half) for half in halves)
+        chosen = choose_thresholds(choosing, E_GRID)
+        threshold = max(E_GRID, key=lambda least: count_matches(choosing, least)["all"].f1)
+        draw = resampling.draw_units(halves[1].truth)
+        return Halves(judging, chosen, threshold, draw, sentence)
+
+
+def _f1(matches: Matches, draw: resampling.Draw) -> np.ndarray:
+    return np.nan_to_num(resampling.count_scores(matches, draw.weights).values["F1", "all"])
 
 
 class Study:
@@ -132,7 +187,7 @@ class Study:
 
     def __init__(self, runs_dir: str, study: str, seeds: int = 1):
         self.runs_dir, self.study, self.seeds = runs_dir, study, seeds
-        self._runs: dict[tuple[str, int], Trained | str] = {}
+        self._runs: dict[str, list[Trained | str]] = {}
         self._values: dict[tuple[str, str], np.ndarray] = {}
 
     def trained(self, key: str) -> list[Trained]:
@@ -151,22 +206,24 @@ class Study:
         """AP50 of a run after a variant's post-processing, and its bootstrap values: float64
         [1 + B].
         """
-        name, run, scores = (trained.name, variant), trained.run, trained.scores
+        if variant == "all detections":
+            return np.array(trained.scores.AP50, float)
+        name = trained.name, variant
         if name not in self._values:
-            if variant == "all detections":
-                self._values[name] = np.array(scores.AP50, float)
-            else:
-                weights = resampling.draw_units(run.truth, scores.resamples, scores.seed).weights
-                cells = VARIANTS[variant](run.detections)
-                self._values[name] = resampling.bootstrap_ap50(run.truth, cells, weights)
+            self._values[name] = trained.rescored(VARIANTS[variant])
         return self._values[name]
 
     def _of_key(self, key: str) -> list[Trained | str]:
         """For each seed the run, or why it is missing."""
-        for seed in range(self.seeds):
-            if (key, seed) not in self._runs:
-                self._runs[key, seed] = self._read(key, seed)
-        return [self._runs[key, seed] for seed in range(self.seeds)]
+        if key not in self._runs:
+            self._runs[key] = found = []
+            for seed in range(self.seeds):
+                run = self._read(key, seed)
+                first = next((other for other in found if isinstance(other, Trained)), run)
+                if isinstance(run, Trained) and (differing := differences(first, run)):
+                    run = f"{run.name} is of other {differing} than {first.name}"
+                found.append(run)
+        return self._runs[key]
 
     def _read(self, key: str, seed: int) -> Trained | str:
         name = run_name(self.study, key, seed)
@@ -186,12 +243,9 @@ class Study:
             scores = resampling.load_scores(folder / "scores.json")
             found = Trained(seed, load_run(folder), finished, scores)
             read_json(folder / "detections.json")  # a damaged file is found now, not later
+            return found
         except RunError as error:
             return str(error).replace(str(folder), name)
-        before = [run for at in range(seed) if isinstance(run := self._runs[key, at], Trained)]
-        if before and (differing := differences(before[0], found)):
-            return f"{name} is of other {differing} than {before[0].name}"
-        return found
 
 
 def differences(one: Trained, other: Trained, besides: Collection[str] = ()) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student_t
 
-from cellseg_helpers.resampling import ALIKE, FEWEST_IMAGES, interval
+from cellseg_helpers.resampling import ALIKE, FEWEST_IMAGES, Draw, SavedScores, interval
 
 HOLDS = "holds here"
 OPPOSITE = "the opposite holds here"
@@ -83,11 +83,11 @@ def judge(
     claim: str,
     base: Side,
     other: Side,
-    units: int,
-    unit: str = "images",
+    draw: Draw | SavedScores,
     expected: int = 1,
     same_weights: bool = False,
     metric: str = "AP50",
+    caution: str = "",
 ) -> Verdict:
     """What the paired difference of two sides says about a claim.
 
@@ -99,29 +99,30 @@ def judge(
     Args:
         claim: a statement, without full stop.
         base, other: what is compared.
-        units, unit: number of ``images`` or ``patients`` that the bootstrap samples draw from.
+        draw: of the bootstrap samples; how many images or patients they draw from counts.
         expected: 1: the claim says that ``other`` scores higher, -1: lower, 0: no change.
-        same_weights: both sides are the same trainings, only their detections are treated
-            differently.
+        same_weights: both sides are the same trainings; only what was done to their detections
+            differs.
         metric: name of the scores.
+        caution: a sentence to end with.
     """
     pairs = zip(base.values, other.values, strict=True)
-    difference = estimate([after - before for before, after in pairs], units)
+    difference = estimate([after - before for before, after in pairs], draw.units)
     scores = [float(np.mean([values[0] for values in side.values])) for side in (base, other)]
-    word, reason = _decide(difference, max(scores), f"{units} {unit}", expected, metric)
+    units, seeds = f"{draw.units} {draw.unit}", len(base.values)
+    word, reason = _decide(difference, max(scores), units, expected, metric)
     span = f" [{difference.low:+.3f}, {difference.high:+.3f}]"
-    seeds = len(base.values)
     numbers = (
         f'{metric} {scores[0]:.3f} for "{base.label}" and {scores[1]:.3f} for "{other.label}", '
         f"difference {difference.value:+.3f}{'' if math.isnan(difference.low) else span}, "
-        f"paired over {units} {unit}{f' and {seeds} seeds' if seeds > 1 else ''}."
+        f"paired over {units}{f' and {seeds} seeds' if seeds > 1 else ''}."
     )
     parts = [f"{claim}: {word}.", numbers, reason]
     if base.reported is not None and other.reported is not None:
         parts.append(f"Reported: {base.reported:g} and {other.reported:g}.")
     if seeds == 1 and not same_weights:
         parts.append(f"{ONE_EACH}: another seed may differ.")
-    return Verdict(word, *scores, difference, " ".join(parts))
+    return Verdict(word, *scores, difference, " ".join([*parts, *filter(None, [caution])]))
 
 
 def not_asked(claim: str, reason: str) -> Verdict:

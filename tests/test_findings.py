@@ -183,7 +183,7 @@ class TestModel:
         assert ratio.tolist() == pytest.approx([255, 1, 255], rel=1e-3)
 
     def test_norms_learn_only_in_training_mode(self):
-        table = released_code.norms_after_validation(open_dataset("drawn"), images=2)
+        table = released_code.norms_after_validation(open_dataset("drawn"))
         assert table["norms"].tolist() == [20, 20]
         assert table["changed"].tolist() == [0, 20]
 

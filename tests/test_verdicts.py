@@ -21,6 +21,7 @@ PLACES = [
 NOTHING_THERE = disc(60, 50, 5)
 TRUTH = truth_of([(image, 1, mask) for image in range(1, IMAGES + 1) for mask in PLACES], IMAGES)
 WEIGHTS = resampling.draw_images(IMAGES, 200, 0)
+DRAW = resampling.Draw(WEIGHTS, "images", IMAGES)
 
 
 def train(rng, recall, seed_sd):
@@ -40,7 +41,7 @@ def train(rng, recall, seed_sd):
 
 def judged(base, other, expected=1, **options):
     return verdicts.judge(
-        "B beats A", Side("A", base), Side("B", other), IMAGES, expected=expected, **options
+        "B beats A", Side("A", base), Side("B", other), DRAW, expected=expected, **options
     )
 
 
@@ -135,7 +136,7 @@ def test_few_images_cannot_tell(seeds):
     base, other = (
         Side(name, [spread(score, 0.01)] * seeds) for name, score in (("A", 0.3), ("B", 0.6))
     )
-    found = verdicts.judge("B beats A", base, other, 4, "patients")
+    found = verdicts.judge("B beats A", base, other, DRAW._replace(unit="patients", units=4))
     assert (
         found.word == CANNOT_TELL
         and math.isnan(found.difference.low)
@@ -179,7 +180,10 @@ def test_a_claim_of_no_change(shift, width, word):
 def test_the_sentence_says_all_of_it():
     base = spread(0.5, 0.05)
     told = verdicts.judge(
-        "B beats A", Side("A", [base], 0.3), Side("B", [base + 0.1], 0.4), 12, "patients"
+        "B beats A",
+        Side("A", [base], 0.3),
+        Side("B", [base + 0.1], 0.4),
+        DRAW._replace(unit="patients"),
     ).sentence
     assert told.startswith(
         'B beats A: holds here. AP50 0.500 for "A" and 0.600 for "B", difference +0.100 '
