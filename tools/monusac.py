@@ -5,22 +5,20 @@
 
 What is written, whatever the source:
 
-- ``train/<image id>/image.tif``: RGB uint8, LZW. The course release has an alpha channel that is
-  opaque everywhere; left out.
-- ``train/<image id>/class<k>.tif`` for each class present: uint16, LZW, 0 = background, other
-  values = instance ids, which count a class's regions from 1 in the source's order (a vanished one
-  leaves a gap). The course release has float64, four times the size for the same numbers. An image
-  without any cell gets an empty ``class1.tif``: it has an annotation, without cells.
+- ``train/<image id>/image.tif``: RGB uint8, LZW, without the course release's opaque alpha channel.
+- ``train/<image id>/class<k>.tif`` for each class present: uint16 (the course release has float64),
+  LZW, 0 = background, other values = instance ids, which count a class's regions from 1 in the
+  source's order (a vanished one leaves a gap). An image without any cell gets an empty
+  ``class1.tif``: it has an annotation, without cells.
 - ``patients.csv``: image_id, patient, organ ("" in the originals, which do not state it). Left out
   where an image or its folder has no TCGA name, since the patient is then unknown.
 
 The image id is the original's file name (``TCGA-5P-A9K0-01Z-00-DX1_1``). The Parquet copy holds no
 names: there it is the patient and a running number (``TCGA-5P-A9K0_001``).
 
-**Overlaps.** A label map holds one id a pixel. Where instances of one class overlap, the smaller
-one gets the pixel (of two equal ones, the earlier): a small cell on a large one would otherwise
-disappear, while the large one only loses a part. Classes have a label map each, so that overlaps
-between classes stay. The report names every instance that has no pixel.
+**Overlaps.** Where instances of one class overlap, the smaller one gets the pixel (of two equal
+ones, the earlier): a small cell on a large one would otherwise disappear, while the large one only
+loses a part. Overlaps between classes stay. The report names every instance that has no pixel.
 
 **Outlines.** A pixel belongs to a region if its centre (at whole coordinates) lies inside the
 outline by ``skimage.draw.polygon``, cut to the image; the hole that an outline leaves by crossing
@@ -36,7 +34,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -55,9 +53,10 @@ HUB_NAME = "RationAI/MoNuSAC"
 # If it does not, `download` says so, and `--revision` takes another.
 HUB_REVISION = "72affa16ec0dcbb53aafbd2ad3d75114e3e8c6c8"
 HUB_COLUMNS = ("patient", "image", "instances", "categories", "tissue")
-AMBIGUOUS = "ambiguous"
+CLASSES = ("ambiguous", *CLASS_NAMES)  # by class id; ambiguous regions are left out
 MAX_INSTANCES = np.iinfo(np.uint16).max
 PROGRESS = {"desc": "converting", "unit": "image", "leave": False}
+AGAIN = "; get this file again"
 
 
 class Region(NamedTuple):
@@ -65,9 +64,9 @@ class Region(NamedTuple):
 
     class_id: int  # 0: ambiguous
     name: str
-    pixels: np.ndarray  # int [n], row * width + column
-    clipped: bool = False  # reaches beyond the image
+    pixels: np.ndarray = np.empty(0, int)  # int [n], row * width + column
     problem: str = ""
+    clipped: bool = False  # reaches beyond the image
 
 
 class AnnotatedImage(NamedTuple):
@@ -93,8 +92,8 @@ class ConversionReport(NamedTuple):
     vanished: list[str]  # a sentence for each region without a pixel
 
     def __str__(self) -> str:
-        rows = [("images", self.images, ""), ("patients", self.patients, "")]
-        rows += [(name, count, "") for name, count in self.instances.items()]
+        counts = {"images": self.images, "patients": self.patients, **self.instances}
+        rows = [(name, count, "") for name, count in counts.items()]
         rows += [
             ("all instances", sum(self.instances.values()), ""),
             ("ambiguous", self.ambiguous, "left out"),
@@ -103,45 +102,33 @@ class ConversionReport(NamedTuple):
             ("vanished", len(self.vanished), "have no pixel left" if self.vanished else ""),
         ]
         table = [f"  {name:<14}{count:>7}  {remark}".rstrip() for name, count, remark in rows]
-        return "\n".join(
-            [str(self.destination), *table, *(f"    {each}" for each in self.vanished)]
-        )
+        return "\n".join([str(self.destination), *table, *(f"    {why}" for why in self.vanished)])
 
 
 def convert_originals(source: str | Path, destination: str | Path) -> ConversionReport:
-    """Write MoNuSAC originals in the HW3 layout (module docstring).
+    """Write MoNuSAC originals in the HW3 layout (module docstring) into a new or empty folder.
 
-    Args:
-        source: folder with, at any depth, images ``<name>.svs`` or ``<name>.tif`` and beside each
-            ``<name>.xml``. Of both kinds of image, the ``.svs`` is read, and of its pages the
-            first: the others are a thumbnail and pictures of the glass slide.
-        destination: a new or empty folder.
+    The source holds, at any depth, images ``<name>.svs`` or ``<name>.tif`` and beside each
+    ``<name>.xml``. Of both kinds of image, the ``.svs`` is read, and of its pages the first: the
+    others are a thumbnail and pictures of the glass slide.
 
     Raises:
         DataError: a file is missing or damaged, a class is unknown, or the destination is not
             empty. Nothing is left behind.
     """
-    pairs, destination = _pair_originals(Path(source)), Path(destination).absolute()
-    _refuse_full(destination)
-    with replacing(destination, folder=True) as folder:
-        images = (_read_original(*pair) for pair in tqdm(pairs, **PROGRESS))
-        return _write_layout(images, folder, destination)
+    images = _read_originals(_pair_originals(Path(source)))
+    (report,) = _write({Path(destination).absolute(): images})
+    return report
 
 
 def convert_parquet(source: str | Path, destination: str | Path) -> dict[str, ConversionReport]:
-    """Write the Parquet copy of MoNuSAC in the HW3 layout (module docstring).
+    """Write the Parquet copy of MoNuSAC in the HW3 layout (module docstring) into a new or empty
+    folder; a report for each split.
 
-    The split ``train`` goes to ``destination``, any other to a folder of the same layout beside it:
-    ``test``, with public annotations, to ``<destination>_test``. Classes are known by their names
-    in the file, never by their numbers. The masks of an image are decoded one at a time.
-
-    Args:
-        source: a Parquet file (taken as ``train``), or a folder of ``train-*.parquet`` and
-            ``test-*.parquet``.
-        destination: a new or empty folder.
-
-    Returns:
-        A report for each split.
+    The source is a Parquet file (taken as ``train``), or a folder of ``train-*.parquet`` and
+    ``test-*.parquet``. The split ``train`` goes to ``destination``, any other to a folder of the
+    same layout beside it: ``test``, with public annotations, to ``<destination>_test``. Classes are
+    known by their names in the file, never by their numbers. Masks are decoded one at a time.
 
     Raises:
         DataError: the file is unreadable, has other columns or unknown classes, a row is damaged,
@@ -149,53 +136,38 @@ def convert_parquet(source: str | Path, destination: str | Path) -> dict[str, Co
     """
     splits, train = _open_parquet(Path(source)), Path(destination).absolute()
     targets = {name: train.with_name(f"{train.name}_{name}") for name in splits} | {"train": train}
-    for target in targets.values():
-        _refuse_full(target)
-    reports = {}
-    with ExitStack() as stack:
-        for name, rows in splits.items():
-            target = targets[name]
-            folder = stack.enter_context(replacing(target, folder=True))
-            images = _read_rows(rows, f"{source}, split {name}")
-            reports[name] = _write_layout(images, folder, target)
-    return reports
+    images = {targets[name]: _read_rows(*split) for name, split in splits.items()}
+    return dict(zip(splits, _write(images), strict=True))
 
 
 def download(destination: str | Path, revision: str = HUB_REVISION) -> dict[str, ConversionReport]:
-    """Download the public copy on Hugging Face and convert it.
+    """Download the public copy on Hugging Face and convert it; ``revision``: commit or branch.
 
     About 300 MB come into that library's cache: 209 training and 101 test images, by the copy's own
     description.
 
-    Args:
-        destination: as for `convert_parquet`.
-        revision: full commit hash, or a branch.
-
     Raises:
-        DataError: there is no network, no such revision, or what `convert_parquet` raises.
+        DataError: there is no network, no such revision, or what ``convert_parquet`` raises.
     """
     _refuse_full(Path(destination).absolute())
     from huggingface_hub import HfApi, snapshot_download
 
-    options = {"repo_type": "dataset", "revision": revision}
-    try:
+    copy = f"the dataset {HUB_NAME}, revision {revision},"
+    remedy = (
+        "; with a network, try again, or name another revision (--revision main is the newest); "
+        "without one, get the originals of the MoNuSAC 2020 challenge (grand-challenge.org, "
+        "'MoNuSAC 2020', page 'Data'; licence CC BY-NC-SA 4.0) on another machine, unpack them "
+        "here, and convert each of their two folders: "
+        f"python -m tools.monusac FOLDER {destination}"
+    )
+    with _explained(f"{copy} could not be downloaded from Hugging Face", remedy):
         HfApi().dataset_info(HUB_NAME, revision=revision, timeout=10)  # the download would retry
+        options = {"repo_type": "dataset", "revision": revision}
         wanted = ["*.parquet", "README.md"]
         folder = Path(snapshot_download(HUB_NAME, allow_patterns=wanted, **options))
-    except Exception as error:  # the network's errors are of many libraries
-        raise DataError(
-            f"the dataset {HUB_NAME}, revision {revision}, could not be downloaded from Hugging "
-            f"Face ({one_line(error)}); with a network, try again, or name another revision "
-            "(--revision main is the newest); without one, get the originals of the MoNuSAC 2020 "
-            "challenge (grand-challenge.org, 'MoNuSAC 2020', page 'Data'; licence CC BY-NC-SA 4.0) "
-            "on another machine, unpack them here, and convert each of their two folders: "
-            f"python -m tools.monusac FOLDER {destination}"
-        ) from error
     if not any(folder.rglob("*.parquet")):
-        raise DataError(
-            f"revision {revision} of {HUB_NAME} holds no Parquet files; take another one, such as "
-            "--revision main"
-        )
+        none = f"revision {revision} of {HUB_NAME} holds no Parquet files"
+        raise DataError(f"{none}; take another one, such as --revision main")
     return convert_parquet(folder, destination)
 
 
@@ -214,20 +186,40 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", help=source)
     parser.add_argument("destination", help="a new or empty folder")
     parser.add_argument("--revision", default=HUB_REVISION, help=revision)
-    options = parser.parse_args(arguments)
-    source = Path(options.source)
+    given = parser.parse_args(arguments)
+    source = Path(given.source)
     try:
-        if options.source == "download":
-            reports = download(options.destination, options.revision).values()
+        if given.source == "download":
+            reports = download(given.destination, given.revision).values()
         elif source.suffix == ".parquet" or any(source.rglob("*.parquet")):
-            reports = convert_parquet(source, options.destination).values()
+            reports = convert_parquet(source, given.destination).values()
         else:
-            reports = [convert_originals(source, options.destination)]
+            reports = [convert_originals(source, given.destination)]
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(*reports, sep="\n")
     return 0
+
+
+@contextmanager
+def _explained(failure: str, remedy: str = "") -> Iterator[None]:
+    """Whatever a library raises in the block as a ``DataError``: failure (its words) remedy."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file or the network makes libraries raise many kinds
+        raise DataError(f"{failure} ({one_line(error)}){remedy}") from error
+
+
+def _class_id(name: str, where: object) -> int:
+    """The class id, 1..K, of a class name, in any case; 0 for ambiguous."""
+    known = name.strip().lower()
+    if known not in CLASSES:
+        listed = f"{', '.join(CLASS_NAMES)}, {CLASSES[0]}"
+        raise DataError(f"{where}: unknown class {name!r}; one of {listed}")
+    return CLASSES.index(known)
 
 
 # Originals
@@ -239,20 +231,18 @@ def _pair_originals(source: Path) -> list[tuple[Path, Path]]:
         raise DataError(f"{source}: no such folder")
     of_kind: dict[str, dict[Path, Path]] = {".tif": {}, ".svs": {}, ".xml": {}}
     for path in sorted(source.rglob("*")):
-        parts = path.relative_to(source).parts
-        if path.suffix.lower() in of_kind and not any(
-            part.startswith((".", "__MACOSX")) for part in parts
-        ):
-            of_kind[path.suffix.lower()][path.with_suffix("")] = path
+        kind, parts = path.suffix.lower(), path.relative_to(source).parts
+        if kind in of_kind and not any(part.startswith((".", "__MACOSX")) for part in parts):
+            of_kind[kind][path.with_suffix("")] = path
     images, annotations = of_kind[".tif"] | of_kind[".svs"], of_kind[".xml"]
     if not images and not annotations:
         raise DataError(
             f"{source}: no MoNuSAC originals (.svs or .tif images beside .xml) and no .parquet in "
             "this folder"
         )
-    alone = [f"{images[path]} has no .xml beside it" for path in images.keys() - annotations.keys()]
+    alone = [f"{images[name]} has no .xml beside it" for name in images if name not in annotations]
     alone += [
-        f"{annotations[path]} has no image beside it" for path in annotations.keys() - images.keys()
+        f"{file} has no image beside it" for name, file in annotations.items() if name not in images
     ]
     if alone:
         raise DataError("; ".join(sorted(alone)))
@@ -260,64 +250,36 @@ def _pair_originals(source: Path) -> list[tuple[Path, Path]]:
     for path in sorted(images):
         first = by_name.setdefault(path.name, path)
         if first != path:
-            raise DataError(
-                f"{images[path]} and {images[first]} have the same name; image ids must differ"
-            )
+            same = f"{images[path]} and {images[first]} have the same name"
+            raise DataError(f"{same}; image ids must differ")
     return [(images[path], annotations[path]) for path in sorted(images)]
 
 
-def _read_original(image_file: Path, annotation_file: Path) -> AnnotatedImage:
-    image = _read_tiff(image_file)
-    regions = _read_annotation(annotation_file, image.shape[:2])
-    image_id = image_file.stem
-    patient = patient_of(image_id) or patient_of(image_file.parent.name)
-    return AnnotatedImage(image_id, patient, "", image, regions)
-
-
-def _read_tiff(path: Path) -> np.ndarray:
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            image = tiff.pages[0].asarray()
-    except Exception as error:  # tifffile and its codecs raise many kinds for a damaged file
-        raise DataError(
-            f"{path}: the image cannot be read ({one_line(error)}); get this file again"
-        ) from error
-    if image.ndim != 3 or image.shape[2] not in (3, 4) or image.dtype != np.uint8:
-        raise DataError(
-            f"{path}: expected a uint8 RGB image, found {image.dtype} of shape {image.shape}"
-        )
-    return image[..., :3]
+def _read_originals(pairs: list[tuple[Path, Path]]) -> Iterator[AnnotatedImage]:
+    for file, annotation_file in tqdm(pairs, **PROGRESS):
+        with _explained(f"{file}: the image cannot be read", AGAIN):
+            image = tifffile.imread(file, key=0)
+        if image.ndim != 3 or image.shape[2] not in (3, 4) or image.dtype != np.uint8:
+            found = f"{image.dtype} of shape {image.shape}"
+            raise DataError(f"{file}: expected a uint8 RGB image, found {found}")
+        regions = _read_annotation(annotation_file, image.shape[:2])
+        patient = patient_of(file.stem) or patient_of(file.parent.name)
+        yield AnnotatedImage(file.stem, patient, "", image[..., :3], regions)
 
 
 def _read_annotation(path: Path, shape: tuple[int, int]) -> list[Region]:
-    try:
+    with _explained(f"{path}: the annotation cannot be read", AGAIN):
         layers = ElementTree.parse(path).getroot().findall("Annotation")
-    except (ElementTree.ParseError, OSError) as error:
-        raise DataError(
-            f"{path}: the annotation cannot be read ({one_line(error)}); get this file again"
-        ) from error
     if not layers:
-        raise DataError(
-            f"{path}: no element Annotations/Annotation, so this is no MoNuSAC annotation"
-        )
+        missing = "no element Annotations/Annotation, so this is no MoNuSAC annotation"
+        raise DataError(f"{path}: {missing}")
     regions = []
     for layer in layers:
-        outlines = layer.findall("Regions/Region")
-        if outlines:
+        if outlines := layer.findall("Regions/Region"):
             attribute = layer.find("Attributes/Attribute")
             class_id = _class_id("" if attribute is None else attribute.get("Name", ""), path)
             regions += [_read_region(outline, class_id, shape, path) for outline in outlines]
     return regions
-
-
-def _class_id(name: str, where: object) -> int:
-    """1..K, or 0 for ambiguous."""
-    known = name.strip().lower()
-    if known not in (AMBIGUOUS, *CLASS_NAMES):
-        raise DataError(
-            f"{where}: unknown class {name!r}; one of {', '.join(CLASS_NAMES)}, {AMBIGUOUS}"
-        )
-    return (AMBIGUOUS, *CLASS_NAMES).index(known)
 
 
 def _read_region(
@@ -325,35 +287,29 @@ def _read_region(
 ) -> Region:
     name = f"{path.name}, region {outline.get('Id', '?')}"
     if class_id == 0:
-        return Region(0, name, np.empty(0, int))
-    name += f" ({CLASS_NAMES[class_id - 1]})"
-    try:
+        return Region(0, name)
+    name += f" ({CLASSES[class_id]})"
+    with _explained(f"{path.parent / name}: a vertex without a numeric X and Y"):
         points = [vertex.attrib for vertex in outline.findall("Vertices/Vertex")]
         vertices = np.array([(float(point["Y"]), float(point["X"])) for point in points])
-    except (KeyError, ValueError) as error:
-        raise DataError(
-            f"{path.parent / name}: a vertex without a numeric X and Y ({error})"
-        ) from error
     if not np.isfinite(vertices).all():
         raise DataError(f"{path.parent / name}: a vertex that is not a finite number")
     if len(vertices) < 3:
         problem = f"has {len(vertices)} vertices, an outline needs 3"
-        return Region(class_id, name, np.empty(0, int), problem=problem)
+        return Region(class_id, name, problem=problem)
     outside = (vertices < 0) | (vertices > np.array(shape) - 1)
     pixels = fill_outline(vertices, shape)
     no_pixel = "encloses no pixel centre of the image: too thin, or outside it"
-    return Region(class_id, name, pixels, bool(outside.any()), "" if len(pixels) else no_pixel)
+    return Region(class_id, name, pixels, "" if len(pixels) else no_pixel, bool(outside.any()))
 
 
 def fill_outline(vertices: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Pixels inside an outline, by the rule of the module docstring.
+    """The pixels (int64 [m], row * width + column, sorted) inside an outline, by the rule of the
+    module docstring.
 
     Args:
         vertices: float [n, 2], row and column, px; pixel centres are at whole numbers.
         shape: height and width of the image; what lies outside is cut off.
-
-    Returns:
-        int64 [m], row * width + column, sorted.
     """
     from scipy.ndimage import binary_fill_holes
     from skimage.draw import polygon
@@ -371,40 +327,37 @@ def fill_outline(vertices: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 # Parquet
 
 
-def _open_parquet(source: Path) -> dict[str, Any]:
-    """Split name -> rows, read as a stream, images and masks still encoded."""
+def _open_parquet(source: Path) -> dict[str, tuple[Any, str]]:
+    """Split name -> its rows, read as a stream, images and masks still encoded; and its name in
+    error messages.
+    """
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
     from datasets import Image, List, load_dataset
 
-    try:
+    with _explained(f"{source}: cannot be read as Parquet"):
         if source.is_file():
             splits = load_dataset("parquet", data_files={"train": str(source)}, streaming=True)
         else:
             splits = load_dataset(str(source), streaming=True)
-    except Exception as error:  # of many libraries below
-        raise DataError(f"{source}: cannot be read as Parquet ({one_line(error)})") from error
+    encoded, opened = Image(decode=False), {}
     for name, rows in splits.items():
-        _check_features(rows.features or {}, f"{source}, split {name}")
-    encoded = Image(decode=False)
-    return {
-        name: rows.cast_column("image", encoded).cast_column("instances", List(encoded))
-        for name, rows in splits.items()
-    }
+        where = f"{source}, split {name}"
+        _check_features(rows.features or {}, where)
+        rows = rows.cast_column("image", encoded).cast_column("instances", List(encoded))
+        opened[name] = rows, where
+    return opened
 
 
 def _check_features(features: dict[str, Any], where: str) -> None:
-    missing = [column for column in HUB_COLUMNS if column not in features]
+    missing = ", ".join(column for column in HUB_COLUMNS if column not in features)
     if missing:
-        raise DataError(
-            f"{where}: no column {', '.join(missing)}; expected {', '.join(HUB_COLUMNS)}"
-        )
+        raise DataError(f"{where}: no column {missing}; expected {', '.join(HUB_COLUMNS)}")
     categories = getattr(features["categories"], "feature", None)
     for column, feature in (("categories", categories), ("tissue", features["tissue"])):
         if not hasattr(feature, "names"):
-            raise DataError(
-                f"{where}: column {column} has no class names, so its numbers cannot be understood"
-            )
+            no_names = "has no class names, so its numbers cannot be understood"
+            raise DataError(f"{where}: column {column} {no_names}")
     for name in categories.names:
         _class_id(name, f"{where}, column categories")
 
@@ -412,16 +365,10 @@ def _check_features(features: dict[str, Any], where: str) -> None:
 def _read_rows(rows: Any, where: str) -> Iterator[AnnotatedImage]:
     names = (rows.features["categories"].feature.names, rows.features["tissue"].names)
     numbers = Counter()
-    try:
+    with _explained(f"{where}: cannot be read to its end", AGAIN):
         for index, row in enumerate(tqdm(rows, **PROGRESS), 1):
             numbers[row["patient"]] += 1
             yield _read_row(row, *names, numbers[row["patient"]], f"{where}, row {index}")
-    except DataError:
-        raise
-    except Exception as error:  # of many libraries below
-        raise DataError(
-            f"{where}: cannot be read to its end ({one_line(error)}); get this file again"
-        ) from error
 
 
 def _read_row(
@@ -436,17 +383,17 @@ def _read_row(
     regions = []
     for index, (encoded, category) in enumerate(zip(instances, categories, strict=True), 1):
         class_id = _class_id(_name_of(category, class_names, where), where)
-        name, pixels = f"{where}, instance {index}", np.empty(0, int)
-        if class_id:
-            name += f" ({CLASS_NAMES[class_id - 1]})"
-            mask = _decode(encoded, "1", name)
-            if mask.shape != image.shape[:2]:
-                raise DataError(
-                    f"{name}: mask of shape {mask.shape} on an image of shape {image.shape[:2]}"
-                )
-            pixels = np.flatnonzero(mask)
-        problem = "" if len(pixels) else "has an empty mask"
-        regions.append(Region(class_id, name, pixels, problem=problem))
+        name = f"{where}, instance {index}"
+        if class_id == 0:
+            regions.append(Region(0, name))
+            continue
+        name += f" ({CLASSES[class_id]})"
+        mask = _decode(encoded, "1", name)
+        if mask.shape != image.shape[:2]:
+            size = f"mask of shape {mask.shape} on an image of shape {image.shape[:2]}"
+            raise DataError(f"{name}: {size}")
+        problem = "" if mask.any() else "has an empty mask"
+        regions.append(Region(class_id, name, np.flatnonzero(mask), problem))
     organ = _name_of(row["tissue"], organs, where).lower()
     image_id = f"{patient}_{number:03d}"
     return AnnotatedImage(image_id, patient_of(patient) or patient, organ, image, regions)
@@ -461,11 +408,8 @@ def _name_of(number: int | None, names: list[str], where: str) -> str:
 def _decode(encoded: dict[str, Any] | None, mode: str, where: str) -> np.ndarray:
     from PIL import Image
 
-    try:
-        with Image.open(io.BytesIO(encoded["bytes"])) as picture:
-            return np.asarray(picture.convert(mode))
-    except Exception as error:  # Pillow raises many kinds for a damaged picture
-        raise DataError(f"{where}: cannot be decoded ({one_line(error)})") from error
+    with _explained(f"{where}: cannot be decoded"):
+        return np.asarray(Image.open(io.BytesIO(encoded["bytes"])).convert(mode))
 
 
 # Writing
@@ -474,16 +418,9 @@ def _decode(encoded: dict[str, Any] | None, mode: str, where: str) -> np.ndarray
 def draw_instances(
     pixels: list[np.ndarray], shape: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Instances of one class as a label map; where they overlap, the smaller is on top (module
-    docstring).
-
-    Args:
-        pixels: for each of N instances its pixels, int [n], row * width + column.
-        shape: height and width.
-
-    Returns:
-        label_map: uint16 [H, W], instance i has the id i + 1.
-        areas_px: int64 [N], the pixels of each in the label map.
+    """Instances of one class, given by their pixels (int [n], row * width + column), as a label map
+    (uint16 [H, W], ids from 1 in their order); the number of pixels of each in it (int64 [N]).
+    Where they overlap, the smaller is on top.
     """
     label_map = np.zeros(shape, np.uint16)
     for index in sorted(range(len(pixels)), key=lambda i: (-len(pixels[i]), -i)):
@@ -491,10 +428,29 @@ def draw_instances(
     return label_map, np.bincount(label_map.ravel(), minlength=len(pixels) + 1)[1:]
 
 
+def _write(images_of: dict[Path, Iterable[AnnotatedImage]]) -> list[ConversionReport]:
+    """The images of each destination; all of them, or nothing."""
+    for destination in images_of:
+        _refuse_full(destination)
+    reports = []
+    with ExitStack() as stack:
+        for destination, images in images_of.items():
+            folder = stack.enter_context(replacing(destination, folder=True))
+            reports.append(_write_layout(images, folder, destination))
+    return reports
+
+
+def _refuse_full(destination: Path) -> None:
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        remedy = "remove it, or name another destination"
+        raise DataError(f"{destination} exists and is not an empty folder; {remedy}")
+
+
 def _write_layout(
     images: Iterable[AnnotatedImage], folder: Path, destination: Path
 ) -> ConversionReport:
-    instances, counts, vanished, rows = Counter(), Counter(), [], []
+    """Write into a folder that will become ``destination``."""
+    instances, counts, vanished, rows = dict.fromkeys(CLASS_NAMES, 0), Counter(), [], []
     for item in images:
         image_folder, shape = folder / "train" / item.image_id, item.image.shape[:2]
         image_folder.mkdir(parents=True)
@@ -502,10 +458,8 @@ def _write_layout(
         for class_id, class_name in enumerate(CLASS_NAMES, 1):
             regions = [region for region in item.regions if region.class_id == class_id]
             if len(regions) > MAX_INSTANCES:
-                raise DataError(
-                    f"{item.image_id}: {len(regions)} regions of class {class_name}, at most "
-                    f"{MAX_INSTANCES} fit"
-                )
+                many = f"{len(regions)} regions of class {class_name}, at most {MAX_INSTANCES} fit"
+                raise DataError(f"{item.image_id}: {many}")
             label_map, areas_px = draw_instances([region.pixels for region in regions], shape)
             if areas_px.any():
                 _write_tiff(image_folder / f"class{class_id}.tif", label_map)
@@ -526,16 +480,9 @@ def _write_layout(
     if None not in patients:
         with open(folder / "patients.csv", "w", newline="") as file:
             csv.writer(file).writerows([("image_id", "patient", "organ"), *rows])
-    return ConversionReport(
-        destination,
-        images=len(rows),
-        patients=len(patients - {None}),
-        instances={name: instances[name] for name in CLASS_NAMES},
-        ambiguous=counts["ambiguous"],
-        overlapping=counts["overlapping"],
-        clipped=counts["clipped"],
-        vanished=vanished,
-    )
+    numbers = len(rows), len(patients - {None}), instances
+    left_out = (counts[name] for name in ("ambiguous", "overlapping", "clipped"))
+    return ConversionReport(destination, *numbers, *left_out, vanished)
 
 
 def _write_tiff(path: Path, array: np.ndarray) -> None:
@@ -543,14 +490,6 @@ def _write_tiff(path: Path, array: np.ndarray) -> None:
     photometric = "rgb" if is_rgb else "minisblack"
     options = {"compression": "lzw", "predictor": is_rgb, "metadata": None}
     tifffile.imwrite(path, array, photometric=photometric, **options)
-
-
-def _refuse_full(destination: Path) -> None:
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise DataError(
-            f"{destination} exists and is not an empty folder; remove it, or name another "
-            "destination"
-        )
 
 
 if __name__ == "__main__":
