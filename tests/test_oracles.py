@@ -537,16 +537,15 @@ def test_coco_masks_drawn_on_one_another_leave_each_pixel_to_the_smallest(height
         if len(covering):
             smallest = min(covering, key=lambda i: (areas[i], i))
             expected[k, y, x], seen[smallest] = (classes[: smallest + 1] == k + 1).sum(), True
+    rles = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
     annotations = [
-        CocoAnnotation(f"annotation {number}", k, None, False)
-        for number, (k, *_) in enumerate(cells)
+        CocoAnnotation(f"annotation {n}", k, rle | {"counts": rle["counts"].decode()}, False)
+        for n, ((k, *_), rle) in enumerate(zip(cells, rles, strict=True))
     ]
     image = CocoImage(Path("image.png"), "image.png", height, width, None, annotations)
-    label_maps, problems = draw_label_maps(
-        image, [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
-    )
-    np.testing.assert_array_equal(label_maps, expected)
-    assert [where for where, _ in problems] == [
+    faults = []
+    np.testing.assert_array_equal(draw_label_maps(image, faults), expected)
+    assert [fault.file for fault in faults] == [
         f"annotation {number}" for number in np.flatnonzero(~seen)
     ]
 

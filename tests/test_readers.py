@@ -828,10 +828,10 @@ KILLS = {
     "while decoding": """
 import os, signal
 read = readers._read_image
-def read_then_die(place, image_id, *rest):
-    if image_id == "c":
+def read_then_die(place, *rest):
+    if place.name == "c":
         os.kill(os.getpid(), signal.SIGKILL)
-    return read(place, image_id, *rest)
+    return read(place, *rest)
 readers._read_image = read_then_die
 """,
     "before the move": """

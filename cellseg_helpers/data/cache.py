@@ -1,8 +1,8 @@
-"""Decoded images, memory-mapped from a cache on disk. numpy, no torch.
+"""Decoded images in a cache on disk. numpy, no torch.
 
-Each file of a data set is decoded once, into a folder of ``outputs/cache``; that folder may be
-deleted at any time. It holds ``index.json`` and one file an image, ``<number>.bin``: the label maps
-(uint16, little-endian, [K, H, W]), then the image (uint8 [3, H, W]).
+Each data set is decoded once, into a folder of ``outputs/cache``, which may be deleted at any time.
+It holds ``index.json`` and one file an image, ``<number>.bin``: the label maps (uint16,
+little-endian, [K, H, W]), then the image (uint8 [3, H, W]).
 """
 
 import fcntl
@@ -16,12 +16,13 @@ import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import ROOT, one_line, replacing
+from cellseg_helpers.data.faults import DataError, Fault
 from cellseg_helpers.data.labels import find_instances
 
 CACHE = ROOT / "outputs" / "cache"
@@ -32,41 +33,24 @@ STALE_HOURS = 12  # an unfinished cache folder this old belongs to a process tha
 
 
 class CellImage(NamedTuple):
-    """One decoded image. Its label maps hold 0 = background and instance ids (1..65,535), unique
-    within a class.
-    """
+    """One decoded image."""
 
     image_id: str  # its folder under train/; in a COCO data set, its file's name without ending
     patient: str | None  # None: unknown
     image: np.ndarray  # uint8 [3, H, W], RGB, read-only
-    label_maps: np.ndarray  # int32 [K, H, W]
-
-
-class Fault(NamedTuple):
-    """What is wrong with one file, in one line by ``str``."""
-
-    image_id: str  # "" if the whole data set is concerned
-    file: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.problem}"
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message says why, where, and what to do."""
+    label_maps: np.ndarray  # int32 [K, H, W]: 0 = background, 1..65,535 an instance of the class
 
 
 Decoded = tuple[CellImage | None, list[Fault]]  # an image, or what is wrong with it
 
 
 class CellDataset:
-    """The images of one data set, memory-mapped from their cache. Made by ``hw3.open_dataset``.
+    """The images of one data set, read from their cache; made by ``hw3.open_dataset``.
 
     ``dataset[i]`` is a ``CellImage``. Pickling (to DataLoader workers) carries a path, not pixels.
 
     Attributes:
-        name: of the folder, ``drawn``, or of a COCO file (``cells/annotations.json``).
+        name: of the folder, or ``drawn``, or of a COCO file (``cells/annotations.json``).
         image_ids: N names, sorted.
         patients: N names, None where unknown.
         sizes: int64 [N, 2], height and width, px.
@@ -81,7 +65,7 @@ class CellDataset:
             with open(cache / "index.json", "rb") as file:
                 with suppress(OSError):  # a file system without locks
                     fcntl.flock(file, fcntl.LOCK_SH)
-                # The map holds the lock, and so this cache, for as long as the data set is in use.
+                # The map holds the lock, and so this cache, as long as the data set is in use.
                 self._index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             index = json.loads(self._index[:])
             self.image_ids: list[str] = index["image_ids"]
@@ -106,12 +90,11 @@ class CellDataset:
     def __getitem__(self, i: int) -> CellImage:
         i = range(len(self))[i]
         height, width = self.sizes[i].tolist()
-        # Both are copied, since a map would hold its file open for as long as it is used.
-        content = np.memmap(self._file(i), np.uint8, "r")
-        image = np.array(content[-3 * height * width :]).reshape(3, height, width)
+        with open(self._file(i), "rb") as file:
+            label_maps = np.fromfile(file, "<u2", len(CLASS_NAMES) * height * width)
+            image = np.fromfile(file, np.uint8).reshape(3, height, width)
         image.flags.writeable = False
-        label_maps = content[: -3 * height * width].view("<u2").astype(np.int32)
-        label_maps = np.asarray(label_maps).reshape(-1, height, width)
+        label_maps = label_maps.astype(np.int32).reshape(-1, height, width)
         return CellImage(self.image_ids[i], self.patients[i], image, label_maps)
 
     def __reduce__(self) -> tuple[type, tuple[Path, str]]:
@@ -126,11 +109,10 @@ def open_cached(
     decode: Callable[[], tuple[Iterable[Decoded], list[Fault]]],
     cache_dir: Path | None = None,
 ) -> CellDataset:
-    """The data set from its cache; decoded first, unless a cache of the same state exists.
+    """The data set in ``folder`` (or file), from its cache; decoded first, unless a cache of the
+    same state exists.
 
     Args:
-        folder: the data, a folder or a file.
-        name: of the data set.
         settings: how the data are read; each way has a cache of its own.
         state: gives size, times ... of all files.
         decode: gives the images, or their faults, one by one; and the faults of the whole.
@@ -149,7 +131,14 @@ def open_cached(
     for _ in range(3):
         cache = current()
         if not cache.exists():
-            _build(*decode(), cache)
+            try:
+                with replacing(cache, folder=True) as temporary:
+                    _write(*decode(), temporary)
+            except OSError as error:
+                if not cache.exists():  # else another process was first
+                    wrong = f"cannot write the decoded cache in {cache_dir} ({one_line(error)})"
+                    raise DataError(f"{wrong}; make room there, or allow writing") from error
+            _remove_old(cache)
             if cache != current():
                 continue
         try:
@@ -160,21 +149,9 @@ def open_cached(
     raise DataError(f"{folder}: {change}; run again when they are at rest")
 
 
-def _build(decoded: Iterable[Decoded], faults: list[Fault], cache: Path) -> None:
-    """Decode into a temporary folder and move it into place; a process that was faster wins."""
-    try:
-        with replacing(cache, folder=True) as temporary:
-            _write(decoded, faults, temporary)
-    except OSError as error:
-        if not cache.exists():
-            wrong = f"cannot write the decoded cache in {cache.parent} ({one_line(error)})"
-            raise DataError(f"{wrong}; make room there, or allow writing") from error
-    _remove_old(cache)
-
-
 def _write(decoded: Iterable[Decoded], faults: list[Fault], folder: Path) -> None:
     faults, faulty = list(faults), {fault.image_id for fault in faults}
-    index: dict[str, Any] = {"image_ids": [], "patients": [], "sizes": [], "counts": []}
+    columns: dict[str, list] = {"image_ids": [], "patients": [], "sizes": [], "counts": []}
     digest = hashlib.sha256()
     for cell_image, image_faults in decoded:
         faults += image_faults
@@ -182,15 +159,13 @@ def _write(decoded: Iterable[Decoded], faults: list[Fault], folder: Path) -> Non
             continue
         image_id, patient, image, label_maps = cell_image
         pixels, labels = image.tobytes(), label_maps.astype("<u2").tobytes()
-        _write_safely(folder / f"{len(index['image_ids'])}.bin", labels, pixels)
-        digest.update(json.dumps([image_id, *image.shape[1:]]).encode())
-        digest.update(pixels)
-        digest.update(labels)
+        _write_safely(folder / f"{len(columns['image_ids'])}.bin", labels, pixels)
+        digest.update(json.dumps([image_id, *image.shape[1:]]).encode() + pixels + labels)
         counts = np.bincount(find_instances(label_maps).labels, minlength=len(CLASS_NAMES) + 1)
         row = (image_id, patient, image.shape[1:], counts[1:].tolist())
-        for column, value in zip(index.values(), row, strict=True):
+        for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
-    index |= {"fingerprint": digest.hexdigest(), "faults": faults}
+    index = {**columns, "fingerprint": digest.hexdigest(), "faults": faults}
     _write_safely(folder / "index.json", json.dumps(index).encode())
 
 

@@ -14,12 +14,10 @@ What is read of a COCO file:
 - ``categories``: by name, one of ``CLASS_NAMES`` or ``class1`` to ``class4``, in any case. If none
   has such a name, or none is listed, ``category_id`` 1 to 4 is the class.
 - ``annotations``: ``id``, ``image_id``, ``category_id`` and ``segmentation``: an RLE with counts as
-  text or as numbers, or polygons, filled by pycocotools' rule. ``bbox`` and ``area`` are not read:
-  they follow from the mask.
+  text or as numbers, or polygons, filled by pycocotools' rule; ``bbox`` and ``area`` follow.
 
-**Overlaps.** A label map holds one id a pixel. Where annotations of one class overlap, the pixel
-goes to the smallest one (of equal ones, the first), as in ``tools.monusac``. An annotation that is
-left without a pixel is a fault.
+Where annotations of one class overlap, the pixel goes to the smallest one (of equal ones, the
+first), as in ``tools.monusac``. An annotation that is left without a pixel is a fault.
 """
 
 import argparse
@@ -38,8 +36,9 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from cellseg_helpers.cells import CLASS_NAMES, decode_mask, run_lengths
-from cellseg_helpers.config import one_line, replacing, resolve_path
-from cellseg_helpers.data.cache import LARGEST_ID, CellDataset, CellImage, DataError, Fault
+from cellseg_helpers.config import replacing, resolve_path
+from cellseg_helpers.data.cache import LARGEST_ID, CellDataset, CellImage
+from cellseg_helpers.data.faults import DataError, Fault, adding_fault, as_data_error
 from cellseg_helpers.data.labels import find_boxes, find_cells
 from cellseg_helpers.data.splits import patient_of
 
@@ -55,11 +54,8 @@ COUNTS = re.compile("([P-o]{0,5}[0-O])+")
 
 
 def to_coco(cell_images: Iterable[CellImage]) -> dict[str, Any]:
-    """A COCO data set dict of images, numbered from 1, and their instances.
-
-    An image's ``file_name`` is its image id, ``patient`` its patient or None. An annotation's
-    ``bbox`` is x, y, width, height px, its ``area`` the mask's pixels, its ``segmentation`` an RLE
-    with counts as text.
+    """A COCO data set dict of images, numbered from 1, and their instances (masks as RLEs with
+    counts as text). An image's ``file_name`` is its image id, ``patient`` its patient or None.
     """
     images, annotations = [], []
     for number, (image_id, patient, image, label_maps) in enumerate(cell_images, 1):
@@ -76,18 +72,14 @@ def to_coco(cell_images: Iterable[CellImage]) -> dict[str, Any]:
 
 
 def export_coco(data: str | Path, destination: str | Path) -> Path:
-    """Write a data set as COCO: images as RGB uint8 TIFF (LZW, lossless), masks as compressed RLE;
-    whole or not at all.
+    """Write a data set as COCO, whole or not at all; returns the COCO file.
 
-    An image's ``file_name`` is relative to the file (``images/<image id>.tif``). Instance ids are
-    not written, but the annotations of a class are in their order.
+    Images become RGB uint8 TIFFs (LZW, lossless), masks compressed RLEs. Instance ids are not
+    written, but the annotations of a class are in their order.
 
     Args:
         data: as for ``hw3.open_dataset``.
         destination: a new or empty folder; a relative path is under the repository's root.
-
-    Returns:
-        The COCO file.
 
     Raises:
         DataError: data that cannot be used, or a destination that is not empty.
@@ -124,10 +116,8 @@ def _writing_images(dataset: CellDataset, folder: Path) -> Iterator[CellImage]:
 
 
 def mask_problem(segmentation: Any, size: Sequence[int] | None = None) -> str:
-    """What is wrong with a segmentation that must be a compressed RLE with at least one pixel.
-
-    ``size`` is height and width of its image, px, or None if they are unknown. "" if nothing is
-    wrong.
+    """What is wrong with a segmentation that must be a compressed RLE with at least one pixel; ""
+    if nothing is. ``size``: height and width of its image, px; None if unknown.
     """
     if not isinstance(segmentation, dict) or not isinstance(segmentation.get("counts"), str):
         rle = 'a compressed RLE, {"size": [height, width], "counts": "text"}'
@@ -154,26 +144,20 @@ def _wrong_cover(lengths: Sequence[int], expected_px: int) -> str:
     return f"its counts are damaged: {must}, but {wrong}"
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.strip() != "" and "\0" not in value
-
-
 TEXT, WHOLE, EITHER = "text", "a whole number", "a whole number or text"
 SIDE = "a whole number of pixels, 1 or more"
 KINDS = {
-    TEXT: _is_text,
+    TEXT: lambda value: isinstance(value, str) and value.strip() != "" and "\0" not in value,
     WHOLE: lambda value: type(value) is int,
-    EITHER: lambda value: type(value) is int or _is_text(value),
+    EITHER: lambda value: KINDS[WHOLE](value) or KINDS[TEXT](value),
     SIDE: lambda value: type(value) is int and value > 0,
 }
 
 
 def wrong_entry(entry: Any, kinds: Mapping[str, str], **optional: str) -> str:
-    """What is wrong with an entry of a list in a JSON file: the sentence's end ("has no id; ..."),
-    or "".
-
-    ``kinds`` has each key that it must have and the kind of its value (a key of ``KINDS``),
-    ``optional`` the same for keys that may be missing or null.
+    """What is wrong with an entry of a list in a JSON file: a sentence's end ("has no id; ..."), or
+    "". ``kinds`` gives each key that it must have the kind of its value (a key of ``KINDS``),
+    ``optional`` each key that may be missing or null.
     """
     if not isinstance(entry, dict):
         return f"is {_shown(entry)}, but must be an object with {', '.join(kinds)}"
@@ -192,11 +176,8 @@ def _shown(value: Any) -> str:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds; raises ``DataError`` if it cannot be read."""
-    try:
+    with as_data_error("it cannot be read as JSON"):
         return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        wrong = f"it cannot be read as JSON ({one_line(error)})"
-        raise DataError(f"{wrong}; copy or export it again") from None
 
 
 # Read
@@ -221,22 +202,27 @@ class CocoImage(NamedTuple):
     patient: str | None
     annotations: list[CocoAnnotation]
 
+    @property
+    def image_id(self) -> str:
+        return Path(self.file_name).stem
+
 
 def read_coco(path: Path) -> tuple[dict[str, CocoImage], list[Fault]]:
     """The images that a COCO file lists, by image id, sorted; and what is wrong with the file as a
-    whole. ``read_masks`` checks the masks.
+    whole. ``draw_label_maps`` checks the masks.
     """
     if not path.exists():
         give = "give the .json of a COCO data set, or a folder that holds train/"
         return {}, [Fault("", str(path), f"there is no such file; {give}")]
+    images, problems = {}, []
     try:
         content = _read_lists(path)
+        images = _read_images(content, path.parent, problems)
+        _add_annotations(content, path.name, images, problems)
     except DataError as error:
-        return {}, [Fault("", path.name, str(error))]
-    by_number, problems = _read_images(content, path)
-    problems += _read_annotations(content, path.name, by_number, not problems)
-    images = {Path(image.file_name).stem: image for image in by_number.values()}
-    return dict(sorted(images.items())), [Fault("", path.name, problem) for problem in problems]
+        problems.append(str(error))
+    by_id = {image.image_id: image for image in images.values()}
+    return dict(sorted(by_id.items())), [Fault("", path.name, problem) for problem in problems]
 
 
 def _read_lists(path: Path) -> dict[str, list]:
@@ -273,31 +259,30 @@ def _entries(
 
 
 def _read_images(
-    content: dict[str, list], path: Path
-) -> tuple[dict[int | str, CocoImage], list[str]]:
-    """Images by their number in the file, and sentences on what is wrong."""
+    content: dict[str, list], folder: Path, problems: list[str]
+) -> dict[int | str, CocoImage]:
+    """Images by their number in the file; what is wrong is added to ``problems``."""
     kinds = {"id": EITHER, "file_name": TEXT, "height": SIDE, "width": SIDE}
-    images, problems = {}, []
+    images = {}
     for entry in _entries(content, "images", problems, kinds, patient=TEXT):
-        name = entry["file_name"]
+        number, name, height, width = (entry[key] for key in kinds)
         patient = (entry.get("patient") or "").strip() or patient_of(Path(name).stem)
-        size = entry["height"], entry["width"]
-        images[entry["id"]] = CocoImage(path.parent / name, name, *size, patient, [])
-    names = Counter(Path(image.file_name).stem.lower() for image in images.values())
+        images[number] = CocoImage(folder / name, name, height, width, patient, [])
+    names = Counter(image.image_id.lower() for image in images.values())
     ending = f"but for folder, ending, upper and lower case; {OWN}, since it is the image id"
     problems += [
         f"{times} entries of its images have the file name {_shown(name)}, {ending}"
         for name, times in names.items()
         if times > 1
     ]
-    return images, problems
+    return images
 
 
-def _read_annotations(
-    content: dict[str, list], file: str, images: dict[int | str, CocoImage], all_images_read: bool
-) -> list[str]:
-    """Put each annotation with its image; returns sentences on what is wrong."""
-    problems: list[str] = []
+def _add_annotations(
+    content: dict[str, list], file: str, images: dict[int | str, CocoImage], problems: list[str]
+) -> None:
+    """Add each annotation to its image, and what is wrong to ``problems``."""
+    all_images_read = not problems
     kinds = {"id": WHOLE, "name": TEXT}
     names = {e["id"]: e["name"] for e in _entries(content, "categories", problems, kinds)}
     class_of = {i: CLASS_IDS.get(name.strip().lower()) for i, name in names.items()}
@@ -323,79 +308,70 @@ def _read_annotations(
         name = f" ({_shown(names[category])})" if category in names else ""
         of = f"category {category}{name} of {_annotations(times)}"
         problems.append(f"{of} is no class; {rename}, {remove}")
-    return problems
 
 
 def _annotations(count: int) -> str:
     return f"{count:,} annotation{'s' if count > 1 else ''}"
 
 
-def read_masks(image: CocoImage) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """The RLE of each annotation of an image; (file and annotation, problem) of unusable ones."""
-    rles, problems = [], []
-    for annotation in image.annotations:
-        try:
-            rles.append(_to_rle(annotation, image.height, image.width))
-        except DataError as error:
-            problems.append((annotation.where, str(error)))
-    per_class = Counter(annotation.class_id for annotation in image.annotations)
-    for class_id, count in sorted(per_class.items()):
-        if count > LARGEST_ID:
-            many = f"it has {count:,} annotations of class {CLASS_NAMES[class_id - 1]}"
-            problems.append((image.file_name, f"{many}, above {LARGEST_ID:,}; cut the image up"))
-    return rles, problems
+def draw_label_maps(image: CocoImage, faults: list[Fault]) -> np.ndarray | None:
+    """The annotations of an image as label maps int32 [K, H, W]; the n-th of a class has the id n.
 
-
-def draw_label_maps(
-    image: CocoImage, rles: list[dict[str, Any]]
-) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """The masks of an image, as ``read_masks`` gives them, as label maps: the largest is drawn
-    first, so that smaller ones lie on it.
-
-    Returns:
-        int32 [K, H, W]: the n-th annotation of a class has the id n; and (file and annotation,
-        problem) of annotations that are covered wholly.
+    The largest is drawn first, so that smaller ones lie on it. Annotations that cannot be used, and
+    ones that others cover wholly, are added to ``faults``. None if it holds any before drawing.
     """
-    label_maps = np.zeros((len(CLASS_NAMES), image.height, image.width), np.int32)
-    counts = Counter()
-    ids = []  # class and id in its label map, of each annotation
+    rles, ids, counts = [], [], Counter()  # ids: class and id in its label map, of each annotation
     for annotation in image.annotations:
+        with adding_fault(faults, image.image_id, annotation.where):
+            rles.append(_to_rle(annotation, image.height, image.width))
         counts[annotation.class_id] += 1
         ids.append((annotation.class_id, counts[annotation.class_id]))
-    areas_px = [int(coco_mask.area(rle)) for rle in rles]
-    for i in sorted(range(len(rles)), key=lambda i: (-areas_px[i], -i)):
+    for class_id, count in sorted(counts.items()):
+        if count > LARGEST_ID:
+            many = f"it has {count:,} annotations of class {CLASS_NAMES[class_id - 1]}"
+            problem = f"{many}, above {LARGEST_ID:,}; cut the image up"
+            faults.append(Fault(image.image_id, image.file_name, problem))
+    if faults:
+        return None
+    label_maps = np.zeros((len(CLASS_NAMES), image.height, image.width), np.int32)
+    for i in np.argsort(coco_mask.area(rles), kind="stable")[::-1]:
         mask, x0, y0 = decode_mask(rles[i])
         class_id, instance_id = ids[i]
         box = label_maps[class_id - 1, y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]]
         box[mask] = instance_id
-    _, labels, drawn = find_boxes(label_maps)
-    drawn = set(zip(labels.tolist(), drawn.tolist(), strict=True))
+    _, *columns = find_boxes(label_maps)
+    drawn = set(zip(*(column.tolist() for column in columns), strict=True))
     smaller = "annotations of its class that are smaller, or as large, cover all its pixels"
     covered = f"{smaller}; remove what is there twice"
-    pairs = zip(image.annotations, ids, strict=True)
-    return label_maps, [(annotation.where, covered) for annotation, i in pairs if i not in drawn]
+    for annotation, class_and_id in zip(image.annotations, ids, strict=True):
+        if class_and_id not in drawn:
+            faults.append(Fault(image.image_id, annotation.where, covered))
+    return label_maps
 
 
 def _to_rle(annotation: CocoAnnotation, height: int, width: int) -> dict[str, Any]:
     """The compressed RLE of an annotation's segmentation; a ``DataError`` if there is none."""
-    rle = annotation.segmentation
+    given = annotation.segmentation
     if annotation.is_crowd:
         crowd = "it is a crowd (iscrowd 1), which cannot be one instance"
         raise DataError(f"{crowd}; annotate its cells one by one, or remove it")
-    if isinstance(rle, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(_checked(rle, height, width), height, width))
-    elif not isinstance(rle, dict) or not {"size", "counts"} <= rle.keys():
+    if isinstance(given, list):
+        polygons = _checked(given, height, width)
+        rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    elif not isinstance(given, dict) or not {"size", "counts"} <= given.keys():
         wanted = "an RLE (an object with size and counts) or a list of polygons"
-        raise DataError(f"its segmentation is {_shown(rle)}, but must be {wanted}")
-    elif not isinstance(rle["counts"], str):
-        counts = rle["counts"]
+        raise DataError(f"its segmentation is {_shown(given)}, but must be {wanted}")
+    elif isinstance(given["counts"], str):
+        rle = given
+    else:
+        counts = given["counts"]
         if not isinstance(counts, list) or not all(type(n) is int and n >= 0 for n in counts):
             wanted = "text, or a list of whole numbers from 0 on"
             raise DataError(f"its RLE's counts are {_shown(counts)}, but must be {wanted}")
         if sum(counts) != height * width:
             raise DataError(_wrong_cover([0, *counts], height * width))
-        plain = {"size": [height, width], "counts": counts}
-        rle = {**rle, "counts": coco_mask.frPyObjects(plain, height, width)["counts"]}
+        runs = {"size": [height, width], "counts": counts}
+        rle = {**coco_mask.frPyObjects(runs, height, width), "size": given["size"]}
     if isinstance(rle["counts"], bytes):
         rle = {**rle, "counts": rle["counts"].decode("ascii")}
     if problem := mask_problem(rle, (height, width)):
@@ -426,10 +402,10 @@ def _is_number(value: Any) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    purpose = "DESTINATION/annotations.json and DESTINATION/images/<image id>.tif."
     parser = argparse.ArgumentParser(
         prog="python -m cellseg_helpers.data.coco",
-        description="Write a data set as COCO: DESTINATION/annotations.json and "
-        "DESTINATION/images/<image id>.tif.",
+        description=f"Write a data set as COCO: {purpose}",
         epilog="Relative paths are under the repository's root.",
     )
     sources = "folder in the HW3 layout (it holds train/), 'drawn', or the .json of a COCO data set"

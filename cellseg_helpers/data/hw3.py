@@ -1,5 +1,4 @@
-"""The data that runs read: a folder in the HW3 layout, or a COCO data set. numpy and tifffile, no
-torch.
+"""The data that runs read: a folder in the HW3 layout, or a COCO data set. No torch.
 
     train/<image id>/image.tif      a training image
     train/<image id>/class1.tif     to class4.tif: its instances, one id each; an absent class has
@@ -16,35 +15,33 @@ import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from tqdm import tqdm
 
 from cellseg_helpers.cells import CLASS_NAMES
-from cellseg_helpers.config import ROOT, one_line, resolve_path
+from cellseg_helpers.config import ROOT, Reading, resolve_path
 from cellseg_helpers.data import coco, images
-from cellseg_helpers.data.cache import (
-    CellDataset,
-    CellImage,
-    DataError,
-    Decoded,
-    Fault,
-    open_cached,
-)
+from cellseg_helpers.data.cache import CellDataset, CellImage, Decoded, open_cached
+from cellseg_helpers.data.faults import DataError, Fault, adding_fault, as_data_error
 from cellseg_helpers.data.images import read_image, read_tiff, size_text, to_label_map
 from cellseg_helpers.data.labels import drop_small_instances
 from cellseg_helpers.data.splits import patient_of
 
-INSTANCE_READINGS = ("pixel_values", "connected_components")
+INSTANCE_READINGS = get_args(Reading)
 FAULTS_SHOWN = 20
 FILE_NAME = re.compile(r"(image|class[1-4])\.tiff?", re.IGNORECASE)
 LOOKALIKE = re.compile(r"(image|class).*|.*\.tiff?", re.IGNORECASE)
 TIFF = re.compile(r"\.tiff?$", re.IGNORECASE)
 TESTS, LIST = "test_release", "test_image_name_to_ids.json"
-Problems = list[tuple[str, str]]  # (file, what is wrong with it)
+
+# Image and label maps for an ``instance_reading``; what is wrong is added to the list.
+Reader = Callable[[str, list[Fault]], tuple[np.ndarray | None, np.ndarray | None]]
 
 
 def open_dataset(
@@ -71,15 +68,19 @@ def open_dataset(
         ValueError: an unknown ``instance_reading`` or a bad ``min_instance_area_px``.
         DataError: faults, all named in the message; or no image left.
     """
-    settings = _checked_settings(instance_reading, min_instance_area_px)
+    _check_reading(instance_reading)
+    if not isinstance(min_instance_area_px, int) or min_instance_area_px < 0:
+        give = "give a whole number of pixels, 0 or more"
+        raise ValueError(f"min_instance_area_px is {min_instance_area_px!r}; {give}")
+    settings = instance_reading, min_instance_area_px
     folder, name = locate_data(data)
     lists_all = ": cellseg_helpers.data.hw3.check_folder lists all"
 
     def decode() -> tuple[Iterator[Decoded], list[Fault]]:
-        patients, faults, listed = _list_images(folder)
-        if not patients:
+        listed, faults = _list_images(folder)
+        if not listed:
             raise DataError(_refusal(folder, faults, lists_all))
-        return _decode(folder, name, patients, listed, *settings), faults
+        return _decode(name, listed, *settings), faults
 
     dataset = open_cached(folder, name, settings, lambda: _file_state(folder), decode, cache_dir)
     can_skip = len(dataset) > 0 and all(fault.image_id for fault in dataset.skipped)
@@ -94,21 +95,18 @@ def check_folder(data: str | Path, instance_reading: str = "pixel_values") -> li
     """All faults of a folder or COCO data set, found by decoding every file once; empty if there
     are none. The arguments are those of ``open_dataset``.
     """
-    settings = _checked_settings(instance_reading, 0)
+    _check_reading(instance_reading)
     folder, name = locate_data(data)
-    patients, faults, listed = _list_images(folder)
-    decoded = _decode(folder, name, patients, listed, *settings)
-    return faults + [fault for _, image_faults in decoded for fault in image_faults]
+    listed, faults = _list_images(folder)
+    for _, image_faults in _decode(name, listed, instance_reading):
+        faults += image_faults
+    return faults
 
 
-def _checked_settings(instance_reading: str, min_instance_area_px: int) -> tuple[str, int]:
+def _check_reading(instance_reading: str) -> None:
     if instance_reading not in INSTANCE_READINGS:
         allowed = ", ".join(INSTANCE_READINGS)
         raise ValueError(f"unknown instance_reading {instance_reading!r}; one of {allowed}")
-    if not isinstance(min_instance_area_px, int) or min_instance_area_px < 0:
-        give = "give a whole number of pixels, 0 or more"
-        raise ValueError(f"min_instance_area_px is {min_instance_area_px!r}; {give}")
-    return instance_reading, min_instance_area_px
 
 
 def locate_data(data: str | Path) -> tuple[Path, str]:
@@ -151,13 +149,12 @@ def _refusal(
 # What is in the folder
 
 
-def _list_images(
-    folder: Path,
-) -> tuple[dict[str, str | None], list[Fault], dict[str, coco.CocoImage]]:
-    """The patient of every image by image id, sorted; faults; the images of a COCO file."""
+def _list_images(folder: Path) -> tuple[dict[str, tuple[str | None, Reader]], list[Fault]]:
+    """Patient and reader of every image by image id, sorted; and the faults found so far."""
     if _is_coco(folder):
-        listed, faults = coco.read_coco(folder)
-        return {image_id: image.patient for image_id, image in listed.items()}, faults, listed
+        read, faults = coco.read_coco(folder)
+        listed = {i: (image.patient, partial(_read_listed, image)) for i, image in read.items()}
+        return listed, faults
     train, file = folder / "train", str(folder)
     try:
         if not folder.is_dir():
@@ -176,7 +173,7 @@ def _list_images(
             needs = "each image needs train/<image id>/image.tif"
             raise DataError(f"it holds no image folder; {needs}")
     except DataError as error:
-        return {}, [Fault("", file, str(error))], {}
+        return {}, [Fault("", file, str(error))]
     move = "move it to train/<image id>/ under its right name, or remove it"
     stray = f"it stands outside an image folder; {move}"
     same = "another folder has the same image id but for upper and lower case; rename or remove one"
@@ -184,35 +181,30 @@ def _list_images(
     wrong = {name: stray for name in names if name not in image_ids and LOOKALIKE.fullmatch(name)}
     wrong |= {name: same for name in image_ids if spellings[name.lower()] > 1}
     faults = [Fault(name, f"train/{name}", problem) for name, problem in wrong.items()]
-    if not (folder / "patients.csv").exists():
-        return {image_id: patient_of(image_id) for image_id in image_ids}, faults, {}
-    try:
-        patients, problems = _read_patients(folder, image_ids)
-    except DataError as error:
-        patients, problems = dict.fromkeys(image_ids), {"": str(error)}
-    faults += [Fault(image_id, "patients.csv", problem) for image_id, problem in problems.items()]
-    return patients, faults, {}
+    patients = {image_id: patient_of(image_id) for image_id in image_ids}
+    if (folder / "patients.csv").exists():
+        with adding_fault(faults, "", "patients.csv"):
+            patients = _read_patients(folder, image_ids, faults)
+    return {i: (patients[i], partial(_read_image, train / i)) for i in image_ids}, faults
 
 
 def _visible_names(folder: Path) -> list[str]:
-    try:
+    with as_data_error("it cannot be listed", "allow reading it"):
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except OSError as error:
-        raise DataError(f"it cannot be listed ({one_line(error)}); allow reading it") from None
 
 
 def _read_patients(
-    folder: Path, image_ids: list[str]
-) -> tuple[dict[str, str | None], dict[str, str]]:
-    """The patient of each image, and what is wrong by image id."""
+    folder: Path, image_ids: list[str], faults: list[Fault]
+) -> dict[str, str | None]:
+    """The patient of each image; what is wrong with an image's row is added to ``faults``."""
     keys = ("image_id", "patient")
-    try:
-        with open(folder / "patients.csv", encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            rows, columns = list(reader), reader.fieldnames or []
-    except (OSError, ValueError, csv.Error) as error:
-        save = "save it as UTF-8 text with the columns image_id and patient"
-        raise DataError(f"it cannot be read ({one_line(error)}); {save}") from None
+    save = "save it as UTF-8 text with the columns image_id and patient"
+    with (
+        as_data_error("it cannot be read", save),
+        open(folder / "patients.csv", encoding="utf-8-sig", newline="") as file,
+    ):
+        reader = csv.DictReader(file, skipinitialspace=True)
+        rows, columns = list(reader), reader.fieldnames or []
     if missing := [key for key in keys if key not in columns]:
         found = f"its columns ({', '.join(columns) or 'none'}) lack {' and '.join(missing)}"
         raise DataError(f"{found}; name them in the first line")
@@ -220,20 +212,16 @@ def _read_patients(
     patients, times = dict(pairs), Counter(image_id for image_id, _ in pairs)
     known = {*image_ids, *(file.stem for file in _inside(folder / TESTS))}
     go_on = "or remove patients.csv to go on without patients"
-    problems = {}
-    for image_id in sorted({*patients, *image_ids}):
-        if times[image_id] > 1:
-            problem = f"is listed {times[image_id]} times; keep one row"
-        elif image_id not in patients:
-            problem = f"is missing; add its row, {go_on}"
-        elif image_id not in known:
-            problem = "has no folder under train/; correct or remove its row"
-        elif image_id in image_ids and not patients[image_id]:
-            problem = f"has no patient; fill it in, {go_on}"
-        else:
-            continue
-        problems[image_id] = f"image id {image_id!r} {problem}"
-    return {image_id: patients.get(image_id) for image_id in image_ids}, problems
+    for i in sorted({*patients, *image_ids}):
+        checks = {
+            f"is listed {times[i]} times; keep one row": times[i] > 1,
+            f"is missing; add its row, {go_on}": i not in patients,
+            "has no folder under train/; correct or remove its row": i not in known,
+            f"has no patient; fill it in, {go_on}": i in image_ids and not patients.get(i),
+        }
+        problems = [f"image id {i!r} {problem}" for problem, is_wrong in checks.items() if is_wrong]
+        faults += [Fault(i, "patients.csv", problem) for problem in problems[:1]]
+    return {image_id: patients.get(image_id) for image_id in image_ids}
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -265,79 +253,69 @@ def _file_state(folder: Path) -> object:
 
 
 def _decode(
-    folder: Path,
     name: str,
-    patients: dict[str, str | None],
-    listed: dict[str, coco.CocoImage],
+    listed: dict[str, tuple[str | None, Reader]],
     instance_reading: str,
-    min_instance_area_px: int,
+    min_instance_area_px: int = 0,
 ) -> Iterator[Decoded]:
-    title = f"decoding {name}"
-    for image_id, patient in tqdm(patients.items(), title, unit="image", delay=2, leave=False):
-        if listed:
-            read = _read_listed(listed[image_id], instance_reading)
-        else:
-            read = _read_image(folder / "train" / image_id, image_id, instance_reading)
-        image, label_maps, problems = read
-        if problems:
-            yield None, [Fault(image_id, *problem) for problem in problems]
+    options = {"desc": f"decoding {name}", "unit": "image", "delay": 2, "leave": False}
+    for image_id, (patient, read) in tqdm(listed.items(), **options):
+        faults: list[Fault] = []
+        image, label_maps = read(instance_reading, faults)
+        if faults:
+            yield None, faults
         else:
             label_maps = drop_small_instances(label_maps, min_instance_area_px)
             yield CellImage(image_id, patient, image, label_maps), []
 
 
 def _read_image(
-    folder: Path, image_id: str, instance_reading: str
-) -> tuple[np.ndarray | None, np.ndarray | None, Problems]:
-    """Image, label maps and problems of an image folder."""
-    files, problems = _find_files(folder)
-    image, class_maps = None, {}
+    folder: Path, instance_reading: str, faults: list[Fault]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Image and label maps of an image folder."""
+    image_id, place = folder.name, f"train/{folder.name}"
+    image, shape, class_maps, files = None, None, {}, {}
+    with adding_fault(faults, image_id, place):
+        files = _find_files(folder, place, faults)
     for key in sorted(files, reverse=True):  # the image before its class files
-        try:
+        with adding_fault(faults, image_id, f"{place}/{files[key]}"):
             tiff = read_tiff(folder / files[key])
             if key == "image":
                 image = images.to_rgb(tiff)
+                shape = image.shape[1:]
             else:
-                shape = None if image is None else image.shape[1:]
                 class_maps[int(key[-1])] = to_label_map(tiff.pixels, shape, instance_reading)
-        except DataError as error:
-            problems.append((files[key], str(error)))
-    if problems:
-        place = f"train/{image_id}"
-        return None, None, [(f"{place}/{n}" if n else place, text) for n, text in sorted(problems)]
-    label_maps = np.zeros((len(CLASS_NAMES), *image.shape[1:]), np.int32)
-    for class_id, label_map in class_maps.items():
-        label_maps[class_id - 1] = label_map
-    return image, label_maps, []
+    faults.sort()
+    if faults:
+        return None, None
+    empty = np.zeros(shape, np.int32)
+    return image, np.stack([class_maps.get(k, empty) for k in range(1, len(CLASS_NAMES) + 1)])
 
 
-def _find_files(folder: Path) -> tuple[dict[str, str], Problems]:
-    """File names by what they hold (``image``, ``class1`` ...), and what is wrong."""
-    try:
-        names = _visible_names(folder)
-    except DataError as error:
-        return {}, [("", str(error))]
+def _find_files(folder: Path, place: str, faults: list[Fault]) -> dict[str, str]:
+    """File names by what they hold (``image``, ``class1`` ...)."""
+    names = _visible_names(folder)
     if not names:
-        return {}, [
-            ("", "it is empty; put image.tif and its class files there, or remove the folder")
-        ]
+        put = "put image.tif and its class files there, or remove the folder"
+        raise DataError(f"it is empty; {put}")
     files: dict[str, str] = {}
-    problems = []
+    problems = {}  # by file name; "" is the folder
     for name in names:
         key = name.lower().split(".")[0]
         if FILE_NAME.fullmatch(name):
             if files.setdefault(key, name) != name:
-                problems.append((name, _same_name(files[key])))
+                problems[name] = _same_name(files[key])
         elif LOOKALIKE.fullmatch(name):
             read = "image.tif and class1.tif to class4.tif are read"
-            problems.append((name, f"unexpected name; {read}: rename or remove it"))
+            problems[name] = f"unexpected name; {read}: rename or remove it"
     if "image" not in files:
         put = "put the image there under this name, or remove its folder"
-        problems.append(("image.tif", f"it is missing; {put}"))
+        problems["image.tif"] = f"it is missing; {put}"
     if not files.keys() - {"image"}:
         add = "add at least one of class1.tif to class4.tif (all 0 where there is no cell)"
-        problems.append(("", f"it has no class file; {add}"))
-    return files, problems
+        problems[""] = f"it has no class file; {add}"
+    faults += [Fault(folder.name, str(Path(place, name)), text) for name, text in problems.items()]
+    return files
 
 
 def _same_name(other: str) -> str:
@@ -345,25 +323,20 @@ def _same_name(other: str) -> str:
 
 
 def _read_listed(
-    listed: coco.CocoImage, instance_reading: str
-) -> tuple[np.ndarray | None, np.ndarray | None, Problems]:
-    """Image, label maps and problems of an image of a COCO data set."""
-    image, label_maps, problems = None, None, []
-    size = (listed.height, listed.width)
-    try:
+    listed: coco.CocoImage, instance_reading: str, faults: list[Fault]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Image and label maps of an image of a COCO data set."""
+    image, label_maps, size = None, None, (listed.height, listed.width)
+    with adding_fault(faults, listed.image_id, listed.file_name):
         image = read_image(listed.path)
         if image.shape[1:] != size:
             raise DataError(_other_size(image.shape[1:], size, "its entry"))
-    except DataError as error:
-        problems.append((listed.file_name, str(error)))
     if max(size) <= images.LARGEST_SIDE_PX:
-        rles, wrong = coco.read_masks(listed)
-        problems += wrong
-    if not problems:
-        label_maps, problems = coco.draw_label_maps(listed, rles)
-    if not problems and instance_reading == "connected_components":
-        label_maps = np.stack([to_label_map(m, size, instance_reading) for m in label_maps])
-    return image, label_maps, problems
+        label_maps = coco.draw_label_maps(listed, faults)
+    if not faults and instance_reading == "connected_components":
+        with adding_fault(faults, listed.image_id, listed.file_name):
+            label_maps = np.stack([to_label_map(m, size, instance_reading) for m in label_maps])
+    return image, label_maps
 
 
 def _other_size(found: tuple[int, ...], listed: tuple[int, ...], entry: str) -> str:
@@ -378,29 +351,26 @@ class NoTestImages(DataError):
     """The data have no test images at all, which is no fault."""
 
 
+@dataclass
 class UnlabelledImages(Sequence):
-    """Checked test images, decoded when asked for. Made by ``open_test_images``.
+    """Checked test images, decoded when asked for; made by ``open_test_images``.
 
-    ``images[i]`` is uint8 [3, H, W], RGB; it raises a ``DataError`` if the file is no longer
-    readable.
-
-    Attributes:
-        name: of the folder, or ``drawn``.
-        listed: ``file_name``, ``id``, ``height``, ``width`` (px) of each image, as in COCO.
-        note: a sentence on how the images were numbered, or "".
+    ``images[i]`` is uint8 [3, H, W], RGB; a ``DataError`` if the file is no longer readable.
     """
 
-    def __init__(self, name: str, listed: list[dict[str, Any]], paths: list[Path], note: str):
-        self.name, self.listed, self._paths, self.note = name, listed, paths, note
+    name: str  # of the folder, or "drawn"
+    listed: list[dict[str, Any]]  # file_name, id, height, width (px) of each, as in COCO
+    paths: list[Path]
+    note: str  # a sentence on how the images were numbered, or ""
 
     def __len__(self) -> int:
         return len(self.listed)
 
     def __getitem__(self, i: int) -> np.ndarray:
         try:
-            return read_image(self._paths[i])
+            return read_image(self.paths[i])
         except DataError as error:
-            raise DataError(f"{self._paths[i]}: {error}") from None
+            raise DataError(f"{self.paths[i]}: {error}") from None
 
 
 def open_test_images(data: str | Path) -> UnlabelledImages:
@@ -422,70 +392,73 @@ def open_test_images(data: str | Path) -> UnlabelledImages:
         raise NoTestImages(f"{folder} is a COCO data set, which holds no test images; {give}")
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder; give the folder that holds {TESTS}/")
-    files, sizes, faults = _read_test_images(folder / TESTS, name)
-    note = ""
-    if (folder / LIST).exists():
-        listed, problems = _read_list(folder / LIST)
-        list_faults = [Fault("", LIST, problem) for problem in problems]
-        faults = list_faults + faults + ([] if problems else _compare(listed, files, sizes))
-    else:
-        listed = [
-            {"file_name": files[key].name, "id": i, "height": size[0], "width": size[1]}
-            for i, (key, size) in enumerate(sizes.items(), 1)
-        ]
-        count = f"the {len(files)} images are numbered from 1 in the order of their names"
-        note = f"There is no {LIST}: {count}."
+    faults: list[Fault] = []
+    has_list, listed, note = (folder / LIST).exists(), [], ""
+    if has_list:
+        listed = _read_list(folder / LIST, faults)
+    list_is_right = has_list and not faults
+    files, sizes = _read_test_images(folder / TESTS, name, faults)
+    if list_is_right:
+        faults += _compare(listed, files, sizes)
     if faults:
         raise DataError(_refusal(folder, faults))
     if not files:
         add = f"({TESTS}/<name>.tif); add some to predict them"
         raise NoTestImages(f"the data in {folder} have no test images {add}")
+    if not has_list:
+        rows = enumerate(zip(files.values(), sizes.values(), strict=True), 1)
+        for i, (file, (height, width)) in rows:
+            listed.append({"file_name": file.name, "id": i, "height": height, "width": width})
+        count = f"the {len(files)} images are numbered from 1 in the order of their names"
+        note = f"There is no {LIST}: {count}."
     return UnlabelledImages(name, listed, [files[_key(row["file_name"])] for row in listed], note)
 
 
 def _key(file_name: str) -> str:
+    """What two spellings of one name (``a.tif``, ``A.TIFF``) share."""
     return TIFF.sub("", file_name).lower()
 
 
 def _read_test_images(
-    folder: Path, name: str
-) -> tuple[dict[str, Path], dict[str, tuple[int, ...]], list[Fault]]:
-    """Paths, sizes (height, width, px) of readable ones, and faults of the TIFF files in a folder,
-    sorted by name; the keys are ``_key`` of the names.
+    folder: Path, name: str, faults: list[Fault]
+) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+    """Paths of a folder's TIFF files, and sizes (height, width, px) of the readable ones, sorted by
+    name; the keys are ``_key`` of the names.
     """
-    files: dict[str, Path] = {}
-    sizes, faults = {}, []
-    try:
+    files, sizes, names = {}, {}, []
+    with adding_fault(faults, "", TESTS):
         names = [n for n in _visible_names(folder) if TIFF.search(n)] if folder.exists() else []
-    except DataError as error:
-        return {}, {}, [Fault("", TESTS, str(error))]
     for file in tqdm(names, f"checking {name}", unit="image", delay=2, leave=False):
         key = _key(file)
-        try:
+        with adding_fault(faults, "", f"{TESTS}/{file}"):
             if files.setdefault(key, folder / file).name != file:
                 raise DataError(_same_name(files[key].name))
             sizes[key] = read_image(folder / file).shape[1:]
-        except DataError as error:
-            faults.append(Fault("", f"{TESTS}/{file}", str(error)))
-    return files, sizes, faults
+    return files, sizes
 
 
-def _read_list(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The entries of the list of test images, and what is wrong with it."""
-    try:
-        listed = coco.read_json(path)
-    except DataError as error:
-        return [], [str(error)]
-    if not isinstance(listed, list):
-        return [], [f"it holds no list of images but a {type(listed).__name__}; copy it again"]
+def _read_list(path: Path, faults: list[Fault]) -> list[dict[str, Any]]:
+    """The entries of the list of test images."""
     kinds = {"file_name": coco.TEXT, "id": coco.WHOLE, "height": coco.SIDE, "width": coco.SIDE}
+    listed = []
+    with adding_fault(faults, "", LIST):
+        listed = coco.read_json(path)
+        if not isinstance(listed, list):
+            raise DataError(
+                f"it holds no list of images but a {type(listed).__name__}; copy it again"
+            )
+    if faults:
+        return []
     wrong = [(row, coco.wrong_entry(entry, kinds)) for row, entry in enumerate(listed)]
-    if problems := [f"entry {row} {problem}" for row, problem in wrong if problem]:
-        return [], problems
-    names = [f"image {_key(entry['file_name'])!r}" for entry in listed]
-    times = Counter([f"id {entry['id']}" for entry in listed] + names)
-    problems = [f"{what} is listed {n} times; list each once" for what, n in times.items() if n > 1]
-    return [{key: entry[key] for key in kinds} for entry in listed], problems
+    problems = [f"entry {row} {problem}" for row, problem in wrong if problem]
+    if not problems:
+        names = [f"image {_key(entry['file_name'])!r}" for entry in listed]
+        times = Counter([f"id {entry['id']}" for entry in listed] + names)
+        problems = [
+            f"{what} is listed {n} times; list each once" for what, n in times.items() if n > 1
+        ]
+    faults += [Fault("", LIST, problem) for problem in problems]
+    return [] if faults else [{key: entry[key] for key in kinds} for entry in listed]
 
 
 def _compare(

@@ -1,6 +1,4 @@
-"""The pixels of one file, checked: images (TIFF, PNG, JPEG) and class files (TIFF). numpy, tifffile
-and Pillow, no torch.
-"""
+"""The pixels of one file, checked: images (TIFF, PNG, JPEG) and class files (TIFF). No torch."""
 
 import logging
 from pathlib import Path
@@ -10,8 +8,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from cellseg_helpers.config import one_line
-from cellseg_helpers.data.cache import LARGEST_ID, DataError
+from cellseg_helpers.data.cache import LARGEST_ID
+from cellseg_helpers.data.faults import DataError, as_data_error
 from cellseg_helpers.data.labels import connected_components
 
 LARGEST_SIDE_PX = 20_000  # a header that claims more is damaged: decoding would fill the memory
@@ -20,10 +18,12 @@ LARGEST_SIDE_PX = 20_000  # a header that claims more is damaged: decoding would
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
-class _Tiff(NamedTuple):
+class RawImage(NamedTuple):
+    """The pixels of a file as they are stored."""
+
     pixels: np.ndarray
     colours: str  # TIFF's photometric interpretation of the decoded pixels
-    palette: np.ndarray | None  # uint16 [3, number of colours]
+    palette: np.ndarray | None = None  # uint16 [3, number of colours]
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -32,77 +32,62 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         DataError: no such file, truncated, or not an image.
     """
-    is_picture = path.suffix.lower() in (".png", ".jpg", ".jpeg")
-    return to_rgb(_read_picture(path) if is_picture else read_tiff(path))
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        return to_rgb(read_tiff(path))
+    read = as_data_error("it cannot be read as a PNG or JPEG")
+    with read, Image.open(path, formats=("PNG", "JPEG")) as picture:
+        # Of 16 bits a channel Pillow gives 8 for colours, all for grey.
+        if picture.mode.startswith("I;16"):
+            return to_rgb(RawImage(np.asarray(picture), "MINISBLACK"))
+        return to_rgb(RawImage(np.asarray(picture.convert("RGB")), "RGB"))
 
 
-def read_tiff(path: Path) -> _Tiff:
+def read_tiff(path: Path) -> RawImage:
     """The first image series of a TIFF; a ``DataError`` if it is none, truncated or damaged."""
-    try:
-        with tifffile.TiffFile(path) as tif:
-            page, size = tif.pages.first, tif.filehandle.size
-            if max(page.shape) > LARGEST_SIDE_PX:
-                claim = f"claims {size_text(page.shape)} px, above {LARGEST_SIDE_PX:,} a side"
-                raise DataError(f"its header {claim}; cut it up, or copy it again if it is damaged")
-            for part in tif.pages:
-                ends = np.add(part.dataoffsets, part.databytecounts)
-                if not len(ends) or not all(part.databytecounts) or max(ends) > size:
-                    held = f"its {size:,} bytes do not hold all its pixels"
-                    raise DataError(f"it is truncated ({held}); copy or export it again")
-            colours = getattr(page.photometric, "name", str(page.photometric))
-            if colours == "YCBCR" and page.compression == tifffile.COMPRESSION.JPEG:
-                colours = "RGB"  # the decoder converts
-            return _Tiff(tif.series[0].asarray(), colours, page.colormap)
-    except DataError:
-        raise
-    except Exception as error:  # decoders raise nearly everything on a damaged file
-        raise _unreadable("TIFF", error) from error
+    with as_data_error("it cannot be read as a TIFF"), tifffile.TiffFile(path) as tif:
+        page, size = tif.pages.first, tif.filehandle.size
+        if max(page.shape) > LARGEST_SIDE_PX:
+            claim = f"claims {size_text(page.shape)} px, above {LARGEST_SIDE_PX:,} a side"
+            raise DataError(f"its header {claim}; cut it up, or copy it again if it is damaged")
+        for part in tif.pages:
+            ends = np.add(part.dataoffsets, part.databytecounts)
+            if not len(ends) or not all(part.databytecounts) or max(ends) > size:
+                held = f"its {size:,} bytes do not hold all its pixels"
+                raise DataError(f"it is truncated ({held}); copy or export it again")
+        colours = getattr(page.photometric, "name", str(page.photometric))
+        if colours == "YCBCR" and page.compression == tifffile.COMPRESSION.JPEG:
+            colours = "RGB"  # the decoder converts
+        return RawImage(tif.series[0].asarray(), colours, page.colormap)
 
 
-def _read_picture(path: Path) -> _Tiff:
-    """A PNG or JPEG file. Of 16 bits a channel Pillow gives 8 for colours, all for grey."""
-    try:
-        with Image.open(path, formats=("PNG", "JPEG")) as picture:
-            if picture.mode.startswith("I;16"):
-                return _Tiff(np.asarray(picture), "MINISBLACK", None)
-            return _Tiff(np.asarray(picture.convert("RGB")), "RGB", None)
-    except Exception as error:  # decoders raise nearly everything on a damaged file
-        raise _unreadable("PNG or JPEG", error) from error
-
-
-def _unreadable(kind: str, error: Exception) -> DataError:
-    wrong = f"it cannot be read as a {kind} ({one_line(error)})"
-    return DataError(f"{wrong}; copy or export it again")
-
-
-def to_rgb(tiff: _Tiff) -> np.ndarray:
+def to_rgb(raw: RawImage) -> np.ndarray:
     """uint8 [3, H, W] of RGB, RGBA, grey, grey + alpha or palette pixels, channels last or first;
     alpha is dropped.
 
-    16-bit values are scaled to 8 bits: ``round(value * 255 / (2**depth - 1))``, where ``depth`` is
-    the smallest of 8, 12 and 16 bits that holds all colour values. (A bright-field image is bright
-    somewhere: with every value below 4,096 it was not recorded with 16 bits.)
+    16-bit values become ``round(value * 255 / (2**depth - 1))``, where ``depth`` is the smallest of
+    8, 12 and 16 bits that holds all colour values: a bright-field image is bright somewhere, so
+    with every value below 4,096 it was not recorded with 16 bits.
 
     Raises:
         DataError: another pixel type, colour space or shape.
     """
-    array = tiff.pixels
+    array = raw.pixels
     if array.dtype not in (np.uint8, np.uint16):
         save = "save the image with 8 or 16 bits a channel (unsigned integers)"
         raise DataError(f"its pixels are {array.dtype}; {save}")
-    if tiff.colours not in ("MINISBLACK", "MINISWHITE", "RGB", "PALETTE"):
-        raise DataError(f"its colours are {tiff.colours}; save the image as RGB or grey")
-    if tiff.colours == "MINISWHITE":
+    if raw.colours not in ("MINISBLACK", "MINISWHITE", "RGB", "PALETTE"):
+        raise DataError(f"its colours are {raw.colours}; save the image as RGB or grey")
+    if raw.colours == "MINISWHITE":
         array = np.iinfo(array.dtype).max - array
-    if tiff.colours == "PALETTE":
-        array = tiff.palette[:, array]
+    if raw.colours == "PALETTE":
+        array = raw.palette[:, array]
     if array.ndim == 2:
         array = array[None]
     elif array.ndim == 3 and array.shape[-1] <= 4:
         array = np.moveaxis(array, -1, 0)
     if array.ndim != 3 or array.shape[0] > 4:
         save = "save height x width x 1 to 4 channels"
-        raise DataError(f"its shape {size_text(tiff.pixels.shape)} is not that of an image; {save}")
+        raise DataError(f"its shape {size_text(raw.pixels.shape)} is not that of an image; {save}")
     array = array[: 3 if len(array) > 2 else 1]
     if array.dtype == np.uint16:
         depth = next(bits for bits in (8, 12, 16) if array.max() < 2**bits)
@@ -134,28 +119,26 @@ def to_label_map(
     if wrong := _wrong_values(array):
         save = "save whole numbers: 0 = background, other values = instance ids"
         raise DataError(f"it has {' and '.join(wrong)}; {save}")
-    largest = f"its largest instance id is {array.max():,.10g}"
-    remedy = "number the instances from 1 on"
+    largest, remedy = "its largest instance id is {:,.10g}", "number the instances from 1 on"
     if instance_reading == "connected_components":
         array = connected_components(array)
-        largest, remedy = f"it has {array.max():,} connected components", "is it a mask of cells?"
+        largest, remedy = "it has {:,} connected components", "is it a mask of cells?"
     if array.max() > LARGEST_ID:
-        raise DataError(f"{largest}, above {LARGEST_ID:,}; {remedy}")
+        raise DataError(f"{largest.format(array.max())}, above {LARGEST_ID:,}; {remedy}")
     return array.astype(np.int32)
 
 
 def _wrong_values(array: np.ndarray) -> list[str]:
+    """How many pixels of each wrong kind there are, and where the first is."""
     if array.dtype.kind not in "buif":
         return [f"pixels of type {array.dtype}"]
-    kinds = {"negative": array < 0}
-    if array.dtype.kind == "f":
-        finite = np.isfinite(array)
-        kinds = {
-            "NaN": np.isnan(array),
-            "infinite": np.isinf(array),
-            "fractional": finite & (array != np.rint(array)),
-            "negative": finite & (array < 0),
-        }
+    finite = np.isfinite(array)
+    kinds = {
+        "NaN": np.isnan(array),
+        "infinite": np.isinf(array),
+        "fractional": finite & (array != np.rint(array)),
+        "negative": finite & (array < 0),
+    }
     found = []
     for kind, wrong in kinds.items():
         if count := np.count_nonzero(wrong):
