@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import hsv_to_rgb, to_rgb
+from matplotlib.colors import hsv_to_rgb, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from skimage.measure import find_contours
 
@@ -29,47 +29,38 @@ from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.data.labels import find_cells
 from cellseg_helpers.metrics import Counts, Matches, count_matches
 
-# Okabe and Ito's palette for colour-blind readers: the colours that show on stained tissue and on
-# white.
-CLASS_COLORS = {
-    "epithelial": "#E69F00",
-    "lymphocyte": "#56B4E9",
-    "neutrophil": "#009E73",
-    "macrophage": "#D55E00",
-}
+# Of Okabe and Ito's palette for colour-blind readers, what shows on stained tissue and on white.
+CLASS_COLORS = dict(zip(CLASS_NAMES, ("#E69F00", "#56B4E9", "#009E73", "#D55E00"), strict=True))
 ALL_COLORS = {"all": "0.1", **CLASS_COLORS}
 BLUE, RED, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # also Okabe and Ito's
 WIDTH_IN, DPI = 9.6, 100
 VIEW_PX = 320  # side of what is shown of a large image
 GALLERY_PX = 96  # side of what the gallery of augmentations shows
 WINDOW_PX = 64  # least side of the crop around a detection
+REDRAW_S = 30
 DASHED = (0, (2, 1.5))
 BESIDE = {"frameon": False, "loc": "center left", "bbox_to_anchor": (1, 0.5)}  # of a legend
 MARKS = "os^DvP*X"
 FEWEST_IN_BIN = 10  # detections that make a point of the reliability diagram
 LOSS_LABELS = {
-    "loss_objectness": "RPN objectness",
-    "loss_rpn_box_reg": "RPN boxes",
-    "loss_classifier": "classes",
-    "loss_box_reg": "boxes",
-    "loss_mask": "masks",
-}
+    "loss_objectness": "RPN objectness", "loss_rpn_box_reg": "RPN boxes",
+    "loss_classifier": "classes", "loss_box_reg": "boxes", "loss_mask": "masks",
+}  # fmt: skip
 
 
 def show(figure: Figure, alt: str) -> None:
     """Display a figure in a notebook, with a text for readers who cannot see it.
 
-    The PNG has 256 colours, those of the classes among them: a third of the size of one without.
+    The PNG is reduced to 256 colours, those of the classes among them: to a third of its size.
     """
     from IPython.display import display
 
     drawn, png = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, bbox_inches="tight")
     image, palette = Image.open(drawn).convert("RGB"), Image.new("P", (1, 1))
-    own = (to_rgb(color) for color in (BLUE, RED, GREEN, PURPLE, *CLASS_COLORS.values()))
-    fixed = [round(255 * part) for color in own for part in color]
-    common = image.quantize(256 - len(fixed) // 3).getpalette()
-    palette.putpalette(common + fixed)
+    own = to_rgba_array([BLUE, RED, GREEN, PURPLE, *CLASS_COLORS.values()])[:, :3]
+    common = image.quantize(256 - len(own)).getpalette()
+    palette.putpalette(common + np.rint(255 * own).astype(int).ravel().tolist())
     image.quantize(palette=palette, dither=Image.Dither.NONE).save(png, "PNG")
     bundle = {"image/png": png.getvalue(), "text/plain": repr(figure)}
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
@@ -79,30 +70,25 @@ def show(figure: Figure, alt: str) -> None:
 
 
 def image_beside_instances(cell_image: CellImage, *class_names: str) -> Figure:
-    """An image beside its instances, one colour each: a panel for each of ``class_names``, in which
-    ``all`` shows all classes.
+    """An image beside its instances, one colour each: one panel for each class name or ``all``.
 
     Raises:
         ValueError: an unknown class name.
     """
     cells = find_cells(cell_image.label_maps)
-    height_in = 5.4 if len(class_names) < 2 else 4
-    fig, (axes,) = _figure(1, 1 + len(class_names), height_in, squeeze=False)
-    _panel(axes[0], cell_image.image, cell_image.image_id[:8])
-    for ax, name in zip(axes[1:], class_names, strict=True):
+    panels: list[tuple] = [(cell_image.image, cell_image.image_id[:8])]
+    for name in class_names:
         if name not in ALL_COLORS:
             raise ValueError(f"unknown class_name {name!r}; one of {', '.join(ALL_COLORS)}")
         shown = cells if name == "all" else cells[cells.labels == CLASS_NAMES.index(name) + 1]
-        picture = colour_instances(shown, *cell_image.image.shape[1:])
         classes = "all classes" if name == "all" else name
-        _panel(ax, picture, f"{len(shown)} instances, {classes}")
-    return fig
+        picture = colour_instances(shown, *cell_image.image.shape[1:])
+        panels.append((picture, f"{len(shown)} instances, {classes}"))
+    return _image_panels(panels, len(panels), 4.9 if len(panels) < 3 else 3.5)[0]
 
 
 def colour_instances(cells: Cells, height: int, width: int) -> np.ndarray:
-    """The cells of an image as float64 [3, H, W], 0..1: cells that follow one another get hues far
-    apart, background is black.
-    """
+    """Cells on black, float64 [3, H, W], 0..1; cells that follow one another get distant hues."""
     number = np.arange(len(cells))
     hue = number * 0.618034 % 1  # the golden ratio: no two hues are alike
     hsv = np.stack([hue, 0.55 + 0.4 * (number % 2), 1 - 0.25 * (number % 3 == 2)], axis=1)
@@ -118,27 +104,22 @@ def truth_beside_predictions(
     predictions: Sequence[Cells],
     score_threshold: float,
 ) -> Figure:
-    """One row an image: the image, its annotated cells (of ``truths``), its detections (of
-    ``predictions``) of at least ``score_threshold``, outlined by class.
+    """One row an image: the image, its annotated cells, its detections of at least
+    ``score_threshold``. ``truths`` and ``predictions`` have the cells of each image.
     """
-    panels = []
-    for cell_image, truth, found in zip(cell_images, truths, predictions, strict=True):
+    panels: list[tuple] = []
+    for (name, _, image, _), truth, found in zip(cell_images, truths, predictions, strict=True):
         found = found[found.scores >= score_threshold]
         title = f"{len(found)} predicted, score ≥ {score_threshold:g}"
-        panels += [
-            (cell_image.image, cell_image.image_id[:8], None),
-            (cell_image.image, f"{len(truth)} annotated", truth),
-            (cell_image.image, title, found),
-        ]
+        panels += [(image, name[:8]), (image, f"{len(truth)} annotated", truth)]
+        panels.append((image, title, found))
     return _image_panels(panels, 3, 3.4)[0]
 
 
 def contact_sheet(
     images: Sequence[np.ndarray], names: Sequence[str], detections: Sequence[Cells]
 ) -> Figure:
-    """Small images (uint8 [3, H, W] each, of any sizes), four in a row, with their detections
-    outlined by class.
-    """
+    """Images (uint8 [3, H, W] each, of any sizes), four in a row, with the detections of each."""
     panels = [
         (image, f"{name[:8]}: {len(found)} cells", found)
         for image, name, found in zip(images, names, detections, strict=True)
@@ -149,28 +130,22 @@ def contact_sheet(
 def crops(
     table: pd.DataFrame, cell_images: Sequence[CellImage], truth: Cells, detections: Cells
 ) -> Figure:
-    """A crop around each of some detections (solid), with the annotated cells (dashed), outlined by
-    class.
+    """A crop around each of some detections (solid), with the annotated cells (dashed).
 
-    Args:
-        table: indexed by the detection's row: class, score, kind (shown above the crop), as
-            ``explore.confident_mistakes`` gives.
-        cell_images: image ``n`` is ``cell_images[n - 1]``.
-        truth: annotated cells of these images.
-        detections: of these images; ``table`` lists some of them.
+    ``table`` has their class, score and kind, indexed by their row in ``detections``, as
+    ``explore.confident_mistakes`` gives; image ``n`` of the cells is ``cell_images[n - 1]``.
     """
-    numbers = detections.image_ids[table.index.to_numpy(int)]
-    panels = [
-        (cell_images[number - 1].image, f"{row['class']} {row['score']:.2f}\n{row['kind']}", None)
-        for number, (_, row) in zip(numbers, table.iterrows(), strict=True)
-    ]
+    panels = []
+    for row, class_name, score, kind in table[["class", "score", "kind"]].itertuples():
+        number = detections.image_ids[row]
+        title = f"{class_name} {score:.2f}\n{kind}"
+        annotated = truth[truth.image_ids == number]
+        panels.append((cell_images[number - 1].image, title, Cells.empty(), annotated))
     fig, axes = _image_panels(panels, 4, 2.9)
-    for ax, number, row in zip(axes, numbers, table.index, strict=True):
-        _outline(ax, truth[truth.image_ids == number], linestyle=DASHED)
+    for ax, row in zip(axes, table.index, strict=True):
         _outline(ax, detections[[row]], linewidth=2)
-        x1, y1, x2, y2 = detections.boxes[row]
-        half = max(WINDOW_PX, 1.5 * (x2 - x1), 1.5 * (y2 - y1)) / 2
-        x, y = (x1 + x2) / 2, (y1 + y2) / 2
+        start, stop = detections.boxes[row].reshape(2, 2)
+        (x, y), half = (start + stop) / 2, max(WINDOW_PX, 1.5 * (stop - start).max()) / 2
         ax.set(xlim=(x - half, x + half), ylim=(y + half, y - half), facecolor="0.85")
     return fig
 
@@ -186,13 +161,8 @@ def found_and_missed(
     """One image at a score threshold: annotated cells (missed ones dashed) beside detections (wrong
     ones dashed). The title gives precision, recall and F1 of all images.
 
-    Args:
-        cell_image: the image.
-        number: its id in ``truth``.
-        truth: all annotated cells, in the order of ``matches.truths``.
-        detections: all detections, in the order of ``matches.detections``.
-        matches: of ``metrics.match_detections``.
-        score_threshold: of the detections that count.
+    ``truth`` and ``detections`` are those of all images, in the order of ``matches``; ``number`` is
+    the image's id in them. Detections below ``score_threshold`` do not count.
     """
     missed = ~(matches.truths["score"] >= score_threshold).to_numpy()
     wrong = ~matches.detections["matched"].to_numpy()
@@ -201,17 +171,14 @@ def found_and_missed(
     left = f"{in_image.sum()} annotated, {(in_image & missed).sum()} missed (dashed)"
     right = f"{counted.sum()} detections, {(counted & wrong).sum()} wrong (dashed)"
     panels = [
-        (cell_image.image, left, truth[in_image & ~missed]),
-        (cell_image.image, right, detections[counted & ~wrong]),
+        (cell_image.image, left, truth[in_image & ~missed], truth[in_image & missed]),
+        (cell_image.image, right, detections[counted & ~wrong], detections[counted & wrong]),
     ]
-    fig, axes = _image_panels(panels, 2, 4.6)
-    _outline(axes[0], truth[in_image & missed], linestyle=DASHED)
-    _outline(axes[1], detections[counted & wrong], linestyle=DASHED)
+    fig, _ = _image_panels(panels, 2, 4.6)
     count = count_matches(matches, score_threshold)["all"]
-    ratios = {"precision": count.precision, "recall": count.recall, "F1": count.f1}
-    texts = [f"{name} {value:.2f}".replace("nan", "–") for name, value in ratios.items()]
-    name = cell_image.image_id[:8]
-    fig.suptitle(f"image {name} at score ≥ {score_threshold:.2f}; all images: {', '.join(texts)}")
+    ratios = f"precision {count.precision:.2f}, recall {count.recall:.2f}, F1 {count.f1:.2f}"
+    title = f"image {cell_image.image_id[:8]} at score ≥ {score_threshold:.2f}; all images: "
+    fig.suptitle(title + ratios.replace("nan", "–"))
     return fig
 
 
@@ -226,7 +193,7 @@ def border_strip(cell_image: CellImage, truth: Cells, at_border: Cells, title: s
     ]
     fig, axes = _image_panels(panels, 2, 4.6)
     box = at_border.boxes[at_border.scores.argmax()] if len(at_border) else np.zeros(4)
-    _view(axes, box[::2].mean(), box[1::2].mean(), cell_image)
+    _view(axes, box.reshape(2, 2).mean(0), cell_image)
     return fig
 
 
@@ -234,40 +201,28 @@ def before_and_after(
     cell_image: CellImage, before: Cells, labels: np.ndarray, class_names: Sequence[str]
 ) -> Figure:
     """An image, its detections as predicted (they may overlap), and the final label image, coloured
-    by class.
+    by class. Of a large image the middle ``VIEW_PX`` are shown.
 
-    Of a large image the middle ``VIEW_PX`` are shown.
-
-    Args:
-        cell_image: the image.
-        before: its detections, outlined by class.
-        labels: uint [H, W], ids 1..N; 0 = background.
-        class_names: of the N cells.
+    ``before`` are the detections; ``labels`` is the label image, uint [H, W], 0 = background, 1..N
+    = the cells, whose classes are ``class_names``.
     """
     from skimage.segmentation import find_boundaries  # takes 0.1 s, which no other figure needs
 
-    colours = np.array([(0, 0, 0), *(to_rgb(CLASS_COLORS[name]) for name in class_names)])
+    colours = to_rgba_array(["black", *(CLASS_COLORS[name] for name in class_names)])[:, :3]
     picture = colours[np.where(find_boundaries(labels, mode="inner"), 0, labels)]
-    panels = [
-        (cell_image.image, cell_image.image_id[:8], None),
+    panels: list[tuple] = [
+        (cell_image.image, cell_image.image_id[:8]),
         (cell_image.image, f"{len(before)} detections in the image", before),
-        (picture.transpose(2, 0, 1), f"{len(class_names)} cells, each pixel to one", None),
+        (picture.transpose(2, 0, 1), f"{len(class_names)} cells, each pixel to one"),
     ]
     fig, axes = _image_panels(panels, 3, 3.4)
-    _view(axes, labels.shape[1] / 2, labels.shape[0] / 2, cell_image)
+    _view(axes, np.divide(labels.shape[::-1], 2), cell_image)
     return fig
 
 
-def recipe_gallery(
-    cell_image: CellImage, recipes: Mapping[str, Sequence[Any]], seed: int
-) -> Figure:
-    """One column a recipe: the middle of an image in three random augmentations, with its cells
-    outlined by class.
-
-    Args:
-        cell_image: at most ``GALLERY_PX`` of each side are augmented and shown.
-        recipes: name -> steps, as ``augment.RECIPES``.
-        seed: of the first draw, the same for every recipe; the others count on from it.
+def recipe_gallery(cell_image: CellImage, recipes: Mapping[str, Sequence], seed: int) -> Figure:
+    """One column a recipe (name -> steps, as ``augment.RECIPES``): the middle of an image in three
+    random augmentations, with its cells. The rows have the seeds ``seed``, ``seed + 1``, ...
     """
     import torch
 
@@ -298,17 +253,13 @@ def outlines(mask: BoxMask) -> list[np.ndarray]:
 # Training
 
 
-def seldom(
-    draw: Callable[[pd.DataFrame], None], every_s: float = 30.0
-) -> Callable[[pd.DataFrame], None]:
-    """``draw``, called at most once in ``every_s`` seconds: a figure can take as long as a training
-    step.
-    """
+def seldom(draw: Callable[[pd.DataFrame], None]) -> Callable[[pd.DataFrame], None]:
+    """``draw``, called at most every ``REDRAW_S`` seconds: a figure can take as long as a step."""
     drawn = -math.inf
 
     def call(history: pd.DataFrame) -> None:
         nonlocal drawn
-        if time.monotonic() - drawn > every_s:
+        if time.monotonic() - drawn > REDRAW_S:
             draw(history)
             drawn = time.monotonic()
 
@@ -317,65 +268,40 @@ def seldom(
 
 def training_curves(history: pd.DataFrame) -> Figure:
     """Training and validation loss and validation AP50 by epoch, of a run's ``history``."""
-    fig, (left, right) = _figure(1, 2, 3.4, sharex=True)
+    fig, (left, right) = new_figure(1, 2, 3.4, sharex=True)
     validated = history.dropna(subset="validation_loss")
-    _by_epoch(left, history, "loss", BLUE, label="training")
-    _by_epoch(left, validated, "validation_loss", PURPLE, label="validation")
+    draw_by_epoch(left, history, "loss", BLUE, label="training")
+    draw_by_epoch(left, validated, "validation_loss", PURPLE, label="validation")
     left.set(ylabel="sum of the five losses", ylim=(0, None))
     left.legend(frameon=False)
-    _by_epoch(right, validated, "validation_ap50", "0.1")
+    draw_by_epoch(right, validated, "validation_ap50", "0.1")
     right.set(ylabel="validation mask AP50", ylim=(0, 1))
     return fig
 
 
 def loss_parts(history: pd.DataFrame) -> Figure:
     """The five training losses by epoch, of a run's ``history``."""
-    fig, ax = _figure(1, 1, 3.4)
+    fig, ax = new_figure(1, 1, 3.4)
     colours = (BLUE, RED, GREEN, PURPLE, "0.1")
     for (name, label), colour, mark in zip(LOSS_LABELS.items(), colours, MARKS, strict=False):
-        _by_epoch(ax, history, name, colour, mark, label=label)
+        draw_by_epoch(ax, history, name, colour, mark, label=label)
     ax.set(ylabel="training loss", ylim=(0, None))
     ax.legend(**BESIDE)
     return fig
 
 
-def losses_beside_reported(history: pd.DataFrame | None, reported: Sequence[float]) -> Figure:
-    """Training loss by epoch beside reported losses.
+# Scores, sizes and borders
 
-    Args:
-        history: of a run; only the epochs with a reported loss are drawn. None: no run.
-        reported: losses from epoch 1.
+
+def precision_recall(curves: pd.DataFrame, counts: dict[float, dict[str, Counts]]) -> Figure:
+    """The precision-recall curve of each class (of ``metrics.precision_recall_curves``), and its
+    points at some score thresholds; a point may lie below its curve, which is COCO's envelope.
+
+    ``counts``: score threshold -> counts of ``metrics.count_matches``; at most ``len(MARKS)``.
     """
-    fig, ax = _figure(1, 1, 3.4)
-    table = pd.DataFrame({"epoch": range(1, len(reported) + 1), "loss": reported})
-    _by_epoch(ax, table, "loss", "0.5", "s", label="reported", linestyle="--")
-    if history is not None:
-        shown = history[history["epoch"] <= len(reported)]
-        _by_epoch(ax, shown, "loss", BLUE, label="reproduced")
-    ax.set(ylabel="training loss", ylim=(0, None))
-    ax.legend(frameon=False)
-    return fig
-
-
-# Scores
-
-
-def precision_recall(
-    curves: pd.DataFrame, per_class: dict[str, float], counts: dict[float, dict[str, Counts]]
-) -> Figure:
-    """The precision-recall curve of each class, and the points of some score thresholds.
-
-    Args:
-        curves: of ``metrics.precision_recall_curves``.
-        per_class: average precision by class name, for the legend; NaN for a class without truth,
-            which is left out.
-        counts: score threshold -> counts of ``metrics.count_matches``; each is a mark on every
-            curve, or a little below it (the curve is COCO's envelope). At most ``len(MARKS)``.
-    """
-    fig, ax = _figure(1, 1, 4.6)
-    for name, average in per_class.items():
-        if np.isnan(average):
-            continue
+    fig, ax = new_figure(1, 1, 4.6)
+    averages = curves.groupby("class", sort=False)["precision"].mean()
+    for name, average in averages.dropna().items():
         color = CLASS_COLORS[name]
         reached = curves[(curves["class"] == name) & (curves["precision"] > 0)]
         label = f"{name}: {average:.2f}"
@@ -392,10 +318,8 @@ def precision_recall(
 
 
 def score_histograms(matches: Matches) -> Figure:
-    """Scores of the detections of each class: those that match a cell (blue), and on top of them
-    those that do not (grey).
-    """
-    fig, axes = _figure(2, 2, 5.6, sharex=True)
+    """Scores of each class's detections: those that match a cell (blue), on top others (grey)."""
+    fig, axes = new_figure(2, 2, 5.6, sharex=True)
     labels = {"matches an annotated cell": BLUE, "matches none": "0.75"}
     for ax, (class_id, name) in zip(axes.flat, matches.class_names.items(), strict=True):
         found = matches.detections[matches.detections["class_id"] == class_id]
@@ -411,33 +335,25 @@ def score_histograms(matches: Matches) -> Figure:
 
 
 def threshold_sweep(table: pd.DataFrame) -> Figure:
-    """Average precision, precision, recall and F1 over the score threshold, by class and all
-    together.
-
-    Args:
-        table: of ``thresholds.sweep``; its column of average precision is the one that begins with
-            AP.
-    """
-    import seaborn as sns
-
+    """AP, precision, recall and F1 over the score threshold, of a table of ``thresholds.sweep``."""
     average = next(column for column in table if column.startswith("AP"))
     rows = table.melt(["class", "score_threshold"], [average, "precision", "recall", "F1"])
     panels = {"col": "variable", "col_wrap": 2, "height": 2.7, "aspect": 1.6}
-    lines = {"hue": "class", "palette": ALL_COLORS, "marker": "o", "markersize": 4}
-    grid = sns.relplot(rows, x="score_threshold", y="value", kind="line", **panels, **lines)
-    grid.set_titles("{col_name}").set(ylim=(0, 1.02), xlabel="score threshold", ylabel="")
-    return _closed(grid)
+    lines = {"kind": "line", "hue": "class", "palette": ALL_COLORS, "marker": "o", "markersize": 4}
+    grid = _relplot(rows, x="score_threshold", y="value", **panels, **lines)
+    grid.set(ylim=(0, 1.02), xlabel="score threshold", ylabel="")
+    return grid.figure
 
 
 def reliability_diagram(table: pd.DataFrame, errors: pd.Series) -> Figure:
     """Matched share over score, by class, and the number of detections of each point; bins with
-    fewer than ten detections are left out.
+    fewer than ``FEWEST_IN_BIN`` detections are left out.
 
     Args:
         table: of ``thresholds.reliability``.
         errors: expected calibration error by class, for the legend.
     """
-    fig, (ax, below) = _figure(2, 1, 5.6, sharex=True, height_ratios=(3, 1))
+    fig, (ax, below) = new_figure(2, 1, 5.6, sharex=True, height_ratios=(3, 1))
     ax.plot([0, 1], [0, 1], ":", color="0.6", label="if scores were probabilities")
     filled = table[table["detections"] >= FEWEST_IN_BIN]
     for name, colour in ALL_COLORS.items():
@@ -456,30 +372,23 @@ def reliability_diagram(table: pd.DataFrame, errors: pd.Series) -> Figure:
 
 
 def predicted_against_true_counts(counts: dict[str, pd.DataFrame]) -> Figure:
-    """Predicted over annotated cells of each image, one panel a class, one mark for each way to
-    choose the threshold; the dotted line is equality.
+    """Predicted over annotated cells of each image, one panel a class; the dotted line is equality.
 
-    Args:
-        counts: name of the choice -> table of ``thresholds.cell_counts``.
+    ``counts``: name of a way to choose the threshold -> table of ``thresholds.cell_counts``.
     """
-    import seaborn as sns
-
     rows = pd.concat(counts, names=["threshold"]).reset_index("threshold")
-    panels = {"col": "class", "height": 2.6, "aspect": 0.9}
-    panels["facet_kws"] = {"sharex": False, "sharey": False}
+    free_axes = {"sharex": False, "sharey": False}
+    panels = {"col": "class", "height": 2.6, "aspect": 0.9, "facet_kws": free_axes}
     colours = [BLUE, RED, GREEN, PURPLE][: len(counts)]
-    points = {"hue": "threshold", "style": "threshold", "palette": colours}
-    grid = sns.relplot(rows, x="cells", y="predicted", s=45, **panels, **points)
-    grid.set_titles("{col_name}").set(xlabel="annotated cells", ylabel="")
+    points = {"hue": "threshold", "style": "threshold", "palette": colours, "s": 45}
+    grid = _relplot(rows, x="cells", y="predicted", **panels, **points)
+    grid.set(xlabel="annotated cells", ylabel="")
     grid.axes[0, 0].set_ylabel("predicted cells")
     for ax in grid.axes.flat:
         ax.axline((0, 0), slope=1, color="0.6", linewidth=0.8, linestyle=":")
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(MaxNLocator(4, integer=True))
-    return _closed(grid)
-
-
-# Sizes, borders and effects
+    return grid.figure
 
 
 def sizes_against_anchors(
@@ -493,12 +402,10 @@ def sizes_against_anchors(
         columns: panels side by side.
     """
     rows = math.ceil(len(sizes) / columns)
-    fig, axes = _figure(rows, columns, 2.2 * rows + 0.6, sharex=True, squeeze=False)
+    fig, axes = new_figure(rows, columns, 2.2 * rows + 0.6, sharex=True, squeeze=False)
     styles = dict(zip(anchors, ({"color": BLUE}, {"color": RED, "ls": "--"}), strict=False))
     every = np.concatenate([*sizes.values(), *anchors.values()])
     bins = np.geomspace(every.min() / 1.1, every.max() * 1.1, 45)
-    for ax in axes.flat[len(sizes) :]:
-        ax.set_axis_off()
     for ax, (title, values) in zip(axes.flat, sizes.items(), strict=False):
         ax.hist(values, bins, color=CLASS_COLORS.get(title, "0.75"))
         for label, style in styles.items():
@@ -514,50 +421,21 @@ def sizes_against_anchors(
     return fig
 
 
-def value_ranges(table: pd.DataFrame) -> Figure:
-    """The values at the first layer, by normalisation and channel: least to greatest (line), mean
-    (mark), standard deviation (bar).
-
-    Args:
-        table: indexed by normalisation and channel: least, greatest, mean, std.
-    """
-    names = list(dict.fromkeys(table.index.get_level_values(0)))
-    fig, ax = _figure(1, 1, 0.6 * len(names) + 1.4)
-    channels = zip("RGB", (RED, GREEN, BLUE), "os^", (-0.22, 0, 0.22), strict=True)
-    for channel, colour, mark, shift in channels:
-        rows = table.xs(channel, level="channel").loc[names]
-        y, mean, std = np.arange(len(names)) + shift, rows["mean"], rows["std"]
-        ax.hlines(y, rows["least"], rows["greatest"], color=colour, linewidth=1)
-        ax.hlines(y, mean - std, mean + std, color=colour, linewidth=4, alpha=0.5)
-        ax.plot(mean, y, mark, color=colour, markersize=5, label=channel)
-    ax.set_xscale("symlog", linthresh=1)
-    ax.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
-    ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
-    ax.set_xlabel("value at the first layer (linear within ±1, logarithmic beyond)")
-    ax.legend(**BESIDE)
-    return fig
-
-
 def border_contact(contacts: dict[str, pd.DataFrame]) -> Figure:
     """Cells at the border over the number expected by chance, by class, with the interval of chance
-    (grey); one panel a table.
-
-    Args:
-        contacts: title -> table of ``borders.border_contact``.
+    (grey); one panel for each title and its table of ``borders.border_contact``.
     """
-    fig, axes = _figure(1, len(contacts), 3.4, sharey=True, squeeze=False)
+    fig, axes = new_figure(1, len(contacts), 3.4, sharey=True, squeeze=False)
     for ax, (title, table) in zip(axes[0], contacts.items(), strict=True):
-        expected = table["expected"].where(table["expected"] > 0)
-        low, high = table["low"] / expected, table["high"] / expected
+        rows = table[table["expected"] > 0]
+        low, high = rows["low"] / rows["expected"], rows["high"] / rows["expected"]
+        y = table.index.get_indexer(rows.index)
         ax.axvline(1, color="0.5", linewidth=0.8, linestyle=":")
-        for y, (name, row) in enumerate(table.iterrows()):
-            if row["expected"] > 0:
-                ax.barh(y, high[name] - low[name], left=low[name], height=0.6, color="0.85")
-                ax.plot(row["ratio"], y, "o", color=ALL_COLORS[name])
-                text = f"{row['at_border']} of {row['expected']:.0f}"
-                transform = ax.get_yaxis_transform()
-                ax.text(0.98, y, text, ha="right", va="center", transform=transform)
+        ax.barh(y, high - low, left=low, height=0.6, color="0.85")
+        for height, (name, row) in zip(y, rows.iterrows(), strict=True):
+            ax.plot(row["ratio"], height, "o", color=ALL_COLORS[name])
+            position, text = (0.98, height), f"{row['at_border']} of {row['expected']:.0f}"
+            ax.text(*position, text, ha="right", va="center", transform=ax.get_yaxis_transform())
         ax.set_yticks(range(len(table)), table.index)
         ax.set(xlim=(-0.1, 1.5 * np.nanmax([1.6, *table["ratio"], *high])))
         ax.set(title=textwrap.fill(title, 28), xlabel="at border / by chance")
@@ -566,38 +444,11 @@ def border_contact(contacts: dict[str, pd.DataFrame]) -> Figure:
     return fig
 
 
-def step_effects(effects: pd.DataFrame, steps: pd.DataFrame, metrics: Sequence[str]) -> Figure:
-    """What each step of post-processing changed on the judging half: difference and 95 % interval,
-    one panel a metric.
-
-    Args:
-        effects: ``effects`` of ``ablation.ablate``; the rows of all classes together are shown.
-        steps: ``steps`` of it; steps that were not carried on are drawn hollow.
-        metrics: of the panels.
-    """
-    fig, axes = _figure(1, len(metrics), 0.32 * len(steps) + 1.2, sharey=True, squeeze=False)
-    of_all = effects[effects["of"] == "all"].set_index(["metric", "step"])
-    y = np.arange(len(steps))
-    for ax, metric in zip(axes[0], metrics, strict=True):
-        rows = of_all.loc[metric].loc[steps.index]
-        ax.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
-        ax.hlines(y, rows["low"], rows["high"], color=BLUE, linewidth=1.5)
-        for row, carried in enumerate(steps["carried"]):
-            style = {"markeredgecolor": BLUE, "color": BLUE if carried else "white"}
-            ax.plot(rows["difference"].iloc[row], row, "o", clip_on=False, **style)
-        ax.set_yticks(y, steps.index)
-        ax.set(ylim=(len(steps) - 0.5, -0.5), title=metric)
-        ax.set_xscale("symlog", linthresh=0.01)
-        ax.set_xticks([-0.1, -0.01, 0, 0.01, 0.1], ["−.1", "−.01", "0", ".01", ".1"])
-        ax.xaxis.set_minor_locator(NullLocator())
-    fig.supxlabel("change (linear within ±0.01, logarithmic beyond)")
-    return fig
-
-
 # Parts of figures
 
 
-def _figure(rows: int, columns: int, height_in: float, **options: Any) -> tuple[Figure, Any]:
+def new_figure(rows: int, columns: int, height_in: float, **options: Any) -> tuple[Figure, Any]:
+    """``plt.subplots`` of the notebooks' width, closed."""
     size = (WIDTH_IN, height_in)
     fig, axes = plt.subplots(rows, columns, figsize=size, dpi=DPI, layout="constrained", **options)
     fig.add_artist(Line2D([0, 1], [0, 0], alpha=0))  # a notebook's crop leaves the width as it is
@@ -605,32 +456,44 @@ def _figure(rows: int, columns: int, height_in: float, **options: Any) -> tuple[
     return fig, axes
 
 
-def _closed(grid: Any) -> Figure:
-    """The figure of seaborn's grid."""
+def draw_by_epoch(
+    ax: Axes, table: pd.DataFrame, column: str, color: str, marker: str = "o", **style: Any
+) -> None:
+    """A line of a column over ``epoch``, with marks if the epochs are few."""
+    marker = marker if len(table) < 25 else ""
+    ax.plot(table["epoch"], table[column], color=color, marker=marker, markersize=4, **style)
+    ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _relplot(rows: pd.DataFrame, **options: Any) -> Any:
+    """seaborn's grid of panels, its figure closed."""
+    import seaborn as sns
+
+    grid = sns.relplot(rows, **options).set_titles("{col_name}")
     grid.figure.set_dpi(DPI)
     plt.close(grid.figure)
-    return grid.figure
+    return grid
 
 
 def _image_panels(
-    panels: Sequence[tuple[np.ndarray, str, Cells | None]], columns: int, row_height_in: float
+    panels: Sequence[tuple], columns: int, row_height_in: float
 ) -> tuple[Figure, list[Axes]]:
-    """Images in rows, each with a title and cells outlined by class."""
+    """Images in rows. A panel is an image, a title and, to be outlined in the colours of their
+    classes, cells and other cells whose outlines are dashed.
+    """
     rows = max(1, math.ceil(len(panels) / columns))
-    fig, axes = _figure(rows, columns, row_height_in * rows + 0.5, squeeze=False)
+    fig, axes = new_figure(rows, columns, row_height_in * rows + 0.5, squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    for ax, (image, title, cells) in zip(axes.flat, panels, strict=False):
-        _panel(ax, image, title)
-        if cells is not None:
-            _outline(ax, cells)
-    _legend(fig, [Line2D([], [], color=CLASS_COLORS[name], label=name) for name in CLASS_NAMES])
+    for ax, (image, title, *outlined) in zip(axes.flat, panels, strict=False):
+        ax.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+        ax.set(title=title, xticks=[], yticks=[])
+        for cells, linestyle in zip(outlined, ("-", DASHED), strict=False):
+            _outline(ax, cells, linestyle=linestyle)
+    if any(len(panel) > 2 for panel in panels):
+        _legend(fig, [Line2D([], [], color=CLASS_COLORS[name], label=name) for name in CLASS_NAMES])
     return fig, list(axes.flat[: len(panels)])
-
-
-def _panel(ax: Axes, image: np.ndarray, title: str) -> None:
-    ax.imshow(image.transpose(1, 2, 0), interpolation="nearest")
-    ax.set(title=title, xticks=[], yticks=[])
 
 
 def _outline(ax: Axes, cells: Cells, linewidth: float = 1.3, linestyle: Any = "-") -> None:
@@ -641,24 +504,14 @@ def _outline(ax: Axes, cells: Cells, linewidth: float = 1.3, linestyle: Any = "-
         ax.add_collection(LineCollection(lines, **style), autolim=False)
 
 
-def _view(axes: Sequence[Axes], x: float, y: float, cell_image: CellImage) -> None:
-    """Show at most ``VIEW_PX`` around (x, y) of an image, without leaving it."""
-    spans = []
-    for middle, size in zip((y, x), cell_image.image.shape[1:], strict=True):
-        start = min(max(middle - VIEW_PX / 2, 0), max(size - VIEW_PX, 0))
-        spans.append((start - 0.5, min(start + VIEW_PX, size) - 0.5))
+def _view(axes: Sequence[Axes], centre: np.ndarray, cell_image: CellImage) -> None:
+    """Show at most ``VIEW_PX`` around ``centre`` (x, y px) of an image, without leaving it."""
+    size = np.array(cell_image.image.shape[:0:-1])
+    start = np.clip(centre - VIEW_PX / 2, 0, np.maximum(size - VIEW_PX, 0)) - 0.5
+    (left, top), (right, bottom) = start, np.minimum(start + VIEW_PX, size - 0.5)
     for ax in axes:
-        ax.set(xlim=spans[1], ylim=spans[0][::-1])
+        ax.set(xlim=(left, right), ylim=(bottom, top))
 
 
 def _legend(fig: Figure, handles: list[Any]) -> None:
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-
-
-def _by_epoch(
-    ax: Axes, table: pd.DataFrame, column: str, color: str, marker: str = "o", **style: Any
-) -> None:
-    marker = marker if len(table) < 25 else ""
-    ax.plot(table["epoch"], table[column], color=color, marker=marker, markersize=4, **style)
-    ax.set_xlabel("epoch")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))

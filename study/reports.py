@@ -20,7 +20,7 @@ from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.cache import CellImage, DataError
 from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.runs import Run, annotations_of_run, images_of_run
-from study import reported, tables, verdicts
+from study import figures, reported, tables, verdicts
 from study.reported import TABLES, Comparison, Row
 from study.runs import Study, Trained, differences, parameter_files
 
@@ -312,7 +312,7 @@ def _losses(shown: Shown, trained: list[Trained]) -> None:
     epochs, histories = shown.table["epoch"], [one.run.history for one in trained]
     if "Fig" in shown.key:
         first = histories[0] if histories else None
-        shown.figure = plots.losses_beside_reported(first, shown.table["reported"])
+        shown.figure = figures.losses_beside_reported(first, shown.table["reported"])
     if histories:
         by_seed = pd.DataFrame(h.set_index("epoch")["loss"].reindex(epochs) for h in histories)
         shown.table["reproduced"] = by_seed.mean().to_numpy()

@@ -17,7 +17,7 @@ from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.model.build import build_model
 from cellseg_helpers.runs import RunError
-from study import findings, released_code, reported, verdicts
+from study import figures, findings, released_code, reported, verdicts
 from study import runs as study_runs
 from study.findings import FINDINGS
 
@@ -635,5 +635,5 @@ def test_figures():
     values = released_code.normalised_values(
         [cell_image(ids_in_squares(1))], ["imagenet", "imagenet_twice"]
     )
-    (ax,) = plots.value_ranges(values).axes
+    (ax,) = figures.value_ranges(values).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["imagenet", "imagenet_twice"]

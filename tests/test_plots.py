@@ -21,6 +21,7 @@ from cellseg_helpers.metrics import (
 )
 from cellseg_helpers.postprocess import close_masks, mask_nms
 from cellseg_helpers.resampling import Half
+from study import figures
 from study.ablation import Step, ablate
 
 
@@ -127,7 +128,7 @@ def analysis_figures(cell_image, truth, detections):
             }
         ),
         plots.border_strip(cell_image, annotated, detections[3:], "predicted"),
-        plots.step_effects(found.effects, found.steps, ["AP50", "F1"]),
+        figures.step_effects(found.effects, found.steps, ["AP50", "F1"]),
         plots.before_and_after(
             cell_image,
             detections,
@@ -189,7 +190,7 @@ def test_steps_that_are_not_carried_on_are_hollow():
         [("a", "PQ", "all", 0.1, 0.05, 0.2), ("b", "PQ", "all", -0.1, -0.2, 0.0)], columns=columns
     )
     steps = pd.DataFrame({"carried": [True, False]}, index=["a", "b"])
-    (ax,) = plots.step_effects(effects, steps, ["PQ"]).axes
+    (ax,) = figures.step_effects(effects, steps, ["PQ"]).axes
     dots = [line for line in ax.lines if line.get_marker() == "o"]
     assert [dot.get_xydata().tolist() for dot in dots] == [[[0.1, 0]], [[-0.1, 1]]]
     assert [dot.get_markerfacecolor() == "white" for dot in dots] == [False, True]
@@ -207,14 +208,13 @@ def test_every_figure_draws_and_stays_closed(cell_image, truth, annotated, detec
     )
     history = history.assign(**dict.fromkeys(plots.LOSS_LABELS, 0.2))
     curves, counts = precision_recall_curves(coco), count_matches(matches, 0.5)
-    average = curves.groupby("class", sort=False)["precision"].mean().to_dict()
-    figures = [
+    drawn = [
         plots.image_beside_instances(cell_image, "lymphocyte", "all"),
         plots.sizes_against_anchors({"epithelial": pd.Series(dtype=float)}, {"anchors": [8, 16]}),
         plots.training_curves(history),
         plots.loss_parts(history),
         plots.truth_beside_predictions([cell_image], [annotated], [detections], 0.5),
-        plots.precision_recall(curves, average, {0: count_matches(matches), 0.5: counts}),
+        plots.precision_recall(curves, {0: count_matches(matches), 0.5: counts}),
         plots.crops(
             confident_mistakes(truth, detections, matches, 5), [cell_image], annotated, detections
         ),
@@ -225,7 +225,7 @@ def test_every_figure_draws_and_stays_closed(cell_image, truth, annotated, detec
         *analysis_figures(cell_image, truth, detections),
         *analysis_figures(cell_image, truth, Cells.empty()),
     ]
-    for fig in figures:
+    for fig in drawn:
         png = io.BytesIO()
         fig.savefig(png, bbox_inches="tight")  # as a notebook shows it
         assert plt.imread(io.BytesIO(png.getvalue())).shape[1] >= 900
@@ -253,8 +253,13 @@ def test_a_ratio_of_nothing_is_a_dash_in_the_title(cell_image, truth, annotated,
 def test_a_live_picture_is_drawn_at_once_and_then_seldom(monkeypatch):
     clock, drawn = [0.0], []
     monkeypatch.setattr(plots.time, "monotonic", lambda: clock[0])
-    draw = plots.seldom(drawn.append, every_s=10)
-    for clock[0], history in [(0.0, "first"), (5.0, "soon"), (11.0, "later"), (20.0, "soon again")]:
+    draw = plots.seldom(drawn.append)
+    for clock[0], history in [
+        (0.0, "first"),
+        (29.0, "soon"),
+        (31.0, "later"),
+        (60.0, "soon again"),
+    ]:
         draw(history)
     assert drawn == ["first", "later"]
 
