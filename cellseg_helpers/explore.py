@@ -20,15 +20,11 @@ BACKGROUND_IOU = 0.1  # a detection of less IoU lies on no annotated cell (TIDE'
 
 
 def interact(draw: Callable[..., Figure], **controls: ValueWidget) -> VBox:
-    """A figure below controls, drawn again whenever one of them changes.
+    """A figure, which ``draw`` makes of the controls' values (by name), below these controls; drawn
+    again whenever one of them changes.
 
-    In JupyterLab the controls can be moved; papermill and nbval see the first figure.
     ``ipywidgets.interact`` would do, but its Output widget sends messages to the kernel, and
     papermill then sometimes waits for ever.
-
-    Args:
-        draw: takes the controls' values by name.
-        controls: widgets that have a value.
     """
     picture = Image(format="png", layout=Layout(align_self="flex-start"))  # not stretched
 
@@ -51,26 +47,18 @@ def threshold_slider(
     matches: Matches,
     score_threshold: float,
 ) -> VBox:
-    """``plots.found_and_missed`` with sliders for the score threshold and the image.
-
-    Args:
-        images: image ``n`` is ``images[n - 1]``.
-        truth: all annotated cells, in the order of ``matches.truths``.
-        detections: all detections, in the order of ``matches.detections``.
-        matches: of ``metrics.match_detections``.
-        score_threshold: where the slider starts.
+    """``plots.found_and_missed`` with sliders for the score threshold (first ``score_threshold``)
+    and the image; image ``n`` of the cells is ``images[n - 1]``.
     """
-    threshold = FloatSlider(score_threshold, min=0, max=1, step=0.05, description="score ≥")
-    number = IntSlider(1, 1, len(images), description="image")
-    for slider in (threshold, number):
-        slider.continuous_update = False  # draw when it is let go
-    return interact(
-        lambda threshold, number: plots.found_and_missed(
-            images[number - 1], number, truth, detections, matches, threshold
-        ),
-        threshold=threshold,
-        number=number,
-    )
+
+    def draw(threshold: float, number: int) -> Figure:
+        image = images[number - 1]
+        return plots.found_and_missed(image, number, truth, detections, matches, threshold)
+
+    share = {"min": 0, "max": 1, "step": 0.05, "description": "score ≥"}
+    threshold = FloatSlider(score_threshold, continuous_update=False, **share)
+    number = IntSlider(1, 1, len(images), continuous_update=False, description="image")
+    return interact(draw, threshold=threshold, number=number)
 
 
 def choose_image(dataset: CellDataset, image_number: int = -1) -> int:
@@ -80,11 +68,9 @@ def choose_image(dataset: CellDataset, image_number: int = -1) -> int:
     Raises:
         ValueError: no such image.
     """
-    if not -1 <= image_number < len(dataset):
-        allowed = f"0 to {len(dataset) - 1}, or -1"
-        raise ValueError(
-            f"image_number is {image_number}, but the data have {len(dataset)} images: {allowed}"
-        )
+    if not -1 <= image_number < (images := len(dataset)):
+        allowed = f"the data have {images} images: 0 to {images - 1}, or -1"
+        raise ValueError(f"image_number is {image_number}, but {allowed}")
     classes, cells = (dataset.counts > 0).sum(1), dataset.counts.sum(1)
     return image_number if image_number >= 0 else int(np.lexsort([cells, classes])[-1])
 
@@ -96,41 +82,27 @@ def instance_table(dataset: CellDataset) -> pd.DataFrame:
     parts = []
     for image in dataset:
         found = find_instances(image.label_maps)
-        columns = {
-            "image_id": image.image_id,
-            "patient": image.patient,
-            "class": np.array(CLASS_NAMES)[found.labels - 1],
-            "area_px": found.area_px,
-            "size_px": np.sqrt(found.area_px),
-            "touches_border": found.touches_border,
-        }
+        names, area_px = np.array(CLASS_NAMES)[found.labels - 1], found.area_px
+        columns = {"image_id": image.image_id, "patient": image.patient, "class": names}
+        columns |= {"area_px": area_px, "size_px": np.sqrt(area_px)}
+        columns["touches_border"] = found.touches_border
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
 
 def class_summary(instances: pd.DataFrame, anchor_sizes: Sequence[float]) -> pd.DataFrame:
-    """Per class: cells, images, size in px (5th percentile, median, 95th), the anchor size nearest
-    to the median by ratio, and how many cells touch the border.
-
-    Args:
-        instances: of ``instance_table``.
-        anchor_sizes: px.
+    """Per class of an ``instance_table``: cells, images, size in px (5th percentile, median, 95th),
+    the anchor size (px) nearest to the median by ratio, and how many cells touch the border.
     """
-    rows = {}
-    for name in CLASS_NAMES:
-        cells = instances[instances["class"] == name]
-        low, median, high = cells["size_px"].quantile([0.05, 0.5, 0.95])
-        nearest = np.argmin(np.abs(np.log(np.divide(anchor_sizes, median))))
-        rows[name] = {
-            "cells": len(cells),
-            "images": cells["image_id"].nunique(),
-            "size_5%_px": low,
-            "size_median_px": median,
-            "size_95%_px": high,
-            "nearest_anchor_px": anchor_sizes[nearest] if len(cells) else np.nan,
-            "touch_border": int(cells["touches_border"].sum()),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("class")
+    groups = instances.groupby(pd.Categorical(instances["class"], CLASS_NAMES), observed=False)
+    table = groups.agg(cells=("size_px", "size"), images=("image_id", "nunique"))
+    for name, share in {"5%": 0.05, "median": 0.5, "95%": 0.95}.items():
+        table[f"size_{name}_px"] = groups["size_px"].quantile(share)
+    ratios = np.divide.outer(table["size_median_px"].to_numpy(), anchor_sizes)
+    nearest = np.take(anchor_sizes, np.abs(np.log(ratios)).argmin(axis=1))
+    table["nearest_anchor_px"] = pd.Series(nearest, table.index).where(table["cells"] > 0)
+    table["touch_border"] = groups["touches_border"].sum()
+    return table.set_axis(pd.Index(CLASS_NAMES, name="class"))
 
 
 def patient_summary(dataset: CellDataset) -> pd.DataFrame:
@@ -151,40 +123,23 @@ def describe_split(split: Mapping[str, Any]) -> str:
 
 
 def affected_detections(matches: Matches, rows: Sequence[int], count: int) -> pd.DataFrame:
-    """The highest-scored of some detections, for ``plots.crops``.
-
-    Args:
-        matches: of ``metrics.match_detections``.
-        rows: of the detections.
-        count: at most so many.
-
-    Returns:
-        Indexed by the detection's row: image_id, class, score, kind (right or wrong).
+    """The ``count`` highest-scored of some detections, for ``plots.crops``: class, score and kind
+    (right or wrong), indexed by the detection's row.
     """
     found = matches.detections.loc[list(rows)].nlargest(count, "score")
-    columns = {
-        "image_id": found["image_id"],
-        "class": found["class_id"].map(matches.class_names),
-        "score": found["score"],
-        "kind": np.where(found["matched"], "right", "wrong"),
-    }
-    return pd.DataFrame(columns).rename_axis("detection")
+    kind = np.where(found["matched"], "right", "wrong")
+    columns = {"class": found["class_id"].map(matches.class_names), "kind": kind}
+    return found[["score"]].assign(**columns)
 
 
 def confident_mistakes(
     truth: dict[str, Any], detections: Cells, matches: Matches, count: int
 ) -> pd.DataFrame:
-    """The highest-scored detections that match no annotated cell, and what is wrong with them.
+    """The ``count`` highest-scored detections that match no annotated cell, and what is wrong.
 
     ``kind``: ``found twice`` (a higher-scored detection matches the cell), ``wrong class`` (on a
     cell of another class), ``poor outline`` (IoU with some cell between 0.1 and the threshold) or
-    ``no annotated cell``.
-
-    Args:
-        truth: COCO data set.
-        detections: of the same images.
-        matches: of ``metrics.match_detections(truth, detections, ...)``.
-        count: at most so many.
+    ``no annotated cell``. ``matches`` are those of ``truth``, a COCO data set, and ``detections``.
 
     Returns:
         Indexed by the detection's row: image, class, score, kind, iou (with a cell of its class),
@@ -192,29 +147,22 @@ def confident_mistakes(
     """
     wrong = matches.detections[~matches.detections["matched"]].nlargest(count, "score")
     cells = Cells.from_coco(truth["annotations"])
-    others = [
-        cells[(cells.image_ids == image_id) & (cells.labels != class_id)]
-        for image_id, class_id in zip(wrong["image_id"], wrong["class_id"], strict=True)
-    ]
-    of_other_class = [
-        mask_iou(detections[[row]], other).max(initial=0)
-        for row, other in zip(wrong.index, others, strict=True)
-    ]
-    iou = wrong["iou"].to_numpy()
-    largest = np.maximum(iou, np.array(of_other_class, float))
-    is_kind = {
-        "found twice": iou >= matches.iou_threshold,
-        "wrong class": largest >= matches.iou_threshold,
-        "poor outline": largest >= BACKGROUND_IOU,
-    }
+    iou_other_class = np.zeros(len(wrong))
+    for place, found in enumerate(wrong.itertuples()):
+        others = cells[(cells.image_ids == found.image_id) & (cells.labels != found.class_id)]
+        iou_other_class[place] = mask_iou(detections[[found.Index]], others).max(initial=0)
+    iou, least = wrong["iou"].to_numpy(), matches.iou_threshold
+    largest = np.maximum(iou, iou_other_class)
+    kinds = ["found twice", "wrong class", "poor outline"]
+    is_kind = [iou >= least, largest >= least, largest >= BACKGROUND_IOU]
     names = {image["id"]: image["file_name"][:8] for image in truth["images"]}
     columns = {
         "image": wrong["image_id"].map(names),
         "class": wrong["class_id"].map(matches.class_names),
         "score": wrong["score"],
-        "kind": np.select(list(is_kind.values()), list(is_kind), "no annotated cell"),
+        "kind": np.select(is_kind, kinds, "no annotated cell"),
         "iou": iou,
-        "iou_other_class": of_other_class,
+        "iou_other_class": iou_other_class,
         "at_border": near_border(detections[wrong.index], BORDER_MARGIN_PX, by="mask"),
     }
-    return pd.DataFrame(columns, index=wrong.index).rename_axis("detection")
+    return pd.DataFrame(columns).rename_axis("detection")
