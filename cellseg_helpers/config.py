@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_PART_OF_A_RUN = ("run_name", "num_workers", "keep_checkpoint")
@@ -31,10 +31,11 @@ Stride = Annotated[int, "must be 2 or 4", lambda value: value in (2, 4)]
 Share = Annotated[float, "must lie between 0 and 1", lambda value: 0 <= value <= 1]
 OpenShare = Annotated[float, "must lie strictly between 0 and 1", lambda value: 0 < value < 1]
 Threshold = Annotated[float, "must be above 0 and at most 1", lambda value: 0 < value <= 1]
-Numbers = Annotated[
-    tuple[float, ...], "needs at least one number, all above 0", lambda v: min(v, default=0) > 0
+SOME = "needs at least one number, all above 0"
+Numbers = Annotated[tuple[float, ...], SOME, lambda value: min(value, default=0) > 0]
+Anchors = Annotated[
+    tuple[float, ...] | Literal["auto"], SOME, lambda v: v == "auto" or min(v, default=0) > 0
 ]
-
 Scale = Literal["quick", "sample", "full"]
 Reading = Literal["pixel_values", "connected_components"]
 Split = Literal["auto", "patient", "random", "all"]
@@ -99,7 +100,7 @@ class RunConfig:
     normalization: Normalization = "imagenet"  # or "data": statistics of the training images
     min_size: Count = 0  # px, an image's shorter side after resizing; 0 = native size
     max_size: Count = 0  # px, its longest side after resizing; 0 = native size
-    anchor_sizes: Numbers = (8, 16, 32, 64, 128)  # px; 5: one a level, 10: two a level
+    anchor_sizes: Anchors = (8, 16, 32, 64, 128)  # px, one or two a level; auto: fit the data
     anchor_ratios: Numbers = (0.5, 1, 2)  # height / width, all at every level
 
     # Model: region proposals
@@ -176,7 +177,10 @@ class RunConfig:
         if self.precision == "16-mixed" and self.accelerator == "cpu":
             yield "precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' on a CPU"
         sizes = len(self.anchor_sizes)
-        if self.neck == "fpn" and sizes % 5:
+        if self.anchor_sizes == "auto":
+            if self.neck == "none" or self.min_size:
+                yield "anchor_sizes 'auto' needs neck 'fpn' and images at native size, min_size 0"
+        elif self.neck == "fpn" and sizes % 5:
             yield (
                 f"anchor_sizes has {sizes} values, but the feature pyramid has 5 levels; give 5 "
                 "values, or 10 for two a level, and so on"
@@ -345,6 +349,9 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
     """
     is_int = isinstance(value, int) and not isinstance(value, bool)
     kind = _bounded(*kind) if isinstance(kind, tuple) else kind
+    if get_origin(kind) is Union:
+        numbers, words = get_args(kind)
+        kind = words if value in get_args(words) else numbers
     if get_origin(kind) is Annotated:
         kind, words, holds = get_args(kind)
         value = _checked(name, value, kind)

@@ -40,6 +40,7 @@ from cellseg_helpers.devices import (
 )
 from cellseg_helpers.inference import predict
 from cellseg_helpers.metrics import evaluate
+from cellseg_helpers.model import anchors
 from cellseg_helpers.model.build import build_model, count_parameters
 from cellseg_helpers.runs import (
     resume,
@@ -83,6 +84,7 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
     torch.manual_seed(config.seed)
     dataset, scored = open_data(config)
     train, validation, split = split_dataset(scored, config)
+    config = with_anchors(config, dataset, train)
     truth = to_coco(scored[i] for i in validation)
     with fabric.rank_zero_first():
         run_dir = start_run(config, dataset.fingerprint, split, truth)
@@ -239,6 +241,15 @@ def split_dataset(
     )
     index = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
     return [index[i] for i in split.train], [index[i] for i in split.validation], split._asdict()
+
+
+def with_anchors(config: RunConfig, dataset: CellDataset, train: list[int]) -> RunConfig:
+    """The settings, with sizes that fit the training images' cells for ``anchor_sizes`` auto."""
+    if config.anchor_sizes != "auto":
+        return config
+    cells = anchors.cell_boxes(dataset, train)
+    sizes = anchors.fit_anchor_sizes(*cells, config.anchor_ratios, config.stem_stride)
+    return replace(config, anchor_sizes=sizes)
 
 
 def image_statistics(dataset: CellDataset, indices: list[int]) -> tuple[list[float], list[float]]:
