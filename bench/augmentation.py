@@ -13,8 +13,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from bench.measure import Pair, Row, side_by_side, time_and_memory, verdict
-from bench.scenes import dense_image, dense_label_maps, dense_target, with_dense_masks
+from bench.scenes import dense_scene, with_dense_masks
 from cellseg_helpers.data.augment import RECIPES, augment
+from cellseg_helpers.data.samples import make_target
 
 Sample = tuple[Tensor, Tensor]  # image, and label maps or masks
 RECIPE, CELLS, SIDE_PX = "full", 300, 1024
@@ -24,21 +25,14 @@ DRAWN = {  # seed, and which parts of the recipe it draws
 }
 
 
-def always() -> list[v2.Transform]:
-    """The recipe, each part with probability 1; the choice of one, and the turns, stay random."""
+def label_maps_and_stack(seed: int) -> Pair:
+    image, label_maps = dense_scene(SIDE_PX, CELLS)
+    target = make_target(label_maps)
+    stack = with_dense_masks(target)["masks"]
     recipe = copy.deepcopy(RECIPES[RECIPE])
     for step in nn.ModuleList(recipe).modules():
         if isinstance(getattr(step, "p", None), float):
-            step.p = 1.0
-    return recipe
-
-
-def label_maps_and_stack(seed: int) -> Pair:
-    maps = dense_label_maps(SIDE_PX, CELLS)
-    image, label_maps = torch.from_numpy(dense_image(maps)), torch.from_numpy(maps)
-    target = dense_target(maps)
-    stack = with_dense_masks(target)["masks"]
-    recipe = always()
+            step.p = 1.0  # the choice of one part, and the turns, stay random
 
     def augment_stack() -> Sample:
         torch.manual_seed(seed)

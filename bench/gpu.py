@@ -1,16 +1,7 @@
 """Training on a GPU: images a second, and how busy the GPU is, with two workers, beside
-torchvision's reference training loop.
-
-Ours is trained by the package's ``train_epoch``, torchvision's Mask R-CNN by the loop of its
-references/detection/engine.py; both by the same samples, batches, losses and precision, without
-clipping. The peer gets more than the reference gives it: bytes to copy in place of floats, and
-anchors in 32 bit (``train_reference``). Each measurement has a process of its own:
+torchvision's reference training loop. ``bench/README.md`` says how it is measured.
 
     python -m bench.gpu        prints each row as soon as it is measured
-
-Each gives images a second, and, in % of the time, how long the loop waits for a batch and how long
-the GPU works. Ours asks for a batch while the GPU still does the last step: the loop may wait while
-the GPU does not.
 """
 
 import itertools
@@ -29,8 +20,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from bench import training
-from bench.measure import NAN, Row, fresh_process, less, times_less
-from bench.scenes import dense_image, dense_label_maps, with_dense_masks
+from bench.measure import NAN, Row, fresh_process, now, row
+from bench.scenes import dense_scene, with_dense_masks
 from bench.training import AS_TORCHVISION, CELLS, DEVICE, SIDE_PX
 from cellseg_helpers import engine
 from cellseg_helpers.config import RunConfig, one_line
@@ -52,6 +43,7 @@ WARM_UP, TIMED, PROFILED = 5 * AHEAD, 40, 3  # steps
 LEAST_TIMED, PART_LIMIT_S = 2, 25  # warm-up and timed steps end after so many seconds
 PROCESS_LIMIT_S = 240
 CLASS = 2**32  # class_id * CLASS + id: both in an int64
+Batch = tuple[list[Tensor], list[dict[str, Any]]]  # images, targets
 
 
 class Measured(NamedTuple):
@@ -61,20 +53,15 @@ class Measured(NamedTuple):
     failure: str = ""
 
 
-class Scenes:
-    """What ``TrainingSet`` needs of a data set: a few dense drawn images."""
+class Scenes(list):
+    """Dense drawn images, as a data set for ``TrainingSet``."""
 
     def __init__(self, side_px: int, images: int = 4):
         cells = round(CELLS * side_px**2 / SIDE_PX**2)
-        label_maps = [dense_label_maps(side_px, cells, seed=seed) for seed in range(images)]
-        self.counts = np.array([maps.max((1, 2)) for maps in label_maps])
-        self.images = [
-            CellImage(str(seed), None, dense_image(maps, seed), maps)
-            for seed, maps in enumerate(label_maps)
-        ]
-
-    def __getitem__(self, index: int) -> CellImage:
-        return self.images[index]
+        for seed in range(images):
+            image, label_maps = dense_scene(side_px, cells, seed)
+            self.append(CellImage(str(seed), None, image.numpy(), label_maps.numpy()))
+        self.counts = [image.label_maps.max((1, 2)) for image in self]
 
 
 class WithDenseMasks(TrainingSet):
@@ -89,58 +76,48 @@ class Crops(TrainingSet):
     """Its samples before ``augment_on_device``."""
 
     def __getitem__(self, key: SampleKey):
-        image, label_maps, image_id, (seed, recipe_seed) = self.draw_crop(key)
-        drawn = {"label_maps": label_maps, "image_id": image_id, "seed": seed}
-        return image, drawn | {"recipe_seed": recipe_seed}
+        image, *drawn, seeds = self.draw_crop(key)
+        names = ("label_maps", "image_id", "seed", "recipe_seed")
+        return image, dict(zip(names, [*drawn, *seeds], strict=True))
 
 
 class Watch:
-    """The batches of a loader for warm-up, timed and profiled steps, and the times of the loop that
-    takes them. A step ends when the loop asks for the next batch.
+    """The batches of a loader for warm-up, timed and profiled steps; then ``measured`` is known. A
+    step ends when the loop asks for the next batch.
     """
 
-    def __init__(self, loader: DataLoader, prepare: Callable[[Any], Any] = lambda batch: batch):
+    def __init__(self, loader: DataLoader, prepare: Callable[[Batch], Batch] | None):
         self.loader, self.prepare = loader, prepare
-        activity = ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU
-        self.profiler = profile(activities=[activity])
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
         yield from self._steps(batches, AHEAD + 1, WARM_UP)
-        self.s_per_step, self.waiting = yield from self._steps(batches, LEAST_TIMED, TIMED)
-        self.profiler.start()
-        yield from self._steps(batches, PROFILED, PROFILED)
-        self.profiler.stop()
+        s_per_step, waiting = yield from self._steps(batches, LEAST_TIMED, TIMED)
+        with profile(activities=[getattr(ProfilerActivity, DEVICE.type.upper())]) as profiler:
+            yield from self._steps(batches, PROFILED, PROFILED)
+        spans = [
+            (event.time_range.start, event.time_range.end)
+            for event in profiler.events()
+            if event.device_type.name.lower() == DEVICE.type and not event.is_user_annotation
+        ]
+        # of the time of a step without the profiler, whose own time does not count
+        working = 100 * covered(spans) / 1e6 / PROFILED / s_per_step if spans else NAN
+        self.measured = Measured(self.loader.batch_size / s_per_step, waiting, working)
 
-    def _steps(self, batches: Iterator[Any], least: int, most: int) -> Iterator[Any]:
+    def _steps(self, batches: Iterator[Batch], least: int, most: int) -> Iterator[Batch]:
         """Returns seconds a step, and the share of them, in %, spent in waiting for a batch."""
         steps, waited_s, begun = 0, 0.0, time.perf_counter()
         while steps < least or (steps < most and time.perf_counter() - begun <= PART_LIMIT_S):
             asked = time.perf_counter()
             batch = next(batches)
             waited_s += time.perf_counter() - asked
-            yield self.prepare(batch)
+            yield self.prepare(batch) if self.prepare else batch
             steps += 1
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        taken_s = time.perf_counter() - begun
+        taken_s = now() - begun
         return taken_s / steps, 100 * waited_s / taken_s
-
-    def measured(self, batch_size: int) -> Measured:
-        """``working``: kernels and copies of a profiled step, over the time of one that is not:
-        the profiler's own time does not count.
-        """
-        spans = [
-            (event.time_range.start, event.time_range.end)
-            for event in self.profiler.events()
-            if event.device_type.name.lower() == DEVICE.type and not event.is_user_annotation
-        ]
-        working_s = covered(spans) / 1e6 / PROFILED if spans else NAN
-        working = 100 * working_s / self.s_per_step
-        return Measured(batch_size / self.s_per_step, self.waiting, working)
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -153,28 +130,27 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def train(side_px: int, batch_size: int, way: str) -> Measured:
-    """Train ``ours``, ``peer`` or one of ``VARIANTS``."""
-    model = training.torchvision_model() if way == "peer" else training.our_model()
+    """Train ``ours``, ``peer`` or one of ``VARIANTS``; neither side clips gradients."""
     precision = "32" if way == "float32" else "auto"
-    settings = {"backbone": "resnet50", "augmentation": RECIPE, "gradient_clip_norm": 0.0}
-    settings |= {"batch_size": batch_size, "num_workers": WORKERS, "crop_size_px": side_px}
-    config = RunConfig(precision=precision, **settings, **AS_TORCHVISION)
+    given = {"batch_size": batch_size, "num_workers": WORKERS, "gradient_clip_norm": 0.0}
+    config = RunConfig(precision=precision, **given, **AS_TORCHVISION)
     scenes = Scenes(side_px + side_px // 8)
-    indices = list(range(len(scenes.images)))
+    indices = list(range(len(scenes)))
     drawing = (side_px, config.class_balance, RECIPE, config.seed, config.drop_cut_cells)
     kind = {"peer": WithDenseMasks, "augmented_on_gpu": Crops}.get(way, TrainingSet)
     steps = WARM_UP + TIMED + PROFILED + AHEAD  # the workers are busy to the last step
     sampler = EpochSampler(indices, steps * batch_size, config.seed, batch_size=batch_size)
     loader = engine.make_loader(kind(scenes, indices, *drawing), config, sampler)
+    watch = Watch(loader, augment_on_device if way == "augmented_on_gpu" else None)
+    model = training.torchvision_model() if way == "peer" else training.our_model()
     optimizer = engine.make_optimizer(model, config)
     schedule, _ = engine.make_schedulers(optimizer, config, steps)
-    watch = Watch(loader, augment_on_device) if way == "augmented_on_gpu" else Watch(loader)
     if way == "peer":
         # As in the reference; masks of 13 GB, of a batch of 16 at 1024 px, would take long to pin.
         loader.pin_memory = False
         mixed = resolve_precision(config) == "bf16-mixed"
         train_reference(model, optimizer, schedule, watch, mixed)
-        return watch.measured(batch_size)
+        return watch.measured
     if way == "channels_first":
         training.give_images(model, torch.contiguous_format)
     if way == "compiled":
@@ -182,27 +158,23 @@ def train(side_px: int, batch_size: int, way: str) -> Measured:
     fabric = make_fabric(config)
     model, optimizer = fabric.setup(model, optimizer)
     engine.train_epoch(fabric, model, optimizer, schedule, watch, config, tqdm(disable=True))
-    return watch.measured(batch_size)
+    return watch.measured
 
 
 def train_reference(model: nn.Module, optimizer, schedule, batches: Iterable, mixed: bool) -> None:
-    """torchvision's reference loop, which reads the losses before the backward and again after the
-    step.
+    """The loop of torchvision's references/detection/engine.py, which reads the losses before the
+    backward and again after the step; it copies bytes to the GPU, not floats.
 
     Its RPN predicts and makes its anchors in 32 bit, as ours: under autocast they would be in
     bfloat16, pixels off. So would be the numbers of the cells by which ``project_masks_on_boxes``
     finds a mask: wrong from 257 on, and at times behind the last mask.
     """
-
-    def full_precision(_: nn.Module, inputs: tuple, output: tuple) -> tuple:
-        return tuple([level.float() for level in levels] for levels in output)
-
-    def to_float32(_: nn.Module, inputs: tuple) -> tuple:
-        images, levels = inputs
-        return images, [level.new_empty(0, *level.shape[2:]).float() for level in levels]
-
-    model.rpn.head.register_forward_hook(full_precision)
-    model.rpn.anchor_generator.register_forward_pre_hook(to_float32)
+    model.rpn.head.register_forward_hook(
+        lambda head, levels, found: tuple([level.float() for level in kind] for kind in found)
+    )
+    model.rpn.anchor_generator.register_forward_pre_hook(
+        lambda generator, inputs: (inputs[0], [level[:0].float() for level in inputs[1]])
+    )
     model.train()
     for images, targets in batches:
         images, targets = engine.to_device(images, targets, DEVICE)
@@ -219,16 +191,14 @@ def train_reference(model: nn.Module, optimizer, schedule, batches: Iterable, mi
             loss.item()
 
 
-def augment_on_device(batch: tuple[list[Tensor], list[dict]]) -> tuple[list[Tensor], list[dict]]:
+def augment_on_device(batch: Batch) -> Batch:
     """A batch of crops augmented on the device, as the workers do otherwise, with their targets."""
     images, targets = [], []
     for image, drawn in zip(*batch, strict=True):
         crop = (tensor.to(DEVICE, non_blocking=True) for tensor in (image, drawn["label_maps"]))
-        image, label_maps = augment(*crop, RECIPES[RECIPE], drawn["recipe_seed"])
+        image, label_maps = augment(*crop, RECIPES[RECIPE], drawn.pop("recipe_seed"))
         images.append(image)
-        target = drawn | boxes_on_device(label_maps) | {"label_maps": label_maps}
-        del target["recipe_seed"]
-        targets.append(target)
+        targets.append(drawn | boxes_on_device(label_maps) | {"label_maps": label_maps})
     return images, targets
 
 
@@ -267,7 +237,7 @@ def rows() -> list[Row]:
     if DEVICE.type != "cuda":
         note = "not measured: torch finds no CUDA GPU; "
         note += "goals: 95 % busy with two workers, twice the images/s of torchvision's loop"
-        return [less("GPU training", NAN, NAN, "", note=note)]
+        return [row("GPU training", NAN, NAN, "", note=note)]
     table, ours = [], {}
     for at in itertools.product(SIDES_PX, BATCHES):
         ours[at] = measure(*at, "ours")
@@ -280,19 +250,17 @@ def rows() -> list[Row]:
 
 def rows_of(side_px: int, batch_size: int, way: str, ours: Measured, peer: Measured) -> list[Row]:
     """``way``: a variant of ours as the rows' names say it, or ""."""
-    note = (
-        f"{'peer: ours without' if way else 'goals: 2x the images/s, 95 % working'}; "
-        f"ResNet-50, {resolve_precision(RunConfig())}, up to "
-        f"{round(CELLS * side_px**2 / SIDE_PX**2)} drawn cells an image, "
-        f"{RECIPE}, {WORKERS} workers, {TIMED} steps, fewer where they take over {PART_LIMIT_S} s"
-    )
-    note = "; ".join(filter(None, (note, ours.failure, peer.failure)))
+    compared = "peer: ours without" if way else "goals: 2x the images/s, 95 % working"
+    cells = round(CELLS * side_px**2 / SIDE_PX**2)
+    note = f"{compared}; ResNet-50, {resolve_precision(RunConfig())}, up to {cells} drawn cells an "
+    note += f"image, {RECIPE}, {WORKERS} workers, {TIMED} steps, fewer where they take over "
+    note = "; ".join(filter(None, (f"{note}{PART_LIMIT_S} s", ours.failure, peer.failure)))
     quantities = ("speed", "images/s"), ("waiting for the loader", "%"), ("GPU works", "%")
     table = []
     for (what, unit), mine, theirs in zip(quantities, ours[:3], peer[:3], strict=True):
-        better = (mine, theirs) if what == "waiting for the loader" else (theirs, mine)
         name = f"GPU training, {side_px} px, batch {batch_size}{way}: {what}"
-        table.append(Row(name, mine, theirs, unit, times_less(*better), "", note))
+        more = what != "waiting for the loader"
+        table.append(row(name, mine, theirs, unit, note=note, more_is_better=more))
     print(*table, sep="\n", file=sys.stderr, flush=True)  # to have what was measured before an end
     return table
 

@@ -1,15 +1,12 @@
-"""An epoch of training samples, from the image folder to targets: ``TrainingSet`` beside tifffile
-and a mask stack.
-
-Both sides give whole images (uint8 [3, H, W]), boxes (float32 [N, 4]) and labels (int64 [N]), one
-sample after the other in one process. The peer is the usual dataset of torchvision's detection
-tutorial: one boolean mask for each value of a class file.
+"""An epoch of training samples, from the image folder to targets: ``TrainingSet`` beside the usual
+dataset of torchvision's detection tutorial, tifffile and one boolean mask for each value of a class
+file. Samples are whole images and come one after the other in one process.
 """
 
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +16,14 @@ import torch
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
-from bench.measure import Pair, Row, alone, less, medians_in_turn, seconds, verdict
+from bench.measure import Pair, Row, medians_in_turn, row, side_by_side, verdict
 from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.data.cache import CellDataset
 from cellseg_helpers.data.hw3 import locate_data, open_dataset
 from cellseg_helpers.data.samples import SampleKey, TrainingSet
 
-Sample = tuple[Tensor, Tensor, Tensor]  # image, boxes, labels
+# image uint8 [3, H, W], boxes float32 [N, 4], labels int64 [N]
+Sample = tuple[Tensor, Tensor, Tensor]
 exhaust = partial(deque, maxlen=0)
 
 
@@ -36,9 +34,8 @@ def folder() -> Path:
 
 def cached_samples(dataset: CellDataset) -> Iterator[Sample]:
     """Every image once, whole and not augmented."""
-    whole = {"crop_size_px": 0, "class_balance": 0.0, "augmentation": "none", "seed": 0}
-    samples = TrainingSet(dataset, list(range(len(dataset))), **whole)
-    for index in range(len(dataset)):
+    samples = TrainingSet(dataset, range(len(dataset)), 0, 0.0, "none", seed=0)
+    for index in samples.indices:
         image, target = samples[SampleKey(epoch=0, position=index, image_index=index)]
         yield image, target["boxes"], target["labels"]
 
@@ -67,10 +64,12 @@ def tiff_samples() -> Iterator[Sample]:
         yield image, masks_to_boxes(torch.from_numpy(np.concatenate(masks))), torch.tensor(labels)
 
 
-def compare(ours: Iterable[Sample], peer: Iterable[Sample]) -> str:
-    """masks_to_boxes ends a box at its last pixel, the package one pixel further."""
+def compare(ours: deque, peer: deque) -> str:
+    """Of the same samples, read again: an epoch holds none of them. masks_to_boxes ends a box at
+    its last pixel, the package one pixel further.
+    """
     alike, images, cells = True, 0, 0
-    for (image, boxes, labels), theirs in zip(ours, peer, strict=True):
+    for (image, boxes, labels), theirs in zip(first_samples(), tiff_samples(), strict=True):
         tables = (labels, boxes), (theirs[2], theirs[1] + torch.tensor([0, 0, 1, 1]))
         table, peer_table = (sorted(torch.column_stack(each).tolist()) for each in tables)
         alike &= torch.equal(image, theirs[0]) and table == peer_table
@@ -80,26 +79,24 @@ def compare(ours: Iterable[Sample], peer: Iterable[Sample]) -> str:
 
 
 def first_epoch() -> Pair:
-    sides = (lambda: exhaust(first_samples()), lambda: exhaust(tiff_samples()))
-    return Pair(*sides, lambda ours, peer: "")
+    return Pair(lambda: exhaust(first_samples()), lambda: exhaust(tiff_samples()), compare)
 
 
 def rows() -> list[Row]:
+    ours, peer, same = side_by_side(first_epoch, repeats=3, repeat_peer=False)
     with tempfile.TemporaryDirectory() as cache:
         dataset = open_dataset(folder(), cache_dir=Path(cache))
-        peer_samples = []
-        peer = len(dataset) / seconds(lambda: peer_samples.extend(tiff_samples()))
-        same = compare(cached_samples(dataset), peer_samples)
-        calls = (first_epoch().ours, lambda: exhaust(cached_samples(dataset)))
-        first, warm = (len(dataset) / taken for taken in medians_in_turn(calls, repeats=3))
-    memory = [alone(side, first_epoch).megabytes for side in ("ours", "peer")]
+        [warm_s] = medians_in_turn([lambda: exhaust(cached_samples(dataset))], repeats=3)
+    count = len(dataset)
+    first, warm, slow = count / ours.seconds, count / warm_s, count / peer.seconds
     kind = "drawn" if folder().name == "drawn" else "real"
-    note = f"{len(dataset)} {kind} images, whole, not augmented, one process; "
+    note = f"{count} {kind} images, whole, not augmented, one process; "
     note += "peer: a boolean mask a cell, every epoch anew"
     decoding = f"goal 3x; with decoding into the cache; {note}"
     later = f"goal 20x; any later epoch; {note}"
+    memory = (ours.megabytes, peer.megabytes, "MB", same, f"peak that a first epoch adds; {note}")
     return [
-        Row("load: first epoch", first, peer, "images/s", first / peer, same, decoding),
-        Row("load: warm", warm, peer, "images/s", warm / peer, same, later),
-        less("load: memory", *memory, "MB", same, f"peak that a first epoch adds; {note}"),
+        row("load: first epoch", first, slow, "images/s", same, decoding, more_is_better=True),
+        row("load: warm", warm, slow, "images/s", same, later, more_is_better=True),
+        row("load: memory", *memory),
     ]

@@ -1,5 +1,5 @@
-"""The harness of all benchmarks: two ways to the same result, each in a fresh process, called in
-turn; their times, peak memory and results; the table, and the machine that it was measured on.
+"""The harness of all benchmarks: two ways to the same result, each in a process of its own, called
+in turn; their times, peak memory and results; the table and the machine that it was measured on.
 """
 
 import ctypes
@@ -8,37 +8,23 @@ import math
 import multiprocessing
 import os
 import pickle
-import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import psutil
+import torch
 
 from cellseg_helpers.runs import provenance, write_json
 
 NAN = math.nan
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-image", "pycocotools", "hotcoco")
-PACKAGES += ("tifffile", "imagecodecs")
-
-
-class Row(NamedTuple):
-    """A line of ``outputs/bench.csv``."""
-
-    benchmark: str
-    ours: float
-    peer: float
-    unit: str
-    ratio: float  # how many times better ours is
-    identical: str  # see ``verdict``
-    note: str
+Row = dict[str, Any]
 
 
 class Pair(NamedTuple):
@@ -51,23 +37,25 @@ class Pair(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Wall and CPU seconds of a call, and the megabytes that it adds at its peak."""
+    """Wall and CPU seconds of a call, the megabytes that it adds at its peak, and its result."""
 
     seconds: float = NAN
     cpu_seconds: float = NAN
     megabytes: float = NAN
+    result: bytes = b""  # pickled
 
 
-def times_less(ours: float, peer: float) -> float:
-    """NaN if ours is too small to be measured."""
-    return peer / ours if ours > 0 else NAN
-
-
-def less(
-    name: str, ours: float, peer: float, unit: str, identical: str = "", note: str = ""
+def row(
+    name: str, ours: float, peer: float, unit: str, identical="", note="", more_is_better=False
 ) -> Row:
-    """A row of something of which less is better, such as seconds."""
-    return Row(name, ours, peer, unit, times_less(ours, peer), identical, note)
+    """A line of the table. ``ratio``: how many times better ours is; NaN if that cannot be said.
+    ``identical`` is a ``verdict``.
+    """
+    better, worse = (peer, ours) if more_is_better else (ours, peer)
+    numbers = {"ours": ours, "peer": peer, "unit": unit, "ratio": NAN}
+    if better > 0:
+        numbers["ratio"] = worse / better
+    return {"benchmark": name, **numbers, "identical": identical, "note": note}
 
 
 def time_and_memory(
@@ -75,10 +63,10 @@ def time_and_memory(
 ) -> list[Row]:
     """Two rows of what ``side_by_side`` found."""
     ours, peer, identical = measured
-    time_note, peak_note = ("; ".join(filter(None, (g, note))) for g in (time_goal, peak_goal))
+    time_note, peak_note = (f"{goal}; {note}" if goal else note for goal in (time_goal, peak_goal))
     return [
-        less(f"{name}: time", ours.seconds, peer.seconds, "s", identical, time_note),
-        less(f"{name}: memory", ours.megabytes, peer.megabytes, "MB", identical, peak_note),
+        row(f"{name}: time", ours.seconds, peer.seconds, "s", identical, time_note),
+        row(f"{name}: memory", ours.megabytes, peer.megabytes, "MB", identical, peak_note),
     ]
 
 
@@ -99,26 +87,22 @@ def side_by_side(
 
     ``make`` is a module's function; with ``arguments`` it makes the pair, once in each process.
     """
-    made = (make, *arguments)
+    calls: dict[str, list[Call]] = {"ours": [], "peer": []}
     with fresh_process() as ours, fresh_process() as peer:
-        sides = {"ours": ours, "peer": peer}
-        wait([process.submit(_pair, *made) for process in sides.values()])
-        firsts, results = zip(
-            *(process.submit(_first_call, side, *made).result() for side, process in sides.items()),
-            strict=True,
-        )
-        identical = ours.submit(_compare, *results, *made).result()
-        calls = {"ours": [], "peer": []}
-        for _ in range(repeats):
-            for side in sides if repeat_peer else ["ours"]:
-                calls[side].append(sides[side].submit(_next_call, side, *made).result())
-    return *map(_median, firsts, calls.values()), identical
+        for number in range(repeats + 1):
+            for side, process in (("ours", ours), ("peer", peer)):
+                if number == 0 or side == "ours" or repeat_peer:
+                    future = process.submit(_call, side, number == 0, make, *arguments)
+                    calls[side].append(future.result())
+        results = [first.result for first, *_ in calls.values()]
+        identical = ours.submit(_compare, *results, make, *arguments).result()
+    return *map(_median, calls.values()), identical
 
 
 def alone(side: str, make: Callable[..., Pair], *arguments: Any) -> Call:
     """The first call of one side, ``ours`` or ``peer``, as in ``side_by_side``."""
     with fresh_process() as process:
-        return process.submit(_first_call, side, make, *arguments).result()[0]
+        return process.submit(_call, side, True, make, *arguments).result()
 
 
 def fresh_process() -> ProcessPoolExecutor:
@@ -132,42 +116,47 @@ def _pair(make: Callable[..., Pair], *arguments: Any) -> Pair:
     return make(*arguments)
 
 
-def _first_call(side: str, *made: Any) -> tuple[Call, bytes]:
-    pair, results = _pair(*made), []
+def _call(side: str, is_first: bool, make: Callable[..., Pair], *arguments: Any) -> Call:
+    """One call; the first one gives its memory and its result, too."""
+    pair, results = _pair(make, *arguments), []
     call = getattr(pair, side)
-    begun, cpu_begun = time.perf_counter(), time.process_time()
+    begun, cpu_begun = now(), time.process_time()
+    if not is_first:
+        call()
+        return Call(now() - begun, time.process_time() - cpu_begun)
     peak = peak_bytes(lambda: results.append(call()), pair.device)
-    taken = Call(time.perf_counter() - begun, time.process_time() - cpu_begun, peak / 1e6)
-    return taken, pickle.dumps(results[0])
+    taken = (now() - begun, time.process_time() - cpu_begun)
+    return Call(*taken, peak / 1e6, pickle.dumps(results[0]))
 
 
-def _next_call(side: str, *made: Any) -> Call:
-    call, cpu_begun = getattr(_pair(*made), side), time.process_time()
-    return Call(seconds(call), time.process_time() - cpu_begun, NAN)
+def _compare(ours: bytes, peer: bytes, make: Callable[..., Pair], *arguments: Any) -> str:
+    return _pair(make, *arguments).compare(pickle.loads(ours), pickle.loads(peer))
 
 
-def _compare(ours: bytes, peer: bytes, *made: Any) -> str:
-    return _pair(*made).compare(pickle.loads(ours), pickle.loads(peer))
+def _median(calls: list[Call]) -> Call:
+    """The medians of the calls behind the first, if there are any; the first one's memory."""
+    seconds = np.median([call[:2] for call in calls[1:] or calls], axis=0)
+    return Call(*seconds.tolist(), calls[0].megabytes)
 
 
-def _median(first: Call, further: Sequence[Call]) -> Call:
-    wall, cpu, _ = zip(*(further or [first]), strict=True)
-    return Call(statistics.median(wall), statistics.median(cpu), first.megabytes)
+def now() -> float:
+    """Seconds by the clock, once a GPU has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Wall time of a call; on a GPU until its work is done."""
-    begun = time.perf_counter()
+    """Wall time of a call."""
+    begun = now()
     call()
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return now() - begun
 
 
 def medians_in_turn(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     """Median seconds of each call; they are made in turn, ``repeats`` times over."""
     taken = [[seconds(call) for call in calls] for _ in range(repeats)]
-    return [statistics.median(of_call) for of_call in zip(*taken, strict=True)]
+    return np.median(taken, axis=0).tolist()
 
 
 def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
@@ -175,7 +164,6 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
     to the tensors on a GPU.
     """
     if device == "cuda":
-        torch = sys.modules["torch"]
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -190,41 +178,33 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
     return max(0, mark_kb * 1024 - before)
 
 
-def run(benchmark: str, sample: str = "") -> list[Row]:
+def run(benchmark: str) -> list[Row]:
     """The rows of a benchmark (a module of this folder with a function ``rows``), from a process of
     its own; after an error a row that names it.
     """
     try:
         with fresh_process() as process:
-            return process.submit(_rows, benchmark, sample).result()
+            return process.submit(_rows, benchmark).result()
     except Exception as error:  # the other benchmarks go on
-        note = f"failed: {type(error).__name__}: {error}"
-        return [less(benchmark, NAN, NAN, "", note=note)]
+        return [row(benchmark, NAN, NAN, "", note=f"failed: {type(error).__name__}: {error}")]
 
 
-def _rows(benchmark: str, sample: str) -> list[Row]:
-    os.environ["BENCH_SAMPLE"] = sample
+def _rows(benchmark: str) -> list[Row]:
     return importlib.import_module(f"bench.{benchmark}").rows()
 
 
 def save_table(table: pd.DataFrame, path: Path, seconds: dict[str, float]) -> None:
-    """A table as CSV, with four digits, and beside it, as JSON, the machine, the versions and the
-    seconds that it took.
+    """Print a table and write it as CSV, with four digits; beside it, as JSON, the code, the
+    machine, the versions and the seconds that it took.
     """
-    import torch
-
+    digits = "{:.4g}".format
+    print(table.to_string(index=False, float_format=digits, max_colwidth=60))
     path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, index=False, float_format="%.4g")
-    found = provenance()
+    table.to_csv(path, index=False, float_format=digits)
     machine = {
-        "code_version": found["code_version"],
-        "cpu": found["machine"]["processor"],
         "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpu": found["machine"]["gpu"] or "none",
-        "python": found["python"],
-        **{name: version(name) for name in PACKAGES},
         "date": date.today().isoformat(),
     }
-    write_json(path.with_suffix(".json"), machine | {"seconds": seconds})
+    write_json(path.with_suffix(".json"), provenance() | machine | {"seconds": seconds})

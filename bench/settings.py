@@ -8,86 +8,81 @@ that is compared is that of the second step: later ones let rounding grow, from 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from bench import training
-from bench.measure import medians_in_turn, save_table
-from bench.training import CELLS, DEVICE, SCENE, SEED
+from bench.measure import NAN, medians_in_turn, save_table
+from bench.training import DEVICE, SCENE
 from cellseg_helpers.config import ROOT, RunConfig, one_line
 from cellseg_helpers.data.hw3 import open_dataset
-from cellseg_helpers.data.samples import EpochSampler, TrainingSet
-from cellseg_helpers.engine import make_loader, make_optimizer, to_device
+from cellseg_helpers.data.samples import EpochSampler
+from cellseg_helpers.engine import make_loader, make_optimizer, make_samples, to_device
 from cellseg_helpers.model.build import build_model
 
 CONFIG = RunConfig(backbone="resnet50", crop_size_px=256, precision="32", learning_rate=1e-5)
 STEPS, ROUNDS = 4, 4
 THREADS = torch.get_num_threads()
+SETTINGS: dict[str, dict[str, Any]] = {  # the arguments of ``make_epoch``
+    "baseline": {},
+    "channels first": {"order": torch.contiguous_format},
+    "compiled backbone": {"compiled": True},
+    "optimizer not fused": {"fused": False},
+    **{f"{n} threads": {"threads": n} for n in (1, 2) if n != THREADS and DEVICE.type == "cpu"},
+    **{f"{n} workers": {"workers": n} for n in (1, 2)},
+    **{f"1 thread, {n} workers": {"threads": 1, "workers": n} for n in (1, 2)},
+    "bf16 autocast": {"bf16": True},
+}
+DENSE = {
+    "dense image": {"dense": True},
+    "dense image, channels first": {"dense": True, "order": torch.contiguous_format},
+}
+NOTES = {
+    "baseline": "channels last, 32 bit, fused optimizer, no worker, "
+    f"{THREADS} threads, {DEVICE.type}",
+    "compiled backbone": "torch.compile; its compilation is not in the time",
+    "1 thread, 1 workers": "of two cores one for the samples",
+    "1 thread, 2 workers": "of two cores one for the samples",
+    "dense image": f"{SCENE}, SGD; channels last",
+}
 
 
-class Setting(NamedTuple):
-    """One change to the baseline."""
+def make_epoch(
+    order=None, compiled=False, fused=True, bf16=False, threads=THREADS, workers=0, dense=False
+) -> Callable[[], float]:
+    """A function that trains for ``STEPS`` steps and gives the second one's loss.
 
-    name: str
-    note: str = ""
-    order: torch.memory_format | None = None  # of the images' channels; None: the package's own
-    compiled: bool = False
-    fused: bool = True
-    bf16: bool = False
-    threads: int = THREADS
-    workers: int = 0
-    dense: bool = False  # an image of 1024 px with 772 cells, nothing loaded
-
-
-BASELINE = f"channels last, 32 bit, fused optimizer, no worker, {THREADS} threads, {DEVICE.type}"
-SETTINGS = [
-    Setting("baseline", BASELINE),
-    Setting("channels first", order=torch.contiguous_format),
-    Setting("compiled backbone", "its compilation is not in the time", compiled=True),
-    Setting("optimizer not fused", fused=False),
-    *(Setting(f"{n} threads", threads=n) for n in (1, 2) if n != THREADS and DEVICE.type == "cpu"),
-    *(Setting(f"{n} workers", workers=n) for n in (1, 2)),
-    *(Setting(f"1 thread, {n} workers", threads=1, workers=n) for n in (1, 2)),
-    Setting("bf16 autocast", bf16=True),
-]
-DENSE = [
-    Setting("dense image", f"{SCENE}, SGD; channels last", dense=True),
-    Setting("dense image, channels first", dense=True, order=torch.contiguous_format),
-]
-
-
-def make_epoch(setting: Setting) -> Callable[[], float]:
-    """A function that trains for ``STEPS`` steps and gives the second one's loss."""
+    Args:
+        order: memory format of the images; None: the package's own.
+        dense: train on the scene of ``bench.training`` and load nothing.
+    """
     torch.manual_seed(0)
-    config = replace(CONFIG, num_workers=setting.workers)
-    model = training.our_model() if setting.dense else build_model(config).to(DEVICE).train()
-    if setting.order:
-        training.give_images(model, setting.order)
-    if setting.dense:
-        target = training.scene_target(CELLS) | {"seed": SEED}
-        take_step = training.stepper(model, training.scene_image(CELLS))
-        return lambda: [sum(take_step(target).values()) for _ in range(STEPS)][1]
+    config = replace(CONFIG, num_workers=workers)
+    model = training.our_model() if dense else build_model(config).to(DEVICE).train()
+    if order:
+        training.give_images(model, order)
+    if dense:
+        step = training.stepper(model, *training.scene())
+        return lambda: [sum(step().values()) for _ in range(STEPS)][1]
+    if compiled:
+        model.backbone.compile()
     dataset = open_dataset(config.data)
     indices = np.flatnonzero(dataset.sizes.min(1) >= config.crop_size_px).tolist()
-    drawing = (config.crop_size_px, config.class_balance, config.augmentation, config.seed)
-    samples = TrainingSet(dataset, indices, *drawing)
     sampler = EpochSampler(indices, STEPS * config.batch_size, config.seed)
-    loader = make_loader(samples, config, sampler)
-    unfused = replace(config, precision="16-mixed")  # with which the package fuses no optimizer
-    optimizer = make_optimizer(model, config if setting.fused else unfused)
-    if setting.compiled:
-        model.backbone.compile()
+    loader = make_loader(make_samples(dataset, indices, config), config, sampler)
+    # with 16-mixed the package fuses no optimizer
+    optimizer = make_optimizer(model, config if fused else replace(config, precision="16-mixed"))
 
     def epoch() -> float:
-        torch.set_num_threads(setting.threads)
+        torch.set_num_threads(threads)
         losses = []
         for batch in loader:
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=setting.bf16):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
                 loss = sum(model(*to_device(*batch, DEVICE)).values())
             optimizer.zero_grad()
             loss.backward()
@@ -98,25 +93,24 @@ def make_epoch(setting: Setting) -> Callable[[], float]:
     return epoch
 
 
-def compare(settings: Sequence[Setting], rounds: int) -> pd.DataFrame:
+def compare(settings: dict[str, dict[str, Any]], rounds: int) -> pd.DataFrame:
     """Times and losses of settings, beside the first one's."""
-    notes, losses, epochs = {}, {}, {}
-    for setting in settings:
-        notes[setting.name] = setting.note
+    epochs, table = {}, pd.DataFrame(index=pd.Index(settings, name="setting"))
+    table["loss"], table["note"] = NAN, pd.Series(NOTES)
+    for name, arguments in settings.items():
         try:
-            epoch = make_epoch(setting)
-            losses[setting.name] = epoch()
-            epochs[setting.name] = epoch
+            epoch = make_epoch(**arguments)
+            table.loc[name, "loss"] = epoch()
+            epochs[name] = epoch
         except Exception as error:
-            if not setting.compiled:
+            if "compiled" not in arguments:
                 raise
-            notes[setting.name] = f"not possible here: {one_line(error)}"
+            table.loc[name, "note"] = f"not possible here: {one_line(error)}"
     medians = medians_in_turn(list(epochs.values()), rounds)
-    milliseconds = 1000 / STEPS * pd.Series(medians, index=list(epochs))
-    columns = {"ms_per_step": milliseconds, "times_faster": milliseconds.iloc[0] / milliseconds}
-    columns["loss_difference"] = (pd.Series(losses) - losses[settings[0].name]).abs()
-    table = pd.DataFrame(columns, index=list(notes)).assign(note=pd.Series(notes))
-    return table.rename_axis("setting").reset_index()
+    table["ms_per_step"] = pd.Series(medians, index=list(epochs)) * 1000 / STEPS
+    table["times_faster"] = table["ms_per_step"].iloc[0] / table["ms_per_step"]
+    table["loss_difference"] = (table["loss"] - table["loss"].iloc[0]).abs()
+    return table[["ms_per_step", "times_faster", "loss_difference", "note"]].reset_index()
 
 
 def main() -> None:
@@ -124,7 +118,6 @@ def main() -> None:
     table = pd.concat([compare(SETTINGS, ROUNDS), compare(DENSE, 1)])
     seconds = {"total": round(time.monotonic() - begun)}
     save_table(table, ROOT / "outputs" / "bench_settings.csv", seconds)
-    print(table.to_string(index=False, float_format=lambda value: f"{value:.4g}"))
 
 
 if __name__ == "__main__":

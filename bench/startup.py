@@ -1,7 +1,5 @@
-"""How soon work begins: the package and the analysis notebooks' import cells, which need no torch,
-beside an import of torch.
-
-Every measurement is the wall time of a fresh process, from its start to its end.
+"""How soon work begins: the wall time of fresh processes that import the package or run an analysis
+notebook's import cell, which need no torch, beside an import of torch.
 """
 
 import subprocess
@@ -9,15 +7,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import nbformat
 
-from bench.measure import NAN, Row, less, medians_in_turn
+from bench.measure import NAN, Row, medians_in_turn, row
 from cellseg_helpers.config import ROOT
 
 NOTEBOOKS = ROOT / "notebooks"
-ANALYSES = ("03", "04", "05", "06", "08")
 PACKAGE, TORCH = "import cellseg_helpers", "import torch, torchvision"
 SAY_TORCH = """
 import sys
@@ -33,12 +29,11 @@ def run(code: str) -> str:
 
 def run_notebook(code: str, folder: str) -> str:
     """``run`` by papermill, of a notebook with this one cell."""
-    path, executed = Path(folder) / "one_cell.ipynb", Path(folder) / "executed.ipynb"
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    path, executed = f"{folder}/one_cell.ipynb", f"{folder}/executed.ipynb"
     cells = [nbformat.v4.new_code_cell(code + SAY_TORCH)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
-    command = [sys.executable, "-m", "papermill", "--cwd", str(NOTEBOOKS), str(path), str(executed)]
-    subprocess.run(command, capture_output=True, check=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    command = [sys.executable, "-m", "papermill", "-k", "python3", path, executed]
+    subprocess.run(command, cwd=NOTEBOOKS, capture_output=True, check=True)
     return nbformat.read(executed, as_version=4).cells[0].outputs[0].text.strip()
 
 
@@ -52,18 +47,18 @@ def in_turn(repeats: int, start: Callable[[str], str], *codes: str) -> tuple[lis
 def rows() -> list[Row]:
     (ours, peer), said = in_turn(3, run, PACKAGE, TORCH)
     note = "a Python process; peer: import torch, torchvision"
-    table = [less(f"startup: {PACKAGE}", ours, peer, "s", said, note)]
+    table = [row(f"startup: {PACKAGE}", ours, peer, "s", said, note)]
     with tempfile.TemporaryDirectory() as folder:
         start = partial(run_notebook, folder=folder)
         (peer,), _ = in_turn(1, start, TORCH)
         (ours, empty), said = in_turn(3, start, PACKAGE, "")
     note = f"goal: at most 0.3 s on top of papermill with an empty notebook, {empty:.2f} s, "
     note += f"found {ours - empty:.2f} s; peer: import torch, torchvision"
-    table.append(less(f"startup: papermill, {PACKAGE}", ours, peer, "s", said, note))
+    table.append(row(f"startup: papermill, {PACKAGE}", ours, peer, "s", said, note))
     note = "goal: starts without torch; one process"
-    for path in sorted(path for start in ANALYSES for path in NOTEBOOKS.glob(f"{start}*.ipynb")):
+    for path in sorted(NOTEBOOKS.glob("0[34568]_*.ipynb")):  # the analyses
         cells = nbformat.read(path, as_version=4).cells
         imports = next(cell.source for cell in cells if cell.cell_type == "code")
         (ours,), said = in_turn(1, run, imports)
-        table.append(less(f"startup: import cell of {path.stem}", ours, NAN, "s", said, note))
+        table.append(row(f"startup: import cell of {path.stem}", ours, NAN, "s", said, note))
     return table

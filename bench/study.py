@@ -2,10 +2,9 @@
 outside the network's forward and backward.
 
 The job is the study's own (``cellseg_helpers.jobs`` on ``02_train``, with one thread), from the
-start of its process to its end; in ``make bench`` one, alone on the machine. Its notebook is a copy
-with a cell in front, ``install()``, and one behind, ``save()``: they time the package's calls from
-outside. The network is the model's whole forward (with proposals, matching and NMS), in training
-and in prediction, and the backward.
+start of its process to its end; in ``make bench`` one, alone on the machine. A first cell of its
+notebook's copy, ``install()``, times the package's calls from outside, and a last one saves them.
+The network is the model's whole forward, in training and in prediction, and the backward.
 
     python -m bench.study        all training jobs of the quick study, one a core, into
                                  outputs/bench_study.csv
@@ -26,7 +25,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 
-from bench.measure import NAN, Row, save_table, seconds
+from bench.measure import NAN, Row, now, row, save_table
 from cellseg_helpers.config import ROOT
 from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.runs import RUNS, TABLES
@@ -34,10 +33,6 @@ from study.runs import parameter_files, run_keys, settings
 
 SCALE, DATA, SEED = "quick", "drawn", 0
 KEY = "c/final"  # the job that `make bench` runs
-LIBRARIES = ("OMP", "MKL", "OPENBLAS", "NUMEXPR")
-ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in LIBRARIES}  # as Snakemake without a GPU
-
-
 PARTS: dict[str, float] = defaultdict(float)  # wall seconds of each, without parts that it calls
 _inner = [0.0]  # of each call in progress: seconds of the parts that it called
 
@@ -47,15 +42,14 @@ def time_part(owner: Any, name: str, part: str) -> None:
     call = getattr(owner, name)
 
     def timed(*arguments: Any, **named: Any) -> Any:
-        results: list[Any] = []
         _inner.append(0.0)
+        begun = now()
         try:
-            taken = seconds(lambda: results.append(call(*arguments, **named)))
+            return call(*arguments, **named)
         finally:
-            inner = _inner.pop()
-        PARTS[part] += taken - inner
-        _inner[-1] += taken
-        return results[0]
+            taken = now() - begun
+            PARTS[part] += taken - _inner.pop()
+            _inner[-1] += taken
 
     setattr(owner, name, timed)
 
@@ -69,7 +63,6 @@ def install() -> None:
     from cellseg_helpers import engine, plots
     from cellseg_helpers.model import build
 
-    saving = "start_run save_checkpoint save_weights write_json write_text"
     figures = "training_curves loss_parts truth_beside_predictions"
     for owner, names, part in (
         (build.LabelMapMaskRCNN, "forward", "forward"),
@@ -82,17 +75,12 @@ def install() -> None:
         (build, "build_model", "building"),
         (engine, "predict_images", "pasting, tiles and RLE"),
         (engine, "evaluate", "evaluation"),
-        (engine, saving, "saving"),
+        (engine, "start_run save_checkpoint save_weights write_json write_text", "saving"),
         (plots, figures, "figures, without their drawing"),
     ):
         for name in names.split():
             time_part(owner, name, part)
     PARTS["installed"] = time.time()
-
-
-def save(path: str) -> None:
-    """The notebook's last cell."""
-    Path(path).write_text(json.dumps(PARTS))
 
 
 def measure(key: str) -> dict[str, float]:
@@ -102,19 +90,21 @@ def measure(key: str) -> dict[str, float]:
         files = ("02_train.ipynb", "log.ipynb", "out.ipynb", "parts.json")
         *notebooks, parts_file = (f"{folder}/{file}" for file in files)
         notebook = nbformat.read(ROOT / "notebooks" / "02_train.ipynb", as_version=4)
-        for place, call in ((0, "install()"), (len(notebook.cells) + 1, f"save({parts_file!r})")):
-            code = f"import bench.study\n\nbench.study.{call}"
-            notebook.cells.insert(place, nbformat.v4.new_code_cell(code))
+        install = "from bench import study as bench_study\n\nbench_study.install()"
+        save = f"import json\n\njson.dump(bench_study.PARTS, open({parts_file!r}, 'w'))"
+        first, last = map(nbformat.v4.new_code_cell, (install, save))
+        notebook.cells = [first, *notebook.cells, last]
         nbformat.write(notebook, notebooks[0])
         command = [sys.executable, "-m", "cellseg_helpers.jobs", *notebooks, "--gpu"]
-        command += ["-f", *map(str, parameter_files(key, SCALE)), "-r", "data", DATA]
-        command += ["-r", "run_name", name]
+        command += ["-f", *map(str, parameter_files(key, SCALE))]
+        command += f"-r data {DATA} -r run_name {name}".split()
         command += f"-p seed {SEED} -p keep_checkpoint false".split()
         ours = {"PYTHONPATH": str(ROOT), "STUDY_PROCESS": str(os.getpid())}
-        environment = os.environ | ONE_THREAD | ours
+        for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR"):
+            ours[f"{library}_NUM_THREADS"] = "1"  # as Snakemake without a GPU
+        begun = time.time()
         try:
-            begun = time.time()
-            subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=sys.stderr)
+            subprocess.run(command, cwd=ROOT, env=os.environ | ours, check=True, stdout=sys.stderr)
             total = time.time() - begun
         finally:
             shutil.rmtree(ROOT / RUNS / name, ignore_errors=True)
@@ -139,8 +129,7 @@ def rows() -> list[Row]:
     note = f"goal < 25 %; one run of {KEY}, {config.epochs} x {config.steps_per_epoch} steps, one "
     note += f"thread, {total:.0f} s from the job's start to its end; of it, in %: {listed}; what "
     note += "remains is imports and the memory-bound optimizer; tried: see bench/README.md"
-    name = "study: share of a training job outside the network"
-    return [Row(name, outside, NAN, "%", NAN, "", note)]
+    return [row("study: share of a training job outside the network", outside, NAN, "%", note=note)]
 
 
 def main() -> None:
@@ -153,7 +142,6 @@ def main() -> None:
     table.insert(0, "outside_percent", share_outside(table))
     total = {"total": round(time.monotonic() - begun)}
     save_table(table.reset_index(), ROOT / "outputs" / "bench_study.csv", total)
-    print(table.round(1).to_string())
 
 
 if __name__ == "__main__":

@@ -7,22 +7,21 @@ mask for each cell.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image
 
-from bench.measure import Call, Pair, Row, alone, less, side_by_side, time_and_memory, verdict
-from bench.scenes import MASK_SIDE, dense_image, dense_label_maps, dense_target, with_dense_masks
+from bench.measure import Call, Pair, Row, row, side_by_side, time_and_memory, verdict
+from bench.scenes import MASK_SIDE, dense_scene, with_dense_masks
 from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import RunConfig
+from cellseg_helpers.data.samples import make_target
+from cellseg_helpers.engine import to_device
 from cellseg_helpers.model.build import build_model
 from cellseg_helpers.model.heads import SeededSampler, mask_targets
 from cellseg_helpers.model.roi_align import GatherRoIAlign
@@ -31,12 +30,12 @@ from study.runs import settings as study_settings
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIDE_PX, CELLS, FEW_CELLS, POSITIVES = 1024, 772, 5, 512
 SIZE = (SIDE_PX, SIDE_PX)
-STRIDES = (4, 8, 16, 32, 64)
+SIDES = [SIDE_PX // stride for stride in (4, 8, 16, 32, 64)]  # of the pyramid's levels
 CHUNK = 2**14  # anchors
 TOLERANCE = 1e-4
-AS_TORCHVISION = {
+AS_TORCHVISION = {  # settings of ours
     "rpn_pre_nms_top_n_train": 2000, "rpn_post_nms_top_n_train": 2000,
-    "box_batch_size_per_image": 512, "mask_batch_size_per_image": 0,
+    "box_batch_size_per_image": 512, "mask_batch_size_per_image": 0, "backbone": "resnet50",
 }  # fmt: skip
 SCENE = f"{CELLS} drawn cells, {SIDE_PX} px"
 MASKS_MB = CELLS * SIDE_PX**2 / 1e6  # of the peer's dense masks, uint8
@@ -45,14 +44,10 @@ SEED = 7
 DEFAULTS = RunConfig()
 
 
-def scene_image(cells: int) -> Tensor:
-    """Float32 [3, H, W], 0..1."""
-    return torch.from_numpy(dense_image(dense_label_maps(SIDE_PX, cells))).to(DEVICE) / 255
-
-
-def scene_target(cells: int) -> dict[str, Tensor]:
-    target = dense_target(dense_label_maps(SIDE_PX, cells))
-    return {name: tensor.to(DEVICE) for name, tensor in target.items()}
+def scene(cells: int = CELLS) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """A batch of one image, as ours takes it: images (float32 [3, H, W], 0..1) and targets."""
+    image, label_maps = dense_scene(SIDE_PX, cells)
+    return to_device([image], [make_target(label_maps) | {"seed": SEED}], DEVICE)
 
 
 def boxes_near_cells(target: dict[str, Tensor], count: int, spread_px: float = 3) -> list[Tensor]:
@@ -74,7 +69,7 @@ def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> str:
 
 def targets_of_boxes() -> Pair:
     """Mask targets of boxes near cells; the peer's dense masks are made before the call."""
-    target = scene_target(CELLS)
+    _, [target] = scene()
     masks = with_dense_masks(target)["masks"]
     match, boxes = boxes_near_cells(target, POSITIVES)
     cells = (target["labels"][match], target["ids"][match], boxes)
@@ -90,33 +85,30 @@ def roi_align() -> Pair:
     """RoIAlign of boxes near cells on the CPU, as for the box head: the pooled values and each
     level's gradient.
     """
-    _, boxes = boxes_near_cells(scene_target(CELLS), POSITIVES)
+    _, [target] = scene()
+    boxes = boxes_near_cells(target, POSITIVES)[1].cpu()
     rng = torch.Generator().manual_seed(0)
-    sides = [SIDE_PX // stride for stride in STRIDES[:4]]
-    levels = {str(side): torch.randn(1, 256, side, side, generator=rng) for side in sides}
+    levels = {str(side): torch.randn(1, 256, side, side, generator=rng) for side in SIDES[:4]}
     upstream = torch.randn(POSITIVES, 256, 7, 7, generator=rng)
 
     def pool_by(kind: type[MultiScaleRoIAlign]) -> list[Tensor]:
         features = {name: level.clone().requires_grad_() for name, level in levels.items()}
-        pooled = kind(list(levels), 7, 2)(features, [boxes.cpu()], [SIZE])
+        pooled = kind(list(levels), 7, 2)(features, [boxes], [SIZE])
         pooled.backward(upstream)
         return [pooled.detach(), *(level.grad for level in features.values())]
 
-    kinds = GatherRoIAlign, MultiScaleRoIAlign
-    return Pair(*(partial(pool_by, kind) for kind in kinds), largest_difference)
+    sides = (partial(pool_by, kind) for kind in (GatherRoIAlign, MultiScaleRoIAlign))
+    return Pair(*sides, largest_difference)
 
 
-def anchor_matches(
-    anchors: RunConfig = DEFAULTS, iou: Callable[[Tensor, Tensor], Tensor] = box_iou
-) -> Pair:
+def anchor_matches(config: RunConfig = DEFAULTS, iou: Callable = box_iou) -> Pair:
     """Labels and cells of all anchors; ``iou`` gives the peer its matrix, [cells, anchors]."""
-    shapes = {name: getattr(anchors, name) for name in ("anchor_sizes", "anchor_ratios")}
+    shapes = {"anchor_sizes": config.anchor_sizes, "anchor_ratios": config.anchor_ratios}
     rpn = build_model(RunConfig(**shapes)).rpn
     rpn.box_similarity = iou
-    sides = [SIDE_PX // stride for stride in STRIDES]
-    features = [torch.zeros(1, 1, side, side, device=DEVICE) for side in sides]
+    features = [torch.zeros(1, 1, side, side, device=DEVICE) for side in SIDES]
     placed = rpn.anchor_generator(ImageList(torch.zeros(1, 3, *SIZE), [SIZE]), features)
-    targets = [scene_target(CELLS)]
+    _, targets = scene()
 
     def compare(ours: tuple, theirs: tuple) -> str:
         (labels,), (boxes,), (their_labels,), (their_boxes,) = *ours, *theirs
@@ -133,7 +125,7 @@ def anchor_matches(
 
 def iou_in_chunks(boxes: Tensor, anchors: Tensor) -> Tensor:
     """``box_iou(boxes, anchors)`` [M, N], without the temporaries that are 8 times as large."""
-    iou = torch.empty(len(boxes), len(anchors), device=boxes.device)
+    iou = boxes.new_empty(len(boxes), len(anchors))
     for columns, chunk in zip(iou.split(CHUNK, 1), anchors.split(CHUNK), strict=True):
         columns.copy_(box_iou(boxes, chunk))
     return iou
@@ -142,25 +134,21 @@ def iou_in_chunks(boxes: Tensor, anchors: Tensor) -> Tensor:
 def our_model() -> nn.Module:
     """A Mask R-CNN of the package, ResNet-50, that samples as torchvision's does."""
     torch.manual_seed(0)
-    return build_model(RunConfig(backbone="resnet50", **AS_TORCHVISION)).to(DEVICE).train()
+    return build_model(RunConfig(**AS_TORCHVISION)).to(DEVICE).train()
 
 
 def give_images(model: nn.Module, memory_format: torch.memory_format) -> None:
-    """Have a package's model take its images in this order of memory, whatever their size."""
-
-    def batch_images(*args: Any, **named: Any) -> Tensor:
-        batch = GeneralizedRCNNTransform.batch_images(model.transform, *args, **named)
-        return batch.contiguous(memory_format=memory_format)
-
-    model.transform.batch_images = batch_images
+    """Have the model's backbone take its images in this order of memory, whatever their size."""
+    model.backbone.register_forward_pre_hook(
+        lambda backbone, inputs: inputs[0].contiguous(memory_format=memory_format)
+    )
 
 
 def torchvision_model() -> nn.Module:
     """torchvision's own, of the same weights and anchors, without its resizing."""
-    sizes = tuple((size,) for size in DEFAULTS.anchor_sizes)
+    anchors = build_model(DEFAULTS).rpn.anchor_generator
     torch.manual_seed(0)
     settings = {"weights": None, "weights_backbone": None, "num_classes": len(CLASS_NAMES) + 1}
-    anchors = AnchorGenerator(sizes, (DEFAULTS.anchor_ratios,) * len(sizes))
     model = maskrcnn_resnet50_fpn(rpn_anchor_generator=anchors, _skip_resize=True, **settings)
     return model.to(DEVICE).train()
 
@@ -173,96 +161,85 @@ def step(cells: int) -> Pair:
     whose 11 bits would move the losses.
     """
     torch.backends.cudnn.allow_tf32 = False
-    image, target = scene_image(cells), scene_target(cells)
+    images, targets = scene(cells)
     ours, theirs = our_model(), torchvision_model()
     count = AS_TORCHVISION["rpn_post_nms_top_n_train"]
-    _, proposals = boxes_near_cells(target, count, spread_px=10)
+    _, proposals = boxes_near_cells(targets[0], count, spread_px=10)
     for model in (ours, theirs):
         model.rpn.register_forward_hook(lambda module, inputs, output: ([proposals], output[1]))
     for part in (theirs.rpn, theirs.roi_heads):
         old = part.fg_bg_sampler
         part.fg_bg_sampler = SeededSampler(old.batch_size_per_image, old.positive_fraction)
         part.fg_bg_sampler.seeds = [SEED]
-    steps = (
-        partial(stepper(ours, image), target | {"seed": SEED}),
-        partial(stepper(theirs, image), with_dense_masks(target)),
-    )
 
     def compare(ours: dict[str, float], theirs: dict[str, float]) -> str:
         difference = max(abs(ours[name] - loss) / loss for name, loss in theirs.items())
         found = f"{len(theirs)} losses, largest relative difference {difference:.0e}"
         return verdict(difference < TOLERANCE, found)
 
+    steps = stepper(ours, images, targets), stepper(theirs, images, [with_dense_masks(targets[0])])
     return Pair(*steps, compare, DEVICE.type)
 
 
-def stepper(model: nn.Module, image: Tensor) -> Callable[[dict[str, Tensor]], dict[str, float]]:
+def stepper(model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]):
+    """A function that takes a step of SGD and gives the losses by name."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
-    def take(target: dict[str, Tensor]) -> dict[str, float]:
-        losses = model([image], [target])
+    def take_step() -> dict[str, float]:
+        losses = model(images, targets)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
         return {name: loss.item() for name, loss in losses.items()}
 
-    return take
+    return take_step
 
 
 def rows() -> list[Row]:
     repeats, steps = (5, 5) if DEVICE.type == "cuda" else (3, 2)
-    boxes = f"{POSITIVES} boxes, {SCENE}; project_masks_on_boxes, without making its masks "
-    boxes += f"({MASKS_MB:.0f} MB)"
-    pooled = f"CPU, {POSITIVES} boxes, 256 channels, pyramid of {SIDE_PX} px, 7 x 7 bins; "
-    pooled += "torchvision's MultiScaleRoIAlign"
-    targets = side_by_side(targets_of_boxes, repeats=repeats)
-    aligned = side_by_side(roi_align, repeats=repeats)
-    return [
-        *time_and_memory("mask targets", targets, boxes, "goal: not slower", "goal 20x"),
-        *rows_of_matching(repeats),
-        *time_and_memory("RoIAlign, forward and backward", aligned, pooled),
-        *rows_of_steps(steps),
-    ]
+    note = f"{POSITIVES} boxes, {SCENE}; project_masks_on_boxes, without making its masks "
+    note += f"({MASKS_MB:.0f} MB)"
+    measured = side_by_side(targets_of_boxes, repeats=repeats)
+    table = time_and_memory("mask targets", measured, note, "goal: not slower", "goal 20x")
 
-
-def rows_of_matching(repeats: int) -> list[Row]:
-    report_a = study_settings("a/resnet101", "full", "drawn", 0)
+    note = f"three ratios, {SCENE}; torchvision's assign_targets_to_anchors; one after a warm-up"
     three = side_by_side(anchor_matches, repeats=1)
+    table += time_and_memory("matching, three ratios", three, note)
+    report_a = study_settings("a/resnet101", "full", "drawn", 0)
     call = {"repeats": repeats, "repeat_peer": False}
     eight, oracle, identical = side_by_side(anchor_matches, report_a, iou_in_chunks, **call)
-    anchors = len(report_a.anchor_ratios) * sum((SIDE_PX // stride) ** 2 for stride in STRIDES)
-    note = f"three ratios, {SCENE}; torchvision's assign_targets_to_anchors; one after a warm-up"
-    eight_note = (
-        f"eight ratios, report A's anchors, {SCENE}; torchvision's own is too large to measure "
-        f"({4e-9 * CELLS * anchors:.1f} GB of IoUs, on the way to them 8 times that); same matches "
-        f"as its Matcher's on the matrix filled chunk by chunk ({oracle.seconds:.1f} s, "
-        f"{oracle.megabytes:.0f} MB)"
-    )
+    anchors = len(report_a.anchor_ratios) * sum(side**2 for side in SIDES)
+    note = f"eight ratios, report A's anchors, {SCENE}; torchvision's own is too large to measure "
+    note += f"({4e-9 * CELLS * anchors:.1f} GB of IoUs, on the way to them 8 times that); same "
+    note += "matches as its Matcher's on the matrix filled chunk by chunk "
+    note += f"({oracle.seconds:.1f} s, {oracle.megabytes:.0f} MB)"
     bounded = "goal: same matches, memory bounded by a chunk; "
     bounded += f"{three[0].megabytes:.0f} MB at three ratios"
-    alone_eight = (eight, Call(), identical)
-    return [
-        *time_and_memory("matching, three ratios", three, note),
-        *time_and_memory("matching, eight ratios", alone_eight, eight_note, "", bounded),
-    ]
+    without_peer = (eight, Call(), identical)
+    table += time_and_memory("matching, eight ratios", without_peer, note, peak_goal=bounded)
+
+    note = f"CPU, {POSITIVES} boxes, 256 channels, pyramid of {SIDE_PX} px, 7 x 7 bins; "
+    note += "torchvision's MultiScaleRoIAlign"
+    measured = side_by_side(roi_align, repeats=repeats)
+    table += time_and_memory("RoIAlign, forward and backward", measured, note)
+    return table + rows_of_steps(steps)
 
 
 def rows_of_steps(steps: int) -> list[Row]:
-    *measured, identical = side_by_side(step, CELLS, repeats=steps)
-    few = [alone(side, step, FEW_CELLS).megabytes for side in ("ours", "peer")]
-    ours, peer = measured
-    ours_mb, peer_mb = ours.megabytes - few[0], peer.megabytes - few[1]
+    ours, peer, identical = side_by_side(step, CELLS, repeats=steps)
+    our_few, peer_few, _ = side_by_side(step, FEW_CELLS, repeats=0)
+    ours_mb, peer_mb = ours.megabytes - our_few.megabytes, peer.megabytes - peer_few.megabytes
     note = f"goal 2.5x; ResNet-50, {SCENE}, SGD; {steps} timed after a warm-up; "
     note += "maskrcnn_resnet50_fpn without its resizing, channels first as it comes, ours last"
     note += ", both without TF32" if DEVICE.type == "cuda" else ""
     memory_note = (
         f"goal 3x; peak of a step with {CELLS} cells above that with {FEW_CELLS}, without the "
-        f"peer's dense masks ({MASKS_MB:.0f} MB): ours {ours.megabytes:.0f} - {few[0]:.0f} MB, "
-        f"peer {peer.megabytes:.0f} - {few[1]:.0f} MB; "
+        f"peer's dense masks ({MASKS_MB:.0f} MB): ours {ours.megabytes:.0f} - "
+        f"{our_few.megabytes:.0f} MB, peer {peer.megabytes:.0f} - {peer_few.megabytes:.0f} MB; "
         f"in the ratio, less than {LEAST_DIFFERENCE_MB} MB counts as {LEAST_DIFFERENCE_MB}"
     )
     memory = (max(ours_mb, LEAST_DIFFERENCE_MB), peer_mb, "MB", identical, memory_note)
     return [
-        less("training step: time", ours.seconds, peer.seconds, "s", identical, note),
-        less("training step: memory", *memory)._replace(ours=ours_mb),
+        row("training step: time", ours.seconds, peer.seconds, "s", identical, note),
+        row("training step: memory", *memory) | {"ours": ours_mb},
     ]

@@ -19,11 +19,11 @@ from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from bench import __main__ as bench_main
 from bench import gpu, loading, measure
 from bench.prediction import masks_to_rles
-from bench.scenes import dense_image, dense_label_maps, dense_target, with_dense_masks
+from bench.scenes import dense_scene, with_dense_masks
 from bench.training import torchvision_model
 from cellseg_helpers.config import ROOT
 from cellseg_helpers.data.labels import find_boxes
-from cellseg_helpers.data.samples import SampleKey, TrainingSet, collate
+from cellseg_helpers.data.samples import SampleKey, TrainingSet, collate, make_target
 
 BYTES = 50_000_000
 
@@ -105,14 +105,17 @@ def differing() -> measure.Pair:
 
 
 def test_benchmark_that_fails_leaves_a_row_that_says_so() -> None:
-    (row,) = bench_main.run("no_such_benchmark", "")
-    assert row.note.startswith("failed: ModuleNotFoundError") and "no_such_benchmark" in row.note
-    assert math.isnan(row.ours) and not row.identical
+    (row,) = bench_main.run("no_such_benchmark")
+    assert row["note"].startswith("failed: ModuleNotFoundError")
+    assert "no_such_benchmark" in row["note"]
+    assert math.isnan(row["ours"]) and not row["identical"]
 
 
 def test_ratio_to_nothing_measured_is_nan() -> None:
-    assert measure.times_less(2.0, 6.0) == 3.0
-    assert math.isnan(measure.times_less(0.0, 6.0)) and math.isnan(measure.times_less(-1.0, 6.0))
+    assert measure.row("time", 2.0, 6.0, "s")["ratio"] == 3.0
+    assert measure.row("speed", 6.0, 2.0, "images/s", more_is_better=True)["ratio"] == 3.0
+    for ours in (0.0, -1.0):
+        assert math.isnan(measure.row("time", ours, 6.0, "s")["ratio"])
 
 
 def test_other_results_are_called_so() -> None:
@@ -183,11 +186,11 @@ def test_reference_loop_finds_the_masks_of_over_256_cells_in_bfloat16(monkeypatc
         return project_masks_on_boxes(masks, boxes, match, size)
 
     monkeypatch.setattr("torchvision.models.detection.roi_heads.project_masks_on_boxes", project)
-    target = with_dense_masks(dense_target(dense_label_maps(256, 300)))
+    image, label_maps = dense_scene(256, 300)
+    target = with_dense_masks(make_target(label_maps))
     model = torchvision_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    image = torch.from_numpy(dense_image(dense_label_maps(256, 300)))
     gpu.train_reference(model, optimizer, schedule, [([image], [target])], mixed=True)
     assert seen and all(dtype == torch.float32 for dtype, _ in seen) and seen[0][1] > 256
 
@@ -202,12 +205,10 @@ def test_training_in_a_process_of_its_own_says_why_it_failed(monkeypatch) -> Non
 def test_rows_of_a_gpu_say_what_failed(capsys) -> None:
     failed = gpu.Measured(failure="peer failed: OutOfMemoryError: CUDA out of memory")
     table = gpu.rows_of(512, 2, "", gpu.Measured(8.0, 0.0, 0.0), failed)
-    assert [row.ours for row in table] == [8.0, 0.0, 0.0] and all(
-        math.isnan(row.ratio) for row in table
-    )
-    assert all(
-        row.note.endswith("peer failed: OutOfMemoryError: CUDA out of memory") for row in table
-    )
+    assert [row["ours"] for row in table] == [8.0, 0.0, 0.0]
+    for row in table:
+        assert math.isnan(row["ratio"])
+        assert row["note"].endswith("peer failed: OutOfMemoryError: CUDA out of memory")
     assert "8.0" in capsys.readouterr().err
 
 
@@ -218,10 +219,10 @@ def test_rows_of_a_gpu_say_what_failed(capsys) -> None:
 def test_bench_writes_its_table_and_fails_where_results_differ(
     identical, note, code, tmp_path, monkeypatch, capsys
 ) -> None:
-    row = measure.Row("a thing", 1.0, 20.0, "s", 20.0, identical, note)
-    monkeypatch.setattr(bench_main, "run", lambda name, sample: [row])
+    row = measure.row("a thing", 1.0, 20.0, "s", identical, note)
+    monkeypatch.setattr(bench_main, "run", lambda name: [row])
     monkeypatch.setattr(sys, "argv", ["bench", "prediction", "--out", str(tmp_path / "bench.csv")])
     assert bench_main.main() == code
     (written,) = pd.read_csv(tmp_path / "bench.csv", keep_default_na=False).to_dict("records")
-    assert written == row._asdict()
+    assert written == row
     assert "a thing" in capsys.readouterr().out and (tmp_path / "bench.json").exists()
