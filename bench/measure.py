@@ -1,5 +1,5 @@
 """The harness of all benchmarks: two ways to the same result, each in a process of its own, called
-in turn; their times, peak memory and results; the table and the machine that it was measured on.
+in turn; their times, peak memory and results; the table, and the machine that it was measured on.
 """
 
 import ctypes
@@ -71,7 +71,7 @@ def time_and_memory(
 
 
 def verdict(same: bool, found: str) -> str:
-    """What a comparison found; with OTHER in front if the results differ: ``make bench`` fails."""
+    """What a comparison found; OTHER in front, where results differ, has ``make bench`` fail."""
     return found if same else f"OTHER: {found}"
 
 
