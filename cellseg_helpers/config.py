@@ -152,6 +152,7 @@ class RunConfig:
     # Prediction and scores
     tile_size_px: Count = 0  # side of the tiles that an image is predicted in; 0 = the whole image
     tile_overlap_px: Count = 64  # of neighbouring tiles; best a little more than a large cell
+    test_time_augmentation: bool = False  # joins three scales, each also mirrored: 7 x the time
     mask_threshold: Threshold = 0.5  # probability from which a pixel belongs to a cell
     score_threshold: Share = 0.5  # for precision, recall, F1 and figures, not for AP
     iou_threshold: Threshold = 0.5  # mask IoU of a match, for precision, recall and F1
@@ -243,7 +244,7 @@ class RunConfig:
         """The same settings with a ``run_name``: if it is empty, one made from the settings.
 
         >>> RunConfig(backbone="resnet34").named().run_name
-        'quick-resnet34-a73454e5'
+        'quick-resnet34-9574ccae'
         """
         if self.run_name:
             return self

@@ -42,6 +42,7 @@ from cellseg_helpers.inference import predict
 from cellseg_helpers.metrics import evaluate
 from cellseg_helpers.model import anchors
 from cellseg_helpers.model.build import build_model, count_parameters
+from cellseg_helpers.model.views import with_views
 from cellseg_helpers.runs import (
     resume,
     save_checkpoint,
@@ -413,9 +414,10 @@ def predict_images(
     ``to_coco`` does. Each process predicts its share of the images.
     """
     tiling = (config.tile_size_px, config.tile_overlap_px, config.mask_threshold)
+    viewer = with_views(model.module, config)
     with fabric.autocast():
         cells = Cells.concatenate(
-            predict(model.module, dataset[indices[number]].image, *tiling, number + 1)
+            predict(viewer, dataset[indices[number]].image, *tiling, number + 1)
             for number in range(fabric.global_rank, len(indices), fabric.world_size)
         )
     if fabric.world_size > 1:

@@ -18,6 +18,7 @@ from cellseg_helpers.config import RunConfig, resolve_path
 from cellseg_helpers.devices import accelerator_of, explaining_errors, make_fabric
 from cellseg_helpers.model.backbones import read_weights
 from cellseg_helpers.model.build import count_parameters, rebuild_model
+from cellseg_helpers.model.views import with_views
 from cellseg_helpers.runs import RunError, read_json
 
 SAME_CELL_IOU = 0.5  # of two masks, in the region that both tiles see
@@ -101,6 +102,7 @@ def predict_run(
     fabric = make_fabric(config)
     try:
         model = rebuild_model(config, read_weights(path)).to(fabric.device)
+        model = with_views(model, config)
     except ValueError as error:
         raise RunError(f"run_dir {run_dir} cannot predict: {error}") from None
     tiling = (config.tile_size_px, config.tile_overlap_px, config.mask_threshold)

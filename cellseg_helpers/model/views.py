@@ -1,14 +1,21 @@
 """Test-time augmentation: a Mask R-CNN that sees each image flipped and scaled."""
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import batched_nms, box_iou
 
+from cellseg_helpers.config import RunConfig
 from cellseg_helpers.model.build import LabelMapMaskRCNN
 
-SCALES = (0.8, 1.0, 1.25)
+
+def with_views(model: LabelMapMaskRCNN, config: RunConfig) -> nn.Module:
+    """What predicts for a run: ``AugmentedViews`` if it has ``test_time_augmentation``."""
+    return AugmentedViews(model) if config.test_time_augmentation else model
 
 
 class AugmentedViews(nn.Module):
@@ -22,15 +29,21 @@ class AugmentedViews(nn.Module):
     detectron2's ``GeneralizedRCNNWithTTA``.
     """
 
-    def __init__(self, model: LabelMapMaskRCNN):
+    def __init__(
+        self,
+        model: LabelMapMaskRCNN,
+        scales: Sequence[float] = (0.8, 1.0, 1.25),
+        flips: Sequence[bool] = (False, True),
+    ):
         super().__init__()
         self.model, self.mask_geometry = model, model.mask_geometry
+        self.views = list(itertools.product(scales, flips))
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         return [self._detect(image) for image in images]
 
     def _detect(self, image: Tensor) -> dict[str, Tensor]:
-        views = [View(self.model, image, scale, flip) for scale in SCALES for flip in (False, True)]
+        views = [View(self.model, image, *view) for view in self.views]
         found = [view.detect() for view in views]
         boxes, labels, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
         heads = self.model.roi_heads
