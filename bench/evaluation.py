@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from bench.measure import Pair, Row, row, side_by_side, time_and_memory, verdict
-from cellseg_helpers.metrics import COCO_MAX_DETS, at_max_dets, score_coco, summarize
+from cellseg_helpers.metrics import COCO_MAX_DETS, score_coco, summarize
 from tools.large_run import draw_run
 
 IMAGES, DETECTIONS_PER_IMAGE = 100, 500
@@ -39,7 +39,7 @@ def score_both() -> Pair:
 
     def ours() -> Scores:
         scores = score_coco(truth, detections, max_dets)
-        numbers = summarize(at_max_dets(scores, COCO_MAX_DETS))
+        numbers = summarize(scores, COCO_MAX_DETS)
         return scores.precision, scores.recall, np.array(list(numbers.values()))
 
     def compare(ours: Scores, peer: Scores) -> str:

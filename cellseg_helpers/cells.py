@@ -1,8 +1,7 @@
 """``Cells``: the one type for cells, found by a model or annotated. numpy and pycocotools.
 
-A cell is a box, a class, a score and a mask. The mask is stored in its tight box, never as an array
-of the image's size. Run-length encodings (RLE) exist only in files and where COCO's tools ask for
-them: ``Cells.from_coco`` reads them, ``Cells.to_coco`` writes them.
+A cell is a box, a class, a score and a mask, stored in its tight box. Run-length encodings (RLE)
+exist only in files (``Cells.from_coco``, ``Cells.to_coco``) and where COCO's tools ask for them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +19,7 @@ class BoxMask(NamedTuple):
 
     Attributes:
         mask: bool [h, w]; every side of it has a pixel. Shape (0, 0) where the mask is empty.
-        x0: column of the mask's left edge in the image, px.
-        y0: row of the mask's top edge in the image, px.
+        x0, y0: column and row of its top left pixel in the image.
     """
 
     mask: np.ndarray
@@ -39,7 +37,7 @@ class BoxMask(NamedTuple):
         if not len(rows):
             return cls(np.zeros((0, 0), bool), 0, 0)
         (top, bottom), (left, right) = rows[[0, -1]].tolist(), columns[[0, -1]].tolist()
-        return cls(mask[top : bottom + 1, left : right + 1], x0 + left, y0 + top)
+        return cls(mask[top : bottom + 1, left : right + 1].copy(), x0 + left, y0 + top)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +85,7 @@ class Cells:
 
     @classmethod
     def empty(cls) -> "Cells":
-        whole, real = np.zeros(0, np.int64), np.zeros(0)
-        return cls(whole, whole.reshape(0, 2), whole, real, real.reshape(0, 4), [])
+        return cls.from_coco([])
 
     @classmethod
     def of_image(
@@ -104,7 +101,7 @@ class Cells:
         """The cells of one image; without ``scores`` 1 each, without ``boxes`` the masks' own."""
         cells = cls(
             image_ids=np.full(len(masks), image_id, np.int64),
-            sizes=np.tile(np.array([height, width], np.int64), (len(masks), 1)),
+            sizes=np.full((len(masks), 2), (height, width), np.int64),
             labels=np.asarray(labels, np.int64),
             scores=np.ones(len(masks)) if scores is None else np.asarray(scores, np.float64),
             boxes=np.zeros((len(masks), 4)) if boxes is None else np.asarray(boxes, np.float64),
@@ -119,10 +116,8 @@ class Cells:
         Without a ``bbox`` the mask's box is taken, without a ``score`` 1.
         """
         masks = [decode_mask(row["segmentation"]) for row in rows]
-        boxes = [
-            row.get("bbox", (mask.x0, mask.y0, *mask.mask.shape[::-1]))
-            for row, mask in zip(rows, masks, strict=True)
-        ]
+        own_boxes = [(mask.x0, mask.y0, *mask.mask.shape[::-1]) for mask in masks]
+        boxes = [row.get("bbox", own) for row, own in zip(rows, own_boxes, strict=True)]
         boxes = np.array(boxes, np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         return cls(
@@ -135,9 +130,7 @@ class Cells:
         )
 
     def to_coco(self) -> list[dict[str, Any]]:
-        """COCO results: image_id, bbox (x, y, width, height px), score, category_id, segmentation
-        (an RLE of the image's size, its counts a str).
-        """
+        """COCO results; a ``bbox`` is x, y, width, height px, a ``segmentation`` an RLE."""
         sides = np.hstack([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]])
         columns = (self.image_ids, sides, self.scores, self.labels)
         rows = zip(*(column.tolist() for column in columns), self.to_rles(), strict=True)
@@ -161,32 +154,24 @@ class Cells:
         return np.array(corners, np.int64).reshape(-1, 4)
 
     def with_masks(self, masks: Mapping[int, BoxMask]) -> "Cells":
-        """The cells with some masks (by row) replaced; the boxes of these rows become their masks'
-        boxes. Cells with an empty mask are left out afterwards.
+        """The cells with some masks, and the boxes of these rows, replaced; then without the cells
+        whose mask is empty.
         """
         changed = replace(self, masks=[masks.get(row, old) for row, old in enumerate(self.masks)])
-        rows = np.array(sorted(masks), np.int64)
-        boxes = self.boxes.copy()
-        boxes[rows] = changed.mask_boxes[rows]
-        full = np.array([mask.mask.size > 0 for mask in changed.masks], bool)
-        return replace(changed, boxes=boxes)[full]
+        is_new = np.isin(np.arange(len(self)), list(masks))
+        boxes = np.where(is_new[:, None], changed.mask_boxes, self.boxes)
+        return replace(changed, boxes=boxes)[changed.area_px > 0]
 
 
 def mask_iou(cells: Cells, others: Cells) -> np.ndarray:
     """Mask IoU of each cell with each of others, all of one image: float64 [N, M]."""
-    if not len(cells) or not len(others):
-        return np.zeros((len(cells), len(others)))
-    return coco_mask.iou(cells.to_rles(), others.to_rles(), [0] * len(others))
+    iou = coco_mask.iou(cells.to_rles(), others.to_rles(), [0] * len(others))
+    return np.reshape(iou, (len(cells), len(others)))
 
 
 def encode_mask(mask: BoxMask, height: int, width: int) -> dict[str, Any]:
     """COCO's run-length encoding of a mask in an otherwise empty image: the bytes of
-    ``pycocotools.mask.encode``, its oracle, by work that grows with the box and not the image.
-
-    How it works: 1. The box's columns become one line of pixels, each followed by an empty pixel
-    (unless the box is as high as the image: then a run may go on in the next column). 2. Where two
-    neighbours differ, a run starts or ends. 3. The pixel at each start and end gets its number in
-    COCO's order, ``x * height + y``; the differences are the run lengths.
+    ``pycocotools.mask.encode``, its oracle, without an array of the image's size.
 
     Returns:
         ``{"size": [height, width], "counts": str}``.
@@ -203,17 +188,13 @@ def encode_mask(mask: BoxMask, height: int, width: int) -> dict[str, Any]:
             f"a {rows} x {columns} px mask at x {x0}, y {y0} reaches outside its "
             f"{height} x {width} px image"
         )
-    step = rows + (rows < height)
-    line = np.zeros(columns * step + 2, bool)  # an empty pixel at either end
-    line[1:-1].reshape(columns, step)[:, :rows] = mask.mask.T
-    change = (line[1:] != line[:-1]).nonzero()[0]
-    ends = np.zeros(len(change) + 2, np.int64)  # of the runs, after a first 0
-    ends[1:-1] = change + change // max(step, 1) * (height - step) + (x0 * height + y0)
-    ends[-1] = height * width
-    counts = ends[1:] - ends[:-1]
-    runs = {"size": [height, width], "counts": counts if counts[-1] else counts[:-1]}
-    rle = coco_mask.frPyObjects(runs, height, width)
-    return {"size": runs["size"], "counts": rle["counts"].decode("ascii")}
+    line = np.zeros(columns * height + 2, bool)  # the box's columns, and a pixel at either end
+    line[1:-1].reshape(columns, height)[:, y0 : y0 + rows] = mask.mask.T
+    changes = np.flatnonzero(line[1:] != line[:-1]) + x0 * height
+    lengths = np.diff(np.concatenate([[0], changes, [height * width]]))
+    runs = {"size": [height, width], "counts": lengths if lengths[-1] else lengths[:-1]}
+    counts = coco_mask.frPyObjects(runs, height, width)["counts"]
+    return {"size": runs["size"], "counts": counts.decode("ascii")}
 
 
 def decode_mask(rle: Mapping[str, Any]) -> BoxMask:
@@ -225,18 +206,11 @@ def decode_mask(rle: Mapping[str, Any]) -> BoxMask:
     (1, 1)
     """
     height = rle["size"][0]
-    lengths = run_lengths(rle["counts"])
-    ends = np.cumsum(lengths)
-    starts, stops = (ends - lengths)[1::2], ends[1::2]
-    starts, stops = starts[stops > starts], stops[stops > starts]
-    if not len(starts):
-        return BoxMask(np.zeros((0, 0), bool), 0, 0)
-    left, right = int(starts[0] // height), int((stops[-1] - 1) // height + 1)
-    clipped = np.clip(ends - left * height, 0, (right - left) * height)
+    left, _, columns, _ = coco_mask.toBbox(rle).astype(int).tolist()
+    ends = np.cumsum(run_lengths(rle["counts"])).clip(left * height, (left + columns) * height)
     is_mask = np.arange(len(ends)) % 2 == 1
-    columns = np.repeat(is_mask, np.diff(clipped, prepend=0)).reshape(right - left, height)
-    tight = BoxMask.around(columns.T, left)
-    return tight._replace(mask=np.ascontiguousarray(tight.mask))
+    pixels = np.repeat(is_mask, np.diff(ends, prepend=left * height)).reshape(-1, height)
+    return BoxMask.around(pixels.T, left)
 
 
 def run_lengths(counts: str | bytes) -> np.ndarray:

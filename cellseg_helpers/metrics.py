@@ -1,11 +1,11 @@
-"""Scores of detections against truth, a COCO data set: average precision, curves, matches.
+"""Scores of detections against the truth, a COCO data set: average precision, curves, matches.
 
-hotcoco evaluates and matches; its oracle in the tests is pycocotools. What it lacks stands in this
-file: average precision of resampled images, and counts by image. No torch.
+hotcoco evaluates and matches; its oracle in the tests is pycocotools. No torch.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import starmap
 from typing import Any, NamedTuple
 
 import hotcoco
@@ -29,7 +29,7 @@ class CocoScores(NamedTuple):
         precision: float64 [T, R, K, A, M]; NaN where no cell is annotated.
         recall: float64 [T, K, A, M], the largest that is reached; NaN likewise.
         class_names: K names.
-        max_dets: of each image and class so many detections count, the highest-scored.
+        max_dets: M limits; of each image and class so many detections of highest score count.
     """
 
     precision: np.ndarray
@@ -44,11 +44,11 @@ class Matches(NamedTuple):
     Attributes:
         detections: one row a detection, in the given order: image_id, class_id, score, area_px,
             matched (bool), iou (with the cell it matched, otherwise the largest with any cell of
-            its image and class), truth_id (missing if unmatched), counted (False where an area
-            range leaves it out: it matched a cell outside, or none and lies outside itself).
-        truths: one row a cell, indexed by annotation id: image_id, class_id, area_px, score (of the
-            detection that matched it, NaN if none), detection (its row, missing if none), counted
-            (in the area range).
+            its image and class), truth_id (missing if unmatched), counted (False if it matched a
+            cell outside the area range, or none and lies outside itself).
+        truths: one row a cell, by annotation id: image_id, class_id, area_px, score and detection
+            (of the detection that matched it, score and row; missing if none), counted (in the
+            area range).
         class_names: names by class id.
         iou_threshold: the least IoU of a match.
         image_ids: of the truth, in its order.
@@ -72,17 +72,6 @@ class Counts(NamedTuple):
     f1: float
 
 
-class ImageCounts(NamedTuple):
-    """Counts of images (as ``Matches.image_ids``) and classes, int64 [I, K]; ``iou_sum`` of the
-    matched pairs, float64 [I, K].
-    """
-
-    tp: np.ndarray
-    fp: np.ndarray
-    fn: np.ndarray
-    iou_sum: np.ndarray
-
-
 def check_detections(truth: dict[str, Any], detections: Cells) -> None:
     """Raises a ``ValueError`` for the first detection that does not fit the truth."""
     if not truth["images"]:
@@ -98,10 +87,8 @@ def check_detections(truth: dict[str, Any], detections: Cells) -> None:
         elif class_id not in classes:
             fault = f"class {class_id}; the truth has the classes {classes}"
         elif size != own_size:
-            fault = (
-                f"size {size}, its image {image_id} of {own_size} (height, width): "
-                "predict at the original image's size"
-            )
+            fault = f"size {size}, its image {image_id} of {own_size} (height, width): "
+            fault += "predict at the original image's size"
         elif not math.isfinite(score):
             fault = f"score {score}"
         else:
@@ -110,10 +97,7 @@ def check_detections(truth: dict[str, Any], detections: Cells) -> None:
 
 
 def dense_max_dets(truth: dict[str, Any]) -> tuple[int, int, int]:
-    """COCO's limits, the last raised to the cells of the fullest image, rounded up to hundreds.
-
-    It depends on the truth alone, so that all models on one split are scored with the same limit.
-    """
+    """COCO's limits, the last raised to the cells of the fullest image, rounded up to hundreds."""
     cells = pd.Series([cell["image_id"] for cell in truth["annotations"]]).value_counts()
     return (*COCO_MAX_DETS[:2], 100 * math.ceil(cells.max() / 100) if len(cells) else 100)
 
@@ -121,10 +105,8 @@ def dense_max_dets(truth: dict[str, Any]) -> tuple[int, int, int]:
 def score_coco(
     truth: dict[str, Any], detections: Cells, max_dets: Sequence[int] = COCO_MAX_DETS
 ) -> CocoScores:
-    """COCO's mask evaluation, by hotcoco (the numbers are pycocotools').
-
-    A detection's area is its mask's. (pycocotools takes the box's if a result has a ``bbox``, which
-    moves false positives between the area ranges; so boxes are left out.)
+    """COCO's mask evaluation, by hotcoco. The numbers are pycocotools' for results without a
+    ``bbox`` (with one, it takes the box's area for the mask's).
 
     Raises:
         ValueError: a detection does not fit the truth, or ``max_dets`` does not rise from above 0.
@@ -132,47 +114,37 @@ def score_coco(
     if not len(max_dets) or (np.diff(max_dets, prepend=0) <= 0).any():
         rule = f"it must be rising numbers above 0 such as {COCO_MAX_DETS}"
         raise ValueError(f"max_dets is {tuple(max_dets)}; {rule}")
-    limits = [int(limit) for limit in max_dets]
-    evaluation = _evaluate(truth, detections, detections.to_rles(), max_dets=limits)
+    evaluation, _ = _evaluate(truth, detections, max_dets=list(max_dets))
     evaluation.accumulate()
     arrays = [evaluation.eval[name] for name in ("precision", "recall")]
     precision, recall = (np.where(array < 0, np.nan, array) for array in arrays)
-    return CocoScores(precision, recall, list(_class_names(truth).values()), tuple(limits))
+    return CocoScores(precision, recall, list(_class_names(truth).values()), tuple(max_dets))
 
 
-def at_max_dets(scores: CocoScores, max_dets: Sequence[int]) -> CocoScores:
-    """The same scores with some of their ``max_dets`` only."""
-    limits = [scores.max_dets.index(limit) for limit in max_dets]
-    precision, recall = scores.precision[..., limits], scores.recall[..., limits]
-    return scores._replace(precision=precision, recall=recall, max_dets=tuple(max_dets))
-
-
-def summarize(scores: CocoScores) -> dict[str, float]:
+def summarize(
+    scores: CocoScores, max_dets: Sequence[int] | None = None, class_name: str | None = None
+) -> dict[str, float]:
     """COCO's 12 lines: AP, AP50, AP75, APs, APm, APl, AR at each of ``max_dets`` (AR1, AR10,
     AR100), ARs, ARm, ARl.
 
     AP is the mean precision over recalls, classes and IoU thresholds (AP50, AP75: one threshold),
-    AR the mean recall over classes and IoU thresholds; all but the first two AR at the last of
-    ``max_dets``. Classes without a cell do not count; NaN where none is left.
+    AR the mean recall over classes and IoU thresholds. NaN where no cell is annotated.
+
+    Args:
+        max_dets: three of the scores' limits, the last of all lines but AR1 and AR10; None = all.
+        class_name: the class of the lines; None = all that have a cell.
     """
-    precision, recall, areas = scores.precision[..., -1], scores.recall, ("s", "m", "l")
+    max_dets, areas = max_dets or scores.max_dets, ("s", "m", "l")
+    limits = [scores.max_dets.index(limit) for limit in max_dets]
+    classes = [k for k, name in enumerate(scores.class_names) if class_name in (None, name)]
+    precision, recall = scores.precision[:, :, classes], scores.recall[:, classes]
+    precision, recall = precision[..., limits[-1]], recall[..., limits]
     lines = {"AP": precision[..., 0], "AP50": precision[0, ..., 0], "AP75": precision[5, ..., 0]}
     lines |= {f"AP{area}": precision[..., a] for a, area in enumerate(areas, 1)}
-    lines |= {f"AR{limit}": recall[:, :, 0, m] for m, limit in enumerate(scores.max_dets)}
+    lines |= {f"AR{limit}": recall[:, :, 0, m] for m, limit in enumerate(max_dets)}
     lines |= {f"AR{area}": recall[:, :, a, -1] for a, area in enumerate(areas, 1)}
     defined = {name: values[~np.isnan(values)] for name, values in lines.items()}
     return {n: float(values.mean()) if len(values) else math.nan for n, values in defined.items()}
-
-
-def average_precision_per_class(scores: CocoScores) -> pd.DataFrame:
-    """AP, AP50 and AP75 of each class (rows), all areas, at the last of ``max_dets``; NaN for a
-    class without a cell.
-    """
-    rows = {}
-    for k, name in enumerate(scores.class_names):
-        of_class = {"precision": scores.precision[:, :, [k]], "recall": scores.recall[:, [k]]}
-        rows[name] = summarize(scores._replace(**of_class))
-    return pd.DataFrame(rows).T[["AP", "AP50", "AP75"]].rename_axis("class")
 
 
 def precision_recall_curves(scores: CocoScores, iou_threshold: float = 0.5) -> pd.DataFrame:
@@ -207,23 +179,18 @@ def match_detections(
     free, if this IoU is at least ``iou_threshold`` (``evaluateImg`` of pycocotools). A match
     depends on no lower-scored detection, so one table serves every score threshold.
 
-    Args:
-        truth: COCO data set with RLE masks.
-        detections: of the truth's images.
-        iou_threshold: the least mask IoU of a match.
-        area_range_px: least and greatest mask area of the cells that count, both included; a
-            detection takes a cell outside it only where none inside is free.
+    ``area_range_px`` are the least and the greatest mask area of the cells that count; a detection
+    takes a cell outside only where none inside is free.
 
     Raises:
         ValueError: a detection does not fit the truth, or ``iou_threshold`` is not in (0, 1].
     """
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold is {iou_threshold}; it must be above 0 and at most 1")
-    cells, rles = truth["annotations"], detections.to_rles()
     limits = {"max_dets": [max(len(detections), 1)], "iou_thrs": [iou_threshold]}
     limits |= {"area_rng": [list(area_range_px)], "area_rng_lbl": ["counted"]}
-    evaluation = _evaluate(truth, detections, rles, **limits)
-    mask_of = {cell["id"]: cell["segmentation"] for cell in cells}
+    evaluation, rles = _evaluate(truth, detections, **limits)
+    mask_of = {cell["id"]: cell["segmentation"] for cell in truth["annotations"]}
     matched, counted = np.zeros((2, len(detections)), bool)
     truth_id, iou = np.zeros(len(detections), int), np.zeros(len(detections))
     for part in filter(None, evaluation.eval_imgs):  # of one image and class
@@ -234,15 +201,15 @@ def match_detections(
             masks = [rles[row] for row in rows], [mask_of[cell_id] for cell_id in cell_ids]
             ious = coco_mask.iou(*masks, [0] * len(cell_ids))
             own = pd.Index(cell_ids).get_indexer(truth_id[rows])
-            column = np.where(matched[rows], own, ious.argmax(1))
-            iou[rows] = ious[np.arange(len(rows)), column]
+            iou[rows] = ious[range(len(rows)), np.where(matched[rows], own, ious.argmax(1))]
     found = {"image_id": detections.image_ids, "class_id": detections.labels}
     found |= {"score": detections.scores, "area_px": detections.area_px}
     found |= {"matched": matched, "iou": iou}
     found |= {"truth_id": pd.Series(truth_id, dtype="Int64").where(matched), "counted": counted}
-    columns = {"image_id": "image_id", "category_id": "class_id", "area": "area_px"}
-    truths = pd.DataFrame(cells, columns=["id", *columns], dtype=int).set_index("id")
-    truths = truths.rename(columns=columns).rename_axis("truth_id")
+    columns = {"id": "truth_id", "image_id": "image_id", "category_id": "class_id"}
+    columns |= {"area": "area_px"}
+    truths = pd.DataFrame(truth["annotations"], columns=list(columns), dtype=int)
+    truths = truths.rename(columns=columns).set_index("truth_id")
     finders = pd.DataFrame({"score": detections.scores, "detection": range(len(detections))})
     truths = truths.join(finders[matched].set_index(truth_id[matched]))
     truths["counted"] = truths["area_px"].between(*area_range_px)
@@ -255,29 +222,24 @@ def count_matches(matches: Matches, score_threshold: float = 0.0) -> dict[str, C
     """Precision, recall and F1 of the detections that score at least ``score_threshold``: of
     ``"all"`` (the counts of the classes added up), then of each class by its name.
     """
-
-    def ratio(part: int, whole: int) -> float:
-        return part / whole if whole else math.nan
-
-    totals = np.stack(count_by_image(matches, score_threshold)[:3]).sum(axis=1)  # [3, K]
-    totals = np.column_stack([totals.sum(axis=1), totals]).T.tolist()
-    ratios = [
-        (ratio(tp, tp + fp), ratio(tp, tp + fn), ratio(2 * tp, 2 * tp + fp + fn))
-        for tp, fp, fn in totals
-    ]
-    names = ("all", *matches.class_names.values())
-    return {name: Counts(*n, *r) for name, n, r in zip(names, totals, ratios, strict=True)}
+    counts = count_by_image(matches, score_threshold)[:3].sum(1).astype(int)
+    tp, fp, fn = counts = np.column_stack([counts.sum(1), counts])
+    with np.errstate(invalid="ignore"):
+        ratios = np.stack([tp / (tp + fp), tp / (tp + fn), 2 * tp / (2 * tp + fp + fn)])
+    rows = zip(*counts.tolist(), *ratios.tolist(), strict=True)
+    return dict(zip(("all", *matches.class_names.values()), starmap(Counts, rows), strict=True))
 
 
-def count_by_image(matches: Matches, score_threshold: float = 0.0) -> ImageCounts:
-    """What ``count_matches`` adds up: the counts of each image and class."""
+def count_by_image(matches: Matches, score_threshold: float = 0.0) -> np.ndarray:
+    """True positives, false positives, false negatives and the sum of the matched pairs' IoU, of
+    the detections that score at least ``score_threshold``: float64 [4, I, K], images in the order
+    of ``matches.image_ids``, classes of ``matches.class_names``.
+    """
     table = matches.detections
     found = table[table["counted"] & (table["score"] >= score_threshold)]
     right = found[found["matched"]]
-    tp = _tally(matches, right).astype(int)
-    fp = _tally(matches, found).astype(int) - tp
-    fn = _tally(matches, matches.truths[matches.truths["counted"]]).astype(int) - tp
-    return ImageCounts(tp, fp, fn, _tally(matches, right, "iou"))
+    tp, cells = _tally(matches, right), _tally(matches, matches.truths.query("counted"))
+    return np.stack([tp, _tally(matches, found) - tp, cells - tp, _tally(matches, right, "iou")])
 
 
 def limit_detections(matches: Matches, max_dets: int) -> Matches:
@@ -287,7 +249,9 @@ def limit_detections(matches: Matches, max_dets: int) -> Matches:
     return matches._replace(detections=matches.detections[rank < max_dets])
 
 
-def average_precision(matches: Matches, image_weights: np.ndarray | None = None) -> np.ndarray:
+def average_precision(
+    matches: Matches, image_weights: np.ndarray | None = None, max_dets: int | None = None
+) -> np.ndarray:
     """COCO's average precision of each class at the matches' IoU threshold, of any resampling of
     the images.
 
@@ -295,18 +259,18 @@ def average_precision(matches: Matches, image_weights: np.ndarray | None = None)
     ``weight[i]`` times (but for the order of equal scores).
 
     Args:
-        matches: of ``match_detections``, or of ``limit_detections``.
-        image_weights: number [B, I], one row a resampling, one column an image of
-            ``matches.image_ids``; None = all once.
+        image_weights: [B, I], a row a resampling, a column an image; None = each image once.
+        max_dets: of each image and class so many detections of highest score count; None = all.
 
     Returns:
-        float64 [B, K], classes in the order of ``matches.class_names``; NaN for a class without a
-        cell.
+        float64 [B, K], classes as ``matches.class_names``; NaN for a class without a cell.
     """
+    if max_dets is not None:
+        matches = limit_detections(matches, max_dets)
     images = len(matches.image_ids)
     weights = np.ones((1, images)) if image_weights is None else np.asarray(image_weights, float)
     table = matches.detections[matches.detections["counted"]]
-    table = table.assign(image=_indices(matches.image_ids, table["image_id"]))
+    table = table.assign(image=pd.Index(matches.image_ids).get_indexer(table["image_id"]))
     table = table.sort_values(["score", "image"], ascending=[False, True], kind="stable")
     cells = weights @ _tally(matches, matches.truths[matches.truths["counted"]])
     average = np.where(cells > 0, 0.0, np.nan)
@@ -329,20 +293,16 @@ def evaluate(
     score_threshold: float = 0.5,
     iou_threshold: float = 0.5,
 ) -> dict[str, Any]:
-    """Everything that a run's ``metrics.json`` holds.
+    """Everything that a run's ``metrics.json`` holds; undefined is NaN.
 
     Args:
-        truth: COCO data set with RLE masks.
-        detections: of the truth's images; may be empty.
-        score_threshold: for precision, recall and F1; 0 takes all detections.
-        iou_threshold: for precision, recall and F1.
+        score_threshold, iou_threshold: for precision, recall and F1; 0 takes all detections.
 
     Returns:
         ``images``, ``cells``, ``detections``: numbers of them. ``coco`` and ``coco_dense``:
         ``max_dets`` (the usual 1, 10, 100; ``dense_max_dets``), ``summary`` (the 12 lines),
         ``per_class`` (AP, AP50, AP75 by class name). ``at_threshold``: ``score_threshold``,
-        ``iou_threshold``, ``all`` and ``per_class`` (tp, fp, fn, precision, recall, f1). Undefined
-        is NaN.
+        ``iou_threshold``, ``all`` and ``per_class`` (tp, fp, fn, precision, recall, f1).
     """
     matches = match_detections(truth, detections, iou_threshold)
     counts = {name: c._asdict() for name, c in count_matches(matches, score_threshold).items()}
@@ -353,9 +313,9 @@ def evaluate(
     dense = dense_max_dets(truth)
     scores = score_coco(truth, detections, sorted({*COCO_MAX_DETS, *dense}))
     for name, limits in (("coco", COCO_MAX_DETS), ("coco_dense", dense)):
-        limited = at_max_dets(scores, limits)
-        per_class = average_precision_per_class(limited).to_dict(orient="index")
-        summary = summarize(limited)
+        lines = {k: summarize(scores, limits, k) for k in scores.class_names}
+        per_class = {k: {ap: lines[k][ap] for ap in ("AP", "AP50", "AP75")} for k in lines}
+        summary = summarize(scores, limits)
         found[name] = {"max_dets": list(limits), "summary": summary, "per_class": per_class}
     return found | {"at_threshold": at}
 
@@ -384,34 +344,29 @@ def class_table(metrics: dict[str, Any]) -> pd.DataFrame:
 
 
 def _evaluate(
-    truth: dict[str, Any], detections: Cells, rles: list[dict[str, Any]], **parameters: Any
-) -> hotcoco.COCOeval:
-    """hotcoco's evaluation with some ``params`` set; a detection's id is its row + 1."""
+    truth: dict[str, Any], detections: Cells, **parameters: Any
+) -> tuple[hotcoco.COCOeval, list[dict[str, Any]]]:
+    """hotcoco's evaluation with some ``params`` set, where a detection's id is its row + 1; and the
+    detections' RLEs.
+    """
     check_detections(truth, detections)
-    columns = (detections.image_ids, detections.labels, detections.scores)
-    rows = zip(*(column.tolist() for column in columns), rles, strict=True)
-    names = ("image_id", "category_id", "score", "segmentation")
+    results = [{key: row[key] for key in row if key != "bbox"} for row in detections.to_coco()]
     coco = hotcoco.COCO(truth)
-    found = coco.load_res([dict(zip(names, row, strict=True)) for row in rows])
-    evaluation = hotcoco.COCOeval(coco, found, "segm")
+    evaluation = hotcoco.COCOeval(coco, coco.load_res(results), "segm")
     for name, value in parameters.items():
         setattr(evaluation.params, name, value)
     evaluation.evaluate()
-    return evaluation
+    return evaluation, [row["segmentation"] for row in results]
 
 
 def _class_names(truth: dict[str, Any]) -> dict[int, str]:
     return dict(sorted((category["id"], category["name"]) for category in truth["categories"]))
 
 
-def _indices(values: Sequence[int], column: pd.Series) -> np.ndarray:
-    return pd.Index(list(values)).get_indexer(column)
-
-
 def _tally(matches: Matches, table: pd.DataFrame, column: str | None = None) -> np.ndarray:
     """Rows, or the sum of a column, of each image and class: float64 [I, K]."""
-    image = _indices(matches.image_ids, table["image_id"])
-    class_index = _indices(matches.class_names, table["class_id"])
     totals = np.zeros((len(matches.image_ids), len(matches.class_names)))
+    image = pd.Index(matches.image_ids).get_indexer(table["image_id"])
+    class_index = pd.Index(list(matches.class_names)).get_indexer(table["class_id"])
     np.add.at(totals, (image, class_index), table[column] if column else 1)
     return totals

@@ -1,32 +1,30 @@
-"""What may be done to detections before they count: score rules, mask refinement, one mask a cell,
-one cell a pixel. No torch.
+"""Post-processing of detections: score rules, mask refinement, one mask a cell, one cell a pixel.
+No torch.
 
-Each function takes ``Cells`` and returns ``Cells`` in the same order. Where a mask changed, the box
-is the mask's; functions that change masks drop empty ones. Settings that are no number in their
-range are a ``ValueError``.
+Each function takes ``Cells`` and returns ``Cells`` in the same order; a setting out of its range is
+a ``ValueError``. Functions that change masks set the box to the new mask's and drop empty masks.
 
-Refinement (opening to smoothing) works on each mask alone, as on an endless plane: what is outside
-the image is background, and the result is cut to the image. So closing takes no pixel away at the
-image's edge, and a bay that the edge closes is no hole. No mask grows out of its tight box.
+Refinement (opening to smoothing) takes each mask alone, and what is outside the image as
+background: closing takes no pixel away at the image's edge, and a bay that the edge closes is no
+hole. No mask grows out of its tight box.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from scipy import ndimage
 
-from cellseg_helpers.cells import BoxMask, Cells
+from cellseg_helpers.cells import BoxMask, Cells, mask_iou
 
 
 def adjust_scores_by_size(cells: Cells, factors: Sequence[tuple[float, float]]) -> Cells:
-    """Size-aware scores: those of small boxes times a factor, at most 1.
+    """Scores of small boxes times a factor, at most 1.
 
-    Args:
-        cells: of any images.
-        factors: (share, factor) pairs, smallest share first; the first counts whose share of the
-            image's area is above the box's area. Shares rise within (0, 1], factors are above 0.
+    ``factors`` are (share, factor) pairs: a box of less than ``share`` of its image's area gets the
+    factor of the smallest such share. Shares rise within (0, 1], factors are above 0.
     """
     in_pairs = all(np.shape(pair) == (2,) for pair in factors)
     shares, multipliers = np.array(factors if in_pairs else [], float).reshape(-1, 2).T
@@ -46,7 +44,7 @@ def apply_class_thresholds(cells: Cells, score_thresholds: Mapping[int, float]) 
     """The cells that score at least their class's threshold (class id -> 0..1).
 
     Raises:
-        ValueError: also if there are cells of a class without a threshold.
+        ValueError: a threshold out of its range, or cells of a class without one.
     """
     for class_id, score_threshold in score_thresholds.items():
         _check_share(f"score_thresholds[{class_id}]", score_threshold)
@@ -61,28 +59,21 @@ def apply_class_thresholds(cells: Cells, score_thresholds: Mapping[int, float]) 
 
 
 def open_masks(cells: Cells, radius_px: float) -> Cells:
-    """Masks without what is too narrow for a disk of ``radius_px`` (morphological opening; 0
-    changes nothing).
+    """Masks without what is too narrow for a disk of ``radius_px`` (morphological opening).
 
-    The disk holds the pixels at a distance of at most ``radius_px`` from its centre. Masks without
-    room for one are dropped.
+    The disk holds the pixels at most ``radius_px`` from its centre; 0 changes nothing.
     """
     disk = _disk(radius_px)
     return _change_masks(cells, lambda mask: ndimage.binary_opening(mask, disk))
 
 
 def close_masks(cells: Cells, radius_px: float) -> Cells:
-    """Masks with gaps and bays filled that no disk of ``radius_px`` enters (morphological closing;
-    0 changes nothing). The disk is that of ``open_masks``; no mask loses a pixel.
+    """Masks with gaps and bays filled that ``open_masks``' disk does not enter (morphological
+    closing). No mask loses a pixel.
     """
     disk = _disk(radius_px)
-    margin_px = len(disk) // 2
-    inside = slice(margin_px, -margin_px or None)
-
-    def close(mask: np.ndarray) -> np.ndarray:
-        return ndimage.binary_closing(np.pad(mask, margin_px), disk)[inside, inside]
-
-    return _change_masks(cells, close)
+    margin_px = len(disk) // 2  # the disk must find background around the mask
+    return _change_masks(cells, lambda mask: ndimage.binary_closing(mask, disk), margin_px)
 
 
 def fill_holes(cells: Cells) -> Cells:
@@ -100,37 +91,29 @@ def smooth_masks(cells: Cells, sigma_px: float) -> Cells:
     least 0.5. It rounds corners and removes what is narrow; small masks may vanish.
     """
     _check_length("sigma_px", sigma_px)
-
-    def smooth(mask: np.ndarray) -> np.ndarray:
-        return ndimage.gaussian_filter(mask.astype(float), sigma_px, mode="constant") >= 0.5
-
-    return _change_masks(cells, smooth)
+    blur = partial(ndimage.gaussian_filter, sigma=sigma_px, output=float, mode="constant")
+    return _change_masks(cells, lambda mask: blur(mask) >= 0.5)
 
 
 def mask_nms(cells: Cells, iou_threshold: float) -> Cells:
-    """The cells without those that lie on a higher-scored one: non-maximum suppression by masks,
-    across classes. (Mask R-CNN's own is by boxes and within a class: one cell may stay under two.)
+    """Non-maximum suppression by masks, across classes. (Mask R-CNN's own is by boxes and within a
+    class, so that one cell may be found as two classes.)
 
     From the highest score down (of equal scores the earlier first), a cell is dropped if its mask's
     IoU with one that stays is above ``iou_threshold``. 0 leaves no two that overlap, 1 drops none.
     """
     _check_share("iou_threshold", iou_threshold)
-    area_px, boxes, stays = cells.area_px, cells.mask_boxes, np.ones(len(cells), bool)
+    stays = np.ones(len(cells), bool)
     for rows in _rows_by_image(cells):
+        iou = mask_iou(cells[rows], cells[rows])
         for rank, row in enumerate(rows):
-            if not stays[row]:
-                continue
-            lower = rows[rank + 1 :]
-            near = (boxes[lower, :2] < boxes[row, 2:]) & (boxes[lower, 2:] > boxes[row, :2])
-            for other in lower[near.all(1)]:
-                shared_px = _shared_px(cells.masks[row], cells.masks[other])
-                iou = shared_px / (area_px[row] + area_px[other] - shared_px)
-                stays[other] &= iou <= iou_threshold
+            if stays[row]:
+                stays[rows[rank + 1 :]] &= iou[rank, rank + 1 :] <= iou_threshold
     return cells[stays]
 
 
 def resolve_overlaps(cells: Cells, min_visible_share: float) -> Cells:
-    """Each pixel to one cell: the masks of an image are disjoint afterwards, across classes too.
+    """Each pixel of an image to one cell, across classes.
 
     From the highest score down (of equal scores the earlier first), a cell gets the pixels of its
     mask that no cell before it has, of them the largest 8-connected component (of equal ones the
@@ -170,21 +153,16 @@ def _rows_by_image(cells: Cells) -> Iterator[np.ndarray]:
         yield order[cells.image_ids[order] == image_id]
 
 
-def _shared_px(first: BoxMask, second: BoxMask) -> int:
-    """Pixels that two masks of one image have in common."""
-    x0, y0 = max(first.x0, second.x0), max(first.y0, second.y0)
-    ours, theirs = (mask[y0 - y :, x0 - x :] for mask, x, y in (first, second))
-    height, width = np.minimum(ours.shape, theirs.shape)
-    return np.count_nonzero(ours[:height, :width] & theirs[:height, :width])
-
-
-def _change_masks(cells: Cells, change: Callable[[np.ndarray], np.ndarray]) -> Cells:
-    """Cells with each mask, bool [h, w], changed within its box."""
+def _change_masks(
+    cells: Cells, change: Callable[[np.ndarray], np.ndarray], margin_px: int = 0
+) -> Cells:
+    """Cells with each mask, in its box and a margin of background, changed."""
     changed = {}
     for row, (mask, x0, y0) in enumerate(cells.masks):
-        after = change(mask)
-        if (after != mask).any():
-            changed[row] = BoxMask.around(after, x0, y0)
+        before = np.pad(mask, margin_px)
+        after = change(before)
+        if (after != before).any():
+            changed[row] = BoxMask.around(after, x0 - margin_px, y0 - margin_px)
     return cells.with_masks(changed)
 
 

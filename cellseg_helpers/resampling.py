@@ -12,25 +12,15 @@ import pandas as pd
 from scipy.stats import norm
 from scipy.stats import t as student_t
 
+from cellseg_helpers import metrics
 from cellseg_helpers.cells import Cells
 from cellseg_helpers.data.splits import make_split
-from cellseg_helpers.metrics import (
-    COCO_AREAS_PX,
-    COCO_IOUS,
-    Matches,
-    average_precision,
-    count_by_image,
-    dense_max_dets,
-    limit_detections,
-    match_detections,
-)
 from cellseg_helpers.runs import RunError, read_json, write_json
 
 FEWEST_IMAGES = 5  # fewer cannot tell how much images differ
 ALIKE = 1e-4  # smaller differences of two scores count as none
 RESAMPLES = 1000  # bootstrap samples of a saved score
 DRAW_SEED = 0  # of these samples
-DIGITS = 6  # of a saved score
 
 
 class Scores(NamedTuple):
@@ -46,11 +36,10 @@ class Scores(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """Bootstrap samples of the images of a truth.
+    """Bootstrap samples of the I images of a truth.
 
     Attributes:
-        weights: int [1 + B, I], how often each image stands in each; the first row is the images
-            themselves.
+        weights: int [1 + B, I], how often each image stands in each; first the images themselves.
         unit: what was drawn: ``images``, or ``patients`` with all their images.
         units: number of these.
     """
@@ -88,20 +77,12 @@ class Half(NamedTuple):
     detections: Cells
 
 
-def halve(
-    truth: dict[str, Any], detections: Cells, seed: int, split: str = "auto"
-) -> tuple[Half, Half, str]:
-    """Two halves of the images with about the same share of every class, and a sentence about them.
-
-    Args:
-        truth: COCO data set.
-        detections: of its images.
-        seed: of the draw.
-        split: ``patient`` (none in both halves), ``random`` (by image), or ``auto``: by patient
-            where every image's is known.
+def halve(truth: dict[str, Any], detections: Cells, seed: int) -> tuple[Half, Half, str]:
+    """Two random halves of the images with about the same share of every class, and a sentence
+    about them. No patient is in both, if every image's patient is known and there are several.
 
     Raises:
-        ValueError: as ``splits.make_split``; fewer than two images (or patients).
+        ValueError: fewer than two images.
     """
     images = truth["images"]
     if len(images) < 2:
@@ -115,27 +96,20 @@ def halve(
     counts = pd.crosstab(cells["image_id"], cells["category_id"])
     counts = counts.reindex(index=ids, columns=classes, fill_value=0).to_numpy(int)
     patients = [image.get("patient") for image in images]
-    drawn = make_split([str(number) for number in ids], counts, patients, split, 0.5, seed)
-    halves = [_part(truth, detections, side) for side in (drawn.train, drawn.validation)]
-    sides = [_size_of(half) for half in halves]
+    drawn = make_split([str(number) for number in ids], counts, patients, "auto", 0.5, seed)
+    halves, sizes = [], []
+    for names in (drawn.train, drawn.validation):
+        inside = {int(name) for name in names}
+        images = [image for image in truth["images"] if image["id"] in inside]
+        cells = [cell for cell in truth["annotations"] if cell["image_id"] in inside]
+        found = detections[np.isin(detections.image_ids, list(inside))]
+        halves.append(Half({**truth, "images": images, "annotations": cells}, found))
+        size, patients = f"{len(images)} images", {image.get("patient") for image in images}
+        if None not in patients:
+            size += f" of {len(patients)} patient{'s' if len(patients) > 1 else ''}"
+        sizes.append(size)
     rule = "no patient in both" if drawn.kind == "patient" else "drawn by image"
-    return *halves, f"{sides[0]} to choose on and {sides[1]} to judge on ({rule})."
-
-
-def _part(truth: dict[str, Any], detections: Cells, names: list[str]) -> Half:
-    ids = {int(name) for name in names}
-    images = [image for image in truth["images"] if image["id"] in ids]
-    cells = [cell for cell in truth["annotations"] if cell["image_id"] in ids]
-    found = detections[np.isin(detections.image_ids, list(ids))]
-    return Half({**truth, "images": images, "annotations": cells}, found)
-
-
-def _size_of(half: Half) -> str:
-    patients = {image.get("patient") for image in half.truth["images"]}
-    images = f"{len(half.truth['images'])} images"
-    if None in patients:
-        return images
-    return f"{images} of {len(patients)} patient{'s' if len(patients) > 1 else ''}"
+    return *halves, f"{sizes[0]} to choose on and {sizes[1]} to judge on ({rule})."
 
 
 def draw_images(images: int, resamples: int, seed: int) -> np.ndarray:
@@ -171,23 +145,17 @@ def bootstrap_ap50(
 
     Equals AP50 on a data set in which image i is repeated ``weight[i]`` times, from one matching.
     """
-    matches = limit_detections(match_detections(truth, detections), dense_max_dets(truth)[-1])
-    return _mean_of_defined(average_precision(matches, image_weights)).round(DIGITS)
+    matches, limit = metrics.match_detections(truth, detections), metrics.dense_max_dets(truth)[-1]
+    return _mean_of_defined(metrics.average_precision(matches, image_weights, limit)).round(6)
 
 
 def score_run(truth: dict[str, Any], detections: Cells) -> SavedScores:
     """What ``scores.json`` holds; the same truth and detections give the same values."""
-    draw = draw_units(truth)
+    draw, limit = draw_units(truth), metrics.dense_max_dets(truth)[-1]
     values = bootstrap_ap50(truth, detections, draw.weights).tolist()
-    return SavedScores(
-        max_dets=dense_max_dets(truth)[-1],
-        unit=draw.unit,
-        units=draw.units,
-        names=[image["file_name"] for image in truth["images"]],
-        resamples=RESAMPLES,
-        seed=DRAW_SEED,
-        AP50=[None if math.isnan(value) else value for value in values],
-    )
+    values = [None if math.isnan(value) else value for value in values]
+    names = [image["file_name"] for image in truth["images"]]
+    return SavedScores(limit, draw.unit, draw.units, names, RESAMPLES, DRAW_SEED, values)
 
 
 def save_scores(scores: SavedScores, path: Path) -> None:
@@ -214,44 +182,34 @@ def load_scores(path: Path) -> SavedScores:
 def bootstrap_summary(
     truth: dict[str, Any], detections: Cells, image_weights: np.ndarray, max_dets: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """COCO's 12 lines of each row of weights.
+    """COCO's 12 lines, by the names of ``metrics.summarize``, of each row of weights, [1 + B, I]:
+    float64 [1 + B]; NaN without such a cell.
 
-    Args:
-        truth: COCO data set.
-        detections: of its images.
-        image_weights: [1 + B, I], as of ``draw_units``.
-        max_dets: three rising limits; the last is of all lines but the first two AR.
-
-    Returns:
-        The names of ``metrics.summarize`` -> float64 [1 + B]; NaN without such a cell.
+    ``max_dets`` are three rising limits; the last is of all lines but the first two AR.
     """
-    areas = {"": (0, math.inf)} | {name[0]: limits for name, limits in COCO_AREAS_PX.items()}
+    areas_px = ((0, math.inf), *metrics.COCO_AREAS_PX.values())
     average, recall = {}, {}
-    for area, area_px in areas.items():
-        of_ious = [match_detections(truth, detections, iou, area_px) for iou in COCO_IOUS]
-        for limit in max_dets if not area else max_dets[-1:]:
-            limited = [limit_detections(matches, limit) for matches in of_ious]
+    for area, area_px in zip(("", "s", "m", "l"), areas_px, strict=True):
+        of_ious = [
+            metrics.match_detections(truth, detections, iou, area_px) for iou in metrics.COCO_IOUS
+        ]
+        per_class = [metrics.average_precision(m, image_weights, max_dets[-1]) for m in of_ious]
+        average[f"AP{area}"] = _mean_of_defined(np.stack(per_class))
+        for limit in max_dets[-1:] if area else max_dets:
+            limited = [metrics.limit_detections(matches, limit) for matches in of_ious]
             recalls = [_mean_recall(matches, image_weights) for matches in limited]
             recall[f"AR{area or limit}"] = np.mean(recalls, axis=0)
-        average[f"AP{area}"] = [
-            _mean_of_defined(average_precision(matches, image_weights)) for matches in limited
-        ]
-    means = {name: np.mean(of_ious, axis=0) for name, of_ious in average.items()}
+    means = {name: of_ious.mean(0) for name, of_ious in average.items()}
     lines = {"AP": means.pop("AP"), "AP50": average["AP"][0], "AP75": average["AP"][5]}
     return lines | means | recall
 
 
 def resampled_scores(
-    truth: dict[str, Any],
-    detections: Cells,
-    image_weights: np.ndarray,
-    score_threshold: float = 0.0,
+    truth: dict[str, Any], detections: Cells, image_weights: np.ndarray, score_threshold: float = 0
 ) -> Scores:
     """Scores of detections, as they are and of bootstrap samples of their images.
 
     Args:
-        truth: COCO data set.
-        detections: of its images.
         image_weights: of ``draw_images``, [1 + B, I].
         score_threshold: of the detections that count for precision, recall, F1 and PQ.
 
@@ -263,50 +221,44 @@ def resampled_scores(
         IoU / (tp + fp / 2 + fn / 2) (Kirillov et al., "Panoptic segmentation", 2019), of the counts
         of all images together. NaN where nothing is to be found.
     """
-    limit = dense_max_dets(truth)[-1]
-    matches = match_detections(truth, detections)
-    counts = count_scores(matches, image_weights, score_threshold)
-    values, images = {}, dict(counts.images)
-    for metric, at in (("AP50", matches), ("AP75", match_detections(truth, detections, 0.75))):
-        averages = average_precision(limit_detections(at, limit), image_weights)
-        values |= _with_mean(metric, at, averages)
-    for area, area_px in COCO_AREAS_PX.items():
-        of_area = match_detections(truth, detections, 0.5, area_px)
-        averages = average_precision(limit_detections(of_area, limit), image_weights)
-        values["AP50", area] = _mean_of_defined(averages)
+    limit = metrics.dense_max_dets(truth)[-1]
+    matches, at_75 = (metrics.match_detections(truth, detections, iou) for iou in (0.5, 0.75))
+    values, images = count_scores(matches, image_weights, score_threshold)
+    averages = {}
+    for metric, found in {"AP50": matches, "AP75": at_75}.items():
+        per_class = metrics.average_precision(found, image_weights, limit)
+        averages |= _with_mean(metric, matches, per_class)
+    for area, area_px in metrics.COCO_AREAS_PX.items():
+        of_area = metrics.match_detections(truth, detections, 0.5, area_px)
+        per_class = metrics.average_precision(of_area, image_weights, limit)
+        averages["AP50", area] = _mean_of_defined(per_class)
         images[area] = of_area.truths.query("counted")["image_id"].nunique()
-    return Scores(values | counts.values, images)
+    return Scores(averages | values, images)
 
 
 def count_scores(
-    matches: Matches, image_weights: np.ndarray, score_threshold: float = 0.0
+    matches: metrics.Matches, image_weights: np.ndarray, score_threshold: float = 0.0
 ) -> Scores:
     """Precision, recall, F1 and PQ as in ``resampled_scores``, of the detections that score at
     least ``score_threshold``.
     """
-    by_image = count_by_image(matches, score_threshold)
+    counts = metrics.count_by_image(matches, score_threshold)
     names = ("all", *matches.class_names.values())
-    holds = (by_image.tp + by_image.fn > 0).sum(0).tolist()
-    tp, fp, fn, iou_sum = (image_weights @ table for table in by_image)
+    holds = (counts[0] + counts[2] > 0).sum(0).tolist()
+    images = dict(zip(names, (len(matches.image_ids), *holds), strict=True))
+    tp, fp, fn, iou_sum = image_weights @ counts
     with np.errstate(invalid="ignore", divide="ignore"):
         pq = np.where(tp + fn > 0, iou_sum / (tp + fp / 2 + fn / 2), np.nan)
         tp, fp, fn = (np.column_stack([table.sum(1), table]) for table in (tp, fp, fn))
         ratios = {"precision": tp / (tp + fp), "recall": tp / (tp + fn)}
         ratios["F1"] = 2 * tp / (2 * tp + fp + fn)
-    values = {
-        (metric, name): of[:, k] for metric, of in ratios.items() for k, name in enumerate(names)
-    }
-    images = dict(zip(names, (len(matches.image_ids), *holds), strict=True))
+    values = {(metric, n): of[:, k] for metric, of in ratios.items() for k, n in enumerate(names)}
     return Scores(values | _with_mean("PQ", matches, pq), images)
 
 
 def compare(before: Scores, after: Scores) -> pd.DataFrame:
-    """What changed between two sets of scores of the same images, with 95 % intervals of the paired
-    differences (``interval``).
-
-    Args:
-        before: of ``resampled_scores``.
-        after: of the same ``image_weights``.
+    """What changed between two sets of scores of the same images and weights, with 95 % intervals
+    of the paired differences (``interval``).
 
     Returns:
         One row a metric and class: metric, of, before, after, difference, low, high, verdict. The
@@ -316,12 +268,14 @@ def compare(before: Scores, after: Scores) -> pd.DataFrame:
     rows = []
     for (metric, of), old in before.values.items():
         new = after.values[metric, of]
-        difference = new - old
-        low, high = interval(difference[1:], before.images[of])
-        row = {"metric": metric, "of": of, "before": old[0], "after": new[0]}
-        row |= {"difference": difference[0], "low": low, "high": high}
-        rows.append(row | {"verdict": _verdict(difference[0], low, high)})
-    return pd.DataFrame(rows)
+        low, high = interval((new - old)[1:], before.images[of])
+        rows.append((metric, of, old[0], new[0], new[0] - old[0], low, high))
+    columns = ["metric", "of", "before", "after", "difference", "low", "high"]
+    table = pd.DataFrame(rows, columns=columns)
+    moved = (table[["low", "high"]].abs() >= ALIKE).any(axis=1)  # False where an end is NaN
+    alike = (table["difference"].abs() < ALIKE) & ~moved
+    verdicts = {"unchanged": alike, "better": table["low"] > 0, "worse": table["high"] < 0}
+    return table.assign(verdict=np.select(list(verdicts.values()), list(verdicts), "cannot tell"))
 
 
 def interval(values: np.ndarray, images: int) -> tuple[float, float]:
@@ -338,32 +292,20 @@ def interval(values: np.ndarray, images: int) -> tuple[float, float]:
     return tuple(np.percentile(defined, (tail, 100 - tail)).tolist())
 
 
-def _verdict(difference: float, low: float, high: float) -> str:
-    moved = abs(low) >= ALIKE or abs(high) >= ALIKE  # False where an end is NaN
-    if abs(difference) < ALIKE and not moved:
-        return "unchanged"
-    if low > 0:
-        return "better"
-    return "worse" if high < 0 else "cannot tell"
-
-
 def _with_mean(
-    metric: str, matches: Matches, per_class: np.ndarray
+    metric: str, matches: metrics.Matches, per_class: np.ndarray
 ) -> dict[tuple[str, str], np.ndarray]:
     columns = zip(matches.class_names.values(), per_class.T, strict=True)
     return {(metric, "all"): _mean_of_defined(per_class)} | {(metric, n): v for n, v in columns}
 
 
-def _mean_recall(matches: Matches, image_weights: np.ndarray) -> np.ndarray:
+def _mean_recall(matches: metrics.Matches, image_weights: np.ndarray) -> np.ndarray:
     """Mean recall over the classes that have a cell: float64 [1 + B]."""
-    counts = count_by_image(matches)
-    found, cells = image_weights @ counts.tp, image_weights @ (counts.tp + counts.fn)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return _mean_of_defined(np.where(cells > 0, found / cells, np.nan))
+    tp, _, fn, _ = image_weights @ metrics.count_by_image(matches)
+    with np.errstate(invalid="ignore"):
+        return _mean_of_defined(tp / (tp + fn))
 
 
 def _mean_of_defined(per_class: np.ndarray) -> np.ndarray:
-    """The mean of each row's defined values, NaN where none is."""
-    defined = ~np.isnan(per_class)
-    with np.errstate(invalid="ignore"):
-        return np.where(defined, per_class, 0).sum(1) / defined.sum(1)
+    """The mean of the defined values along the last axis, NaN where none is."""
+    return np.ma.masked_invalid(per_class).mean(-1).filled(np.nan)

@@ -6,36 +6,15 @@ detection, so one matching serves every threshold. No torch.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from cellseg_helpers.metrics import (
-    Matches,
-    average_precision,
-    count_by_image,
-    count_matches,
-    limit_detections,
-)
+from cellseg_helpers.metrics import Matches, average_precision, count_by_image, count_matches
 
 CRITERIA = ("F1", "count")
 Thresholds = float | Mapping[str, float]  # one for all classes, or one for each class name
-
-
-class CountsByThreshold(NamedTuple):
-    """Counts of I images, K classes and T score thresholds.
-
-    Attributes:
-        found: int [I, K, T], detections that score at least the threshold.
-        tp: int [I, K, T], those of them that are matched.
-        cells: int [I, K].
-    """
-
-    found: np.ndarray
-    tp: np.ndarray
-    cells: np.ndarray
 
 
 def keep_scores(matches: Matches, score_thresholds: Thresholds) -> Matches:
@@ -58,24 +37,19 @@ def keep_scores(matches: Matches, score_thresholds: Thresholds) -> Matches:
 def threshold_table(
     matches: Matches, strategies: Mapping[str, Thresholds], max_dets: int
 ) -> pd.DataFrame:
-    """What each strategy's thresholds give: detections left, average precision at the matches' IoU,
-    precision, recall, F1.
-
-    Args:
-        matches: of the detections.
-        strategies: name -> its thresholds.
-        max_dets: of the average precision.
+    """What the thresholds of each strategy give.
 
     Returns:
-        One row a strategy and class (``all`` first): strategy, class, score_threshold, detections,
-        AP50 (by the matches' IoU), tp, fp, fn, precision, recall, F1.
+        One row a strategy and class (``all`` first): strategy, class, score_threshold (NaN where
+        the classes' differ), detections, AP50 (by the matches' IoU, at ``max_dets``), tp, fp, fn,
+        precision, recall, F1.
     """
     tables = []
     for strategy, score_thresholds in strategies.items():
         thresholds = _by_class(matches, score_thresholds)
         shared = thresholds[0] if len(set(thresholds)) == 1 else np.nan
         kept = keep_scores(matches, score_thresholds)
-        averages = pd.Series(average_precision(limit_detections(kept, max_dets))[0])
+        averages = pd.Series(average_precision(kept, max_dets=max_dets)[0])
         counts = count_matches(kept)
         table = pd.DataFrame(counts.values()).rename(columns={"f1": "F1"})
         columns = {
@@ -95,11 +69,12 @@ def sweep(matches: Matches, score_thresholds: Sequence[float], max_dets: int) ->
     return threshold_table(matches, strategies, max_dets).drop(columns="strategy")
 
 
-def count_by_threshold(matches: Matches, score_thresholds: Sequence[float]) -> CountsByThreshold:
-    """Detections, matched detections and cells of each image, class and threshold."""
-    counts = [count_by_image(matches, threshold) for threshold in score_thresholds]
-    tp, fp = (np.stack([getattr(c, name) for c in counts], axis=-1) for name in ("tp", "fp"))
-    return CountsByThreshold(tp + fp, tp, counts[0].tp + counts[0].fn)
+def count_by_threshold(matches: Matches, score_thresholds: Sequence[float]) -> np.ndarray:
+    """True positives, false positives and false negatives of the detections that score at least
+    each of T thresholds: float64 [3, I, K, T], images and classes as in ``metrics.count_by_image``.
+    """
+    counts = [count_by_image(matches, threshold)[:3] for threshold in score_thresholds]
+    return np.stack(counts, axis=-1)
 
 
 def choose_thresholds(
@@ -123,10 +98,11 @@ def choose_thresholds(
         raise ValueError("score_thresholds is empty; give at least one to choose from")
     rising = np.sort(np.asarray(score_thresholds, float))
     counts = count_by_threshold(matches, rising)
-    if criterion == "count":
-        best = np.abs(counts.found - counts.cells[..., None]).sum(0).argmin(-1)
+    if criterion == "F1":
+        best = _best_f1(counts.sum(1))
     else:
-        best = _best_f1(*(table.sum(0) for table in counts))
+        _, fp, fn = counts
+        best = np.abs(fp - fn).sum(0).argmin(-1)
     return dict(zip(matches.class_names.values(), rising[best].tolist(), strict=True))
 
 
@@ -167,37 +143,31 @@ def optimism(
             f"{images} images, {halvings} halvings and {len(score_thresholds)} thresholds"
         )
     order = np.random.default_rng(seed).permuted(np.tile(np.arange(images), (halvings, 1)), axis=1)
-    chooses = np.concatenate([order < images // 2, order >= images // 2]).astype(int)
+    chooses = np.concatenate([order < images // 2, order >= images // 2])  # [2 * halvings, I]
     counts = count_by_threshold(matches, [*sorted(score_thresholds), score_threshold])
-    choosing, judging = (
-        CountsByThreshold(*(np.tensordot(half, table, 1) for table in counts))
-        for half in (chooses, 1 - chooses)
-    )
-    best = _best_f1(choosing.found[..., :-1], choosing.tp[..., :-1], choosing.cells)
-    claimed, real = (_gain(half, best) for half in (choosing, judging))
-    gains = np.stack([claimed, real, claimed - real], axis=1)  # [H, 3, 1 + K]
+    choosing, judging = (np.einsum("hi,cikt->chkt", half, counts) for half in (chooses, ~chooses))
+    best = _best_f1(choosing[..., :-1])
+    claimed, real = _gain(choosing, best), _gain(judging, best)
+    gains = np.stack([claimed, real, claimed - real], axis=-1)  # [2 * halvings, 1 + K, 3]
     rows = {}
     for k, name in enumerate(("all", *matches.class_names.values())):
-        of_class = gains[~np.isnan(gains[..., k]).any(1), :, k]
-        means, ends = [np.nan] * 3, [np.nan] * 2
-        if len(of_class):
-            means, ends = of_class.mean(0), np.percentile(of_class[:, 2], [2.5, 97.5])
-        rows[name] = (*means, *ends, len(of_class))
-    columns = ["claimed", "real", "optimism", "low", "high", "halvings"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("class")
+        table = pd.DataFrame(gains[:, k], columns=["claimed", "real", "optimism"]).dropna()
+        low, high = table["optimism"].quantile([0.025, 0.975])
+        rows[name] = {**table.mean(), "low": low, "high": high, "halvings": len(table)}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("class")
 
 
-def _gain(counts: CountsByThreshold, best: np.ndarray) -> np.ndarray:
-    """F1 at each class's threshold, by index ``best`` [H, K], minus F1 at the last one: float64
-    [H, 1 + K], all classes first; NaN without a cell.
+def _gain(counts: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """F1 at each class's threshold, by its index ``best`` [H, K], minus F1 at the last threshold,
+    of counts [3, H, K, T]: float64 [H, 1 + K], all classes first; NaN without a cell.
     """
-    chosen = [np.take_along_axis(table, best[..., None], -1)[..., 0] for table in counts[:2]]
-    shared = [table[..., -1] for table in counts[:2]]
-    found, tp, found_shared, tp_shared, cells = (
-        np.column_stack([table.sum(1), table]) for table in (*chosen, *shared, counts.cells)
+    chosen = np.take_along_axis(counts, best[None, ..., None], axis=-1)[..., 0]
+    chosen, shared = (
+        np.concatenate([part.sum(-1, keepdims=True), part], axis=-1)
+        for part in (chosen, counts[..., -1])
     )
-    gain = _f1(found, tp, cells) - _f1(found_shared, tp_shared, cells)
-    return np.where(cells > 0, gain, np.nan)
+    cells = chosen[0] + chosen[2]
+    return np.where(cells > 0, _f1(chosen) - _f1(shared), np.nan)
 
 
 def separation(matches: Matches) -> pd.DataFrame:
@@ -220,9 +190,7 @@ def reliability(matches: Matches, bins: int = 10) -> pd.DataFrame:
     """Of detections of about one score, the share that is matched, by class and ``all``. (hotcoco's
     ``calibration``, the oracle, has the bins of all classes together only.)
 
-    Args:
-        matches: of the detections.
-        bins: of equal width from 0 to 1; an edge belongs to the bin above it.
+    The bins are of equal width from 0 to 1; an edge belongs to the bin above it.
 
     Returns:
         One row a class and filled bin: class, bin (its lower edge), detections, mean_score,
@@ -234,17 +202,13 @@ def reliability(matches: Matches, bins: int = 10) -> pd.DataFrame:
     if bins < 1:
         raise ValueError(f"bins is {bins}; it must be at least 1")
     edges = np.linspace(0, 1, bins + 1)
-    parts = []
+    columns = {"detections": ("score", "size"), "mean_score": ("score", "mean")}
+    columns |= {"matched_share": ("matched", "mean")}
+    tables = {}
     for name, found in _classes(matches):
         lower = edges[np.searchsorted(edges[1:-1], found["score"], side="right")]
-        table = found.groupby(lower).agg(
-            detections=("score", "size"),
-            mean_score=("score", "mean"),
-            matched_share=("matched", "mean"),
-        )
-        parts.append(table.rename_axis("bin").reset_index().assign(**{"class": name}))
-    columns = ["class", "bin", "detections", "mean_score", "matched_share"]
-    return pd.concat(parts, ignore_index=True)[columns]
+        tables[name] = found.groupby(lower).agg(**columns)
+    return pd.concat(tables, names=["class", "bin"]).reset_index()
 
 
 def expected_calibration_error(table: pd.DataFrame) -> pd.Series:
@@ -262,15 +226,11 @@ def cell_counts(matches: Matches, score_thresholds: Thresholds) -> pd.DataFrame:
     """One row an image and class: image_id, class, cells (annotated), predicted (detections of at
     least the threshold).
     """
-    counts = count_by_image(keep_scores(matches, score_thresholds))
-    names = list(matches.class_names.values())
-    columns = {
-        "image_id": np.repeat(matches.image_ids, len(names)),
-        "class": np.tile(names, len(matches.image_ids)),
-        "cells": (counts.tp + counts.fn).ravel(),
-        "predicted": (counts.tp + counts.fp).ravel(),
-    }
-    return pd.DataFrame(columns)
+    tp, fp, fn = count_by_image(keep_scores(matches, score_thresholds))[:3].astype(int)
+    places = [matches.image_ids, list(matches.class_names.values())]
+    index = pd.MultiIndex.from_product(places, names=["image_id", "class"])
+    columns = {"cells": (tp + fn).ravel(), "predicted": (tp + fp).ravel()}
+    return pd.DataFrame(columns, index).reset_index()
 
 
 def counting_error(counts: pd.DataFrame) -> pd.DataFrame:
@@ -298,14 +258,16 @@ def _classes(matches: Matches) -> list[tuple[str, pd.DataFrame]]:
     return [("all", found), *by_class]
 
 
-def _best_f1(found: np.ndarray, tp: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Index int [..., K] of each class's threshold of best F1 (found, tp [..., K, T]; cells [...,
-    K]); a class without a cell gets the one that is best for all classes together.
+def _best_f1(counts: np.ndarray) -> np.ndarray:
+    """Index int [..., K] of each class's threshold of best F1, of counts [3, ..., K, T]; a class
+    without a cell gets the one that is best for all classes together.
     """
-    for_all = _f1(found.sum(-2), tp.sum(-2), cells.sum(-1)[..., None]).argmax(-1)[..., None]
-    return np.where(cells > 0, _f1(found, tp, cells[..., None]).argmax(-1), for_all)
+    cells = (counts[0] + counts[2])[..., 0]
+    for_all = _f1(counts.sum(-2)).argmax(-1)[..., None]
+    return np.where(cells > 0, _f1(counts).argmax(-1), for_all)
 
 
-def _f1(found: np.ndarray, tp: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """2 tp / (found + cells), 0 where there is neither."""
-    return 2 * tp / np.maximum(found + cells, 1)
+def _f1(counts: np.ndarray) -> np.ndarray:
+    """2 tp / (2 tp + fp + fn), 0 where nothing is counted; tp, fp, fn along the first axis."""
+    tp, fp, fn = counts
+    return 2 * tp / np.maximum(2 * tp + fp + fn, 1)

@@ -19,7 +19,6 @@ from cellseg_helpers.cells import Cells
 from cellseg_helpers.metrics import (
     COCO_AREAS_PX,
     average_precision,
-    average_precision_per_class,
     check_detections,
     class_table,
     count_by_image,
@@ -116,12 +115,12 @@ def test_curves_equal_pycocotools_at_any_max_dets(scene, max_dets):
     expected = by_pycocotools(truth, detections, max_dets).eval
     np.testing.assert_array_equal(scores.precision, with_nan(expected["precision"]))
     np.testing.assert_array_equal(scores.recall, with_nan(expected["recall"]))
-    per_class = average_precision_per_class(scores)
     for k, name in enumerate(CLASS_NAMES):
+        of_class = summarize(scores, class_name=name)
         for column, thresholds in (("AP", slice(None)), ("AP50", 0), ("AP75", 5)):
             values = expected["precision"][thresholds, :, k, 0, -1]
             expected_mean = np.nan if (values == -1).all() else values.mean()
-            np.testing.assert_equal(per_class.loc[name, column], expected_mean)
+            np.testing.assert_equal(of_class[column], expected_mean)
     curves = precision_recall_curves(scores, 0.9)
     assert curves.columns.tolist() == ["class", "recall", "precision"]
     np.testing.assert_array_equal(
@@ -268,14 +267,14 @@ def test_counts_by_image_add_up():
         result(2, 1, 0.8, disc(20, 20, 10)),
         result(3, 1, 0.2, disc(20, 60, 10)),
     ]
-    counts = count_by_image(
+    tp, fp, fn, iou_sum = count_by_image(
         match_detections(truth_of(cells, images=3), Cells.from_coco(detections)), 0.5
     )
-    assert counts.tp.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert counts.fp.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    assert counts.fn.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
+    assert tp.tolist() == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert fp.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert fn.tolist() == [[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
     iou = coco_mask.iou([detections[0]["segmentation"]], [cells[0][2]], [0])[0, 0]
-    assert counts.iou_sum[0, 0] == iou and counts.iou_sum.sum() == iou
+    assert iou_sum[0, 0] == iou and iou_sum.sum() == iou
 
 
 def three_discs() -> tuple[dict, list[dict]]:

@@ -435,7 +435,7 @@ def test_counts_by_threshold_equal_those_of_what_each_keeps(images, seed, limits
         return round(rng.random(), 1)
 
     matches = match_detections(*simulated(images, seed, score, score))
-    counts = count_by_threshold(matches, limits)
+    tp, fp, fn = count_by_threshold(matches, limits)
     index = pd.MultiIndex.from_product([matches.image_ids, list(matches.class_names)])
 
     def table(rows):
@@ -444,18 +444,18 @@ def test_counts_by_threshold_equal_those_of_what_each_keeps(images, seed, limits
             .size()
             .reindex(index, fill_value=0)
             .to_numpy()
-            .reshape(counts.cells.shape)
+            .reshape(tp.shape[:2])
         )
 
-    np.testing.assert_array_equal(counts.cells, table(matches.truths))
     for place, limit in enumerate(limits):
         kept = keep_scores(matches, limit)
-        np.testing.assert_array_equal(counts.found[..., place], table(kept.detections))
+        np.testing.assert_array_equal((tp + fn)[..., place], table(matches.truths))
+        np.testing.assert_array_equal((tp + fp)[..., place], table(kept.detections))
         np.testing.assert_array_equal(
-            counts.tp[..., place], table(kept.detections[kept.detections["matched"]])
+            tp[..., place], table(kept.detections[kept.detections["matched"]])
         )
         np.testing.assert_array_equal(
-            counts.tp[..., place], table(kept.truths[kept.truths["detection"].notna()])
+            tp[..., place], table(kept.truths[kept.truths["detection"].notna()])
         )
 
 

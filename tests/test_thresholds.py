@@ -90,7 +90,7 @@ def test_average_precision_never_rises_with_the_threshold(matches):
 
 def test_counts_by_threshold_count(matches):
     unsorted = [0.5, 0.0, 0.9, 0.5]
-    counts = thresholds.count_by_threshold(matches, unsorted)
+    tp, fp, fn = thresholds.count_by_threshold(matches, unsorted)
     found = matches.detections
     for t, limit in enumerate(unsorted):
         for image_id in (1, 7, 30):
@@ -100,9 +100,9 @@ def test_counts_by_threshold_count(matches):
                     & (found["class_id"] == class_id)
                     & (found["score"] >= limit)
                 ]
-                assert counts.found[image_id - 1, class_id - 1, t] == len(here)
-                assert counts.tp[image_id - 1, class_id - 1, t] == here["matched"].sum()
-    assert counts.cells.sum() == len(matches.truths)
+                assert (tp + fp)[image_id - 1, class_id - 1, t] == len(here)
+                assert tp[image_id - 1, class_id - 1, t] == here["matched"].sum()
+    assert ((tp + fn).sum((0, 1)) == len(matches.truths)).all()
 
 
 def test_the_best_threshold_of_a_known_scene():
