@@ -79,6 +79,8 @@ class RunConfig:
     skip_faulty_images: bool = False  # leave faulty images out instead of stopping
     split: Split = "auto"  # patient, random (by image), auto (patient if all are known), all
     validation_fraction: OpenShare = 0.25  # share of the patients (or images) in validation
+    folds: Count = 0  # validation sides of a cross-validation; 0 = one, of validation_fraction
+    fold: Count = 0  # the one that validates, from 0
     split_seed: Count = 0  # of the draw of the split
 
     # Crops and augmentation
@@ -168,6 +170,9 @@ class RunConfig:
         """Sentences on values that do not go together."""
         if any(character in self.run_name for character in "/\\") or self.run_name in (".", ".."):
             yield f"run_name {self.run_name!r} must be a plain folder name"
+        if self.folds == 1 or self.fold >= max(self.folds, 1):
+            allowed = "folds must be 0 or at least 2, fold below it"
+            yield f"folds is {self.folds} and fold {self.fold}; {allowed}"
         if not self.weights:
             yield "weights is empty; one of none, imagenet, coco, or the path of a weights file"
         for part in ("rpn", "box"):
@@ -244,7 +249,7 @@ class RunConfig:
         """The same settings with a ``run_name``: if it is empty, one made from the settings.
 
         >>> RunConfig(backbone="resnet34").named().run_name
-        'quick-resnet34-9574ccae'
+        'quick-resnet34-13c19621'
         """
         if self.run_name:
             return self

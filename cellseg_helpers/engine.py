@@ -239,6 +239,8 @@ def split_dataset(
         config.split,
         config.validation_fraction,
         config.split_seed,
+        config.folds,
+        config.fold,
     )
     index = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
     return [index[i] for i in split.train], [index[i] for i in split.validation], split._asdict()

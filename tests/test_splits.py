@@ -34,6 +34,38 @@ def test_no_patient_stands_on_both_sides(patients, fraction, seed):
 
 
 @FEW
+@given(st.integers(2, 5), st.integers(5, 12), st.integers(0, 1000))
+def test_each_patient_validates_in_one_fold(folds, number, seed):
+    patients = [f"p{i % number}" for i in range(3 * number)]
+    counts = np.random.default_rng(seed).integers(0, 50, (len(patients), 4))
+    image_ids = [f"image{i}" for i in range(len(patients))]
+    splits = [
+        make_split(image_ids, counts, patients, "patient", 0.25, seed, folds, fold)
+        for fold in range(folds)
+    ]
+    assert sorted(i for split in splits for i in split.validation) == sorted(image_ids)
+    of = dict(zip(image_ids, patients, strict=True))
+    for split in splits:
+        assert sorted(split.train + split.validation) == sorted(image_ids)
+        assert not {of[i] for i in split.train} & {of[i] for i in split.validation}
+        assert len({of[i] for i in split.validation}) in (number // folds, -(-number // folds))
+
+
+def test_a_class_in_as_many_patients_as_folds_is_in_every_fold():
+    counts = np.ones((9, 4), int)
+    counts[:6, 3] = 0
+    patients = [f"p{i}" for i in range(9)]
+    for fold in range(3):
+        split = make_split(patients, counts, patients, "patient", 0.25, 0, 3, fold)
+        assert sum(patient in split.validation for patient in patients[6:]) == 1
+
+
+def test_more_folds_than_patients_are_refused():
+    with pytest.raises(ValueError, match="needs at least 3 patients, one a fold, found 2"):
+        make_split(["a", "b"], np.ones((2, 4), int), ["p", "q"], "patient", 0.25, 0, 3)
+
+
+@FEW
 @given(st.integers(2, 40), st.floats(0.05, 0.95), st.integers(0, 1000))
 def test_a_random_split_holds_the_asked_share_of_images(number, fraction, seed):
     image_ids, split = split_of([None] * number, kind="random", fraction=fraction, seed=seed)

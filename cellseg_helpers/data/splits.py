@@ -32,12 +32,15 @@ def make_split(
     kind: str,
     validation_fraction: float,
     seed: int,
+    folds: int = 0,
+    fold: int = 0,
 ) -> Split:
     """Split N images so that the validation side holds about the same share of every class.
 
     How it works: 1. 500 validation sides are drawn at random, by group (patients, or single images
     for ``random``). 2. The draws with the most classes on both sides are compared. 3. The one with
-    shares of images and of instances per class nearest to ``validation_fraction`` is taken.
+    shares of images and of instances per class nearest to ``validation_fraction`` is taken. With
+    ``folds`` a draw has so many validation sides of as many groups, each group in one of them.
 
     Args:
         counts: int [N, K], instances per image and class.
@@ -46,14 +49,20 @@ def make_split(
             where every image's is known, or ``all``: the validation side of ``auto``, and every
             image on the training side.
         validation_fraction: share of the groups, in (0, 1); at least one group stands on each side.
+        folds: 0, or the number of validation sides for cross-validation; ``validation_fraction`` is
+            not used then.
+        fold: which of them validates, 0 to ``folds`` - 1.
 
     Raises:
-        ValueError: an unknown kind, an unknown patient under ``patient``, or fewer than two groups.
+        ValueError: an unknown kind, an unknown patient under ``patient``, fewer than two groups, or
+            fewer groups than folds.
     """
     if kind not in ("auto", "patient", "random", "all"):
         raise ValueError(f"unknown split {kind!r}; one of auto, patient, random, all")
     if kind == "all":
-        auto = make_split(image_ids, counts, patients, "auto", validation_fraction, seed)
+        auto = make_split(
+            image_ids, counts, patients, "auto", validation_fraction, seed, folds, fold
+        )
         warning = "the validation images are trained on, too: scores are of training images"
         return Split(kind, list(image_ids), auto.validation, warning)
     if kind == "auto":
@@ -67,9 +76,10 @@ def make_split(
         )
     groups = np.array(patients if kind == "patient" else image_ids, dtype=str)
     names, group_of = np.unique(groups, return_inverse=True)
-    if len(names) < 2:
+    if len(names) < max(folds, 2):
         what = "patients" if kind == "patient" else "images"
-        raise ValueError(f"split {kind!r} needs at least two {what}, found {len(names)}")
+        least = f"{folds} {what}, one a fold" if folds > 2 else f"two {what}"
+        raise ValueError(f"split {kind!r} needs at least {least}, found {len(names)}")
 
     size = min(max(round(validation_fraction * len(names)), 1), len(names) - 1)
     weights = np.column_stack([np.ones(len(image_ids)), counts])
@@ -78,11 +88,16 @@ def make_split(
     present = per_group.sum(0) > 0
 
     rng = np.random.default_rng(seed)
-    draws = [rng.choice(len(names), size, replace=False) for _ in range(CANDIDATES)]
-    held = np.stack([shares[draw].sum(0) for draw in draws])[:, present]
-    one_sided = ((held == 0) | np.isclose(held, 1)).sum(1)
-    best = np.lexsort((np.abs(held - validation_fraction).sum(1), one_sided))[0]
-    held_out = np.isin(group_of, draws[best])
+    if folds:
+        parts = [rng.permutation(len(names)) % folds for _ in range(CANDIDATES)]
+        draws = [[np.flatnonzero(part == number) for number in range(folds)] for part in parts]
+    else:
+        draws = [[rng.choice(len(names), size, replace=False)] for _ in range(CANDIDATES)]
+    held = np.array([[shares[groups].sum(0) for groups in draw] for draw in draws])[..., present]
+    one_sided = ((held == 0) | np.isclose(held, 1)).sum((1, 2))
+    aim = 1 / folds if folds else validation_fraction
+    best = np.lexsort((np.abs(held - aim).sum((1, 2)), one_sided))[0]
+    held_out = np.isin(group_of, draws[best][fold])
     sides = [list(compress(image_ids, side)) for side in (~held_out, held_out)]
     return Split(kind, *sides, "" if kind == "patient" else _mixing(patients, held_out))
 
