@@ -1,25 +1,23 @@
 """Drawn H&E-like tissue in the HW3 layout: the embedded default data set.
 
-A picture is drawn as amounts of stain, never as colours: three planes (haematoxylin, eosin, red
-blood cells) become light by Beer-Lambert's law in stain space, I = white * 10 ** -(amounts @ stain
-vectors) (Ruifrok and Johnston, "Quantification of histochemical staining by color deconvolution",
-2001). The vectors of haematoxylin and eosin are the reference of Macenko et al., "A method for
-normalizing histology slides for quantitative analysis", 2009: real slides lie nearer to them than
-to the older ones, whose eosin hardly absorbs blue. Each patient has its own shade and strength.
+A picture is drawn as amounts of three stains (haematoxylin, eosin, red blood cells), which become
+light by Beer-Lambert's law, I = white * 10 ** -(amounts @ stain vectors) (Ruifrok and Johnston,
+"Quantification of histochemical staining by color deconvolution", 2001). The vectors of the first
+two are the reference of Macenko et al., "A method for normalizing histology slides for quantitative
+analysis", 2009: real slides lie nearer to them than to the older ones, whose eosin hardly absorbs
+blue. Each patient has its own shade and strength.
 
 No two instances share a pixel, also across classes: a cell lies beneath those drawn before it.
 Cells that reach the image border are drawn but not annotated (unless asked for), as in the course
-data; such a cell uses up an id, so ids have gaps.
-
-All arithmetic is in float64, so that the last bits in which processors differ do not reach a pixel.
+data; such a cell uses up an id, so ids have gaps. All arithmetic is in float64, so that the last
+bits in which processors differ do not reach a pixel.
 """
 
 import csv
 import json
-import os
 import shutil
-import tempfile
 import uuid
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tifffile
 from scipy import ndimage, spatial
+
+from cellseg_helpers.config import replacing
 
 Array, Rng = np.ndarray, np.random.Generator
 
@@ -122,8 +122,8 @@ def _epithelial(rng: Rng) -> Stamp:
     """A large pale oval nucleus: dark rim, grainy chromatin, a nucleolus or two."""
     depth = _outline(rng, 14.5 * rng.lognormal(0, 0.22), rng.uniform(1.05, 1.7), 0.03)
     nucleoli = _discs(depth.shape, rng.normal(0, 3, (2, 2)), rng.uniform(0.5, 2.6, 2))
-    rim = 0.25 * np.exp(-((depth - 1.2) ** 2) / 2)
-    h = rng.uniform(0.25, 0.65) + 0.18 * _noise(rng, depth.shape, 1.1) + rim
+    h = rng.uniform(0.25, 0.65) + 0.18 * _noise(rng, depth.shape, 1.1)
+    h += 0.25 * np.exp(-((depth - 1.2) ** 2) / 2)  # the rim
     e = rng.uniform(0.1, 0.35) + 0.07 * _noise(rng, depth.shape, 1.3)
     return _stamp(depth, h + 0.45 * _edge(nucleoli, 1.5), e, softness_px=rng.uniform(1.2, 3.0))
 
@@ -235,11 +235,9 @@ def _scatter(rng: Rng, weight: Array, per_100px: float, margin_px: int) -> tuple
 def _draw(
     amounts: Array, taken: Array, stamp: Stamp, y: int, x: int, least_visible: float
 ) -> tuple[tuple[slice, slice], Array, bool] | None:
-    """Blend a stamp around (y, x) beneath the cells drawn before.
-
-    Returns:
-        None where too little of it would be seen (then nothing is drawn); else its window in the
-        image, the visible mask in that window, and whether the object reaches the image border.
+    """Blend a stamp around (y, x) beneath the cells drawn before, unless too little of it would be
+    seen. Returns None, or its window in the image, the visible mask in that window, and whether the
+    object reaches the image border.
     """
     size, sides = np.array(taken.shape), np.array(stamp.mask.shape)
     start = (y, x) - sides // 2
@@ -266,8 +264,7 @@ def draw_tissue(
     stains: Array = STAINS,
     annotate_border_cells: bool = False,
 ) -> tuple[Array, Array]:
-    """Draw one image, uint8 [3, H, W] RGB, and its label maps, int32 [4, H, W]: 0 = background,
-    other values = instance ids.
+    """Draw one image, uint8 [3, H, W] RGB, and its label maps, int32 [4, H, W].
 
     Args:
         kind: what it shows, a key of ``TISSUES``.
@@ -332,16 +329,13 @@ def draw_dataset(
     image_size_px: tuple[int, int] = (160, 288),
     annotate_border_cells: bool = False,
 ) -> None:
-    """Draw a data set in the HW3 layout; a folder that holds this very drawing is left as it is.
-
-    The folder appears whole or not at all: the drawing is made beside it and then renamed. Training
-    images come from eight patients, test images from two others (and have no masks). ``drawn.json``
-    in the folder holds the arguments.
+    """Draw a data set in the HW3 layout, whole or not at all; a folder that holds this very drawing
+    is left as it is. ``drawn.json`` in the folder holds the arguments.
 
     Args:
         folder: to write, absent or empty.
-        num_train: images with masks.
-        num_test: images without.
+        num_train: images with masks, of eight patients.
+        num_test: images without, of two other patients.
         seed: the same seed draws the same bytes.
         image_size_px: least and greatest side; images of macrophages are then made a third larger.
 
@@ -356,24 +350,18 @@ def draw_dataset(
     if not 64 <= least <= greatest:
         sides = "image_size_px must be a least side of 64 or more and a greatest side"
         raise ValueError(f"{sides}, not {(least, greatest)}")
-    drawing = {"version": VERSION, "num_train": num_train, "num_test": num_test, "seed": seed}
-    drawing["image_size_px"] = [least, greatest]
-    drawing["annotate_border_cells"] = annotate_border_cells
-    folder = Path(folder)
+    settings = {"num_train": num_train, "num_test": num_test, "seed": seed}
+    settings |= {"image_size_px": [least, greatest], "annotate_border_cells": annotate_border_cells}
+    folder, drawing = Path(folder), {"version": VERSION, **settings}
     if _holds(folder, drawing):
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write_images(part, drawing)
-        (part / "drawn.json").write_text(json.dumps(drawing, indent=1))
-        part.chmod(0o755)
-        os.rename(part, folder)
+        with replacing(folder, folder=True) as part:
+            _write_images(part, **settings)
+            (part / "drawn.json").write_text(json.dumps(drawing, indent=1))
     except OSError:
         if not _holds(folder, drawing):  # else another process was first
             raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def discard_older_drawing(folder: Path) -> None:
@@ -395,49 +383,51 @@ def _holds(folder: Path, drawing: dict[str, Any]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if _drawing(folder) != drawing:
-        raise FileExistsError(
-            f"{folder} holds something other than this drawing (other settings, another version of "
-            "it, or other files); remove that folder or name another one"
-        )
+        other = "other settings, another version of it, or other files"
+        name = "remove that folder or name another one"
+        raise FileExistsError(f"{folder} holds something other than this drawing ({other}); {name}")
     return True
 
 
-def _write_images(folder: Path, drawing: dict[str, Any]) -> None:
-    num_train, seed, (least, greatest) = map(drawing.get, ("num_train", "seed", "image_size_px"))
+def _write_images(
+    folder: Path,
+    num_train: int,
+    num_test: int,
+    seed: int,
+    image_size_px: Sequence[int],
+    annotate_border_cells: bool,
+) -> None:
     (folder / "test_release").mkdir()
     patients, tests = [("image_id", "patient")], []
-    for index in range(num_train + drawing["num_test"]):
-        is_test = index >= num_train
+    for index in range(num_train + num_test):
         turn, group, first = index, TRAIN_PATIENTS, 0
-        if is_test:
+        if index >= num_train:
             turn, group, first = index - num_train, TEST_PATIENTS, TRAIN_PATIENTS
-        patient = first + turn % group
-        kind = KINDS[(turn // group + turn % group) % len(KINDS)]
+        rounds, place = divmod(turn, group)
+        patient, kind = first + place, KINDS[(rounds + place) % len(KINDS)]
         rng = np.random.default_rng([seed, index])
         stains = _staining(np.random.default_rng([seed, patient, 0]))
         stains = stains * rng.lognormal(0, [[0.1], [0.2], [0.1]])
         scale = 1.3 if kind == "macrophages" else 1.0
-        sides = rng.integers(least, greatest + 1, 2)
+        sides = rng.integers(image_size_px[0], image_size_px[1] + 1, 2)
         height, width = (round(scale * side) for side in sides)
         label_maps = np.zeros(0)
-        arguments = (height, width, kind, stains, drawing["annotate_border_cells"])
         while not label_maps.any():  # no image of the course is without a cell
-            image, label_maps = draw_tissue(rng, *arguments)
-        image = image.transpose(1, 2, 0)
+            drawn = draw_tissue(rng, height, width, kind, stains, annotate_border_cells)
+            image, label_maps = drawn[0].transpose(1, 2, 0), drawn[1]
         name = str(uuid.uuid5(uuid.NAMESPACE_OID, f"drawn tissue {seed} {index}"))
-        if is_test:
-            file_name = f"{name}.tif"
-            _write(folder / "test_release" / file_name, image, photometric="rgb")
-            tests.append({"file_name": file_name, "id": turn + 1, "height": height, "width": width})
+        if index >= num_train:
+            file = {"file_name": f"{name}.tif", "id": turn + 1, "height": height, "width": width}
+            _write(folder / "test_release" / file["file_name"], image, photometric="rgb")
+            tests.append(file)
             continue
         to = folder / "train" / name
         to.mkdir(parents=True)
         rgba = np.concatenate([image, np.full_like(image[..., :1], 255)], 2)
         _write(to / "image.tif", rgba, photometric="rgb", extrasamples=["unassalpha"])
-        for class_id, label_map in enumerate(label_maps, 1):
+        for class_id, label_map in enumerate(label_maps.astype(np.float64), 1):
             if label_map.any():
-                mask = label_map.astype(np.float64)
-                _write(to / f"class{class_id}.tif", mask, photometric="minisblack")
+                _write(to / f"class{class_id}.tif", label_map, photometric="minisblack")
         patients.append((name, f"drawn-{patient}"))
     (folder / "test_image_name_to_ids.json").write_text(json.dumps(tests, indent=1))
     with open(folder / "patients.csv", "w", newline="") as file:
