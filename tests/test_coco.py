@@ -23,9 +23,9 @@ from cellseg_helpers import engine, runs
 from cellseg_helpers.config import ROOT
 from cellseg_helpers.data import cache, coco
 from cellseg_helpers.data import hw3 as readers
-from cellseg_helpers.data.cache import DataError
 from cellseg_helpers.data.coco import export_coco
 from cellseg_helpers.data.drawn import draw_dataset
+from cellseg_helpers.data.faults import DataError
 from cellseg_helpers.data.hw3 import check_folder, open_dataset, open_test_images
 from cellseg_helpers.data.labels import find_instances
 from cellseg_helpers.engine import fit

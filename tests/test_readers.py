@@ -18,7 +18,7 @@ from cellseg_helpers.config import ROOT
 from cellseg_helpers.data import cache
 from cellseg_helpers.data import drawn as synthetic
 from cellseg_helpers.data import hw3 as readers
-from cellseg_helpers.data.cache import DataError, Fault
+from cellseg_helpers.data.faults import DataError, Fault
 from cellseg_helpers.data.hw3 import check_folder, open_dataset
 from cellseg_helpers.data.labels import connected_components, find_instances
 

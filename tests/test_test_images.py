@@ -9,7 +9,7 @@ import tifffile
 
 from cellseg_helpers.data import drawn as synthetic
 from cellseg_helpers.data import hw3 as readers
-from cellseg_helpers.data.cache import DataError
+from cellseg_helpers.data.faults import DataError
 from cellseg_helpers.data.hw3 import NoTestImages, open_test_images
 
 HEIGHT, WIDTH = 12, 17

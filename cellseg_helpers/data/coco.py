@@ -207,13 +207,13 @@ class CocoImage(NamedTuple):
         return Path(self.file_name).stem
 
 
-def read_coco(path: Path) -> tuple[dict[str, CocoImage], list[Fault]]:
-    """The images that a COCO file lists, by image id, sorted; and what is wrong with the file as a
+def read_coco(path: Path) -> tuple[list[CocoImage], list[Fault]]:
+    """The images that a COCO file lists, sorted by image id; and what is wrong with the file as a
     whole. ``draw_label_maps`` checks the masks.
     """
     if not path.exists():
         give = "give the .json of a COCO data set, or a folder that holds train/"
-        return {}, [Fault("", str(path), f"there is no such file; {give}")]
+        return [], [Fault("", str(path), f"there is no such file; {give}")]
     images, problems = {}, []
     try:
         content = _read_lists(path)
@@ -222,7 +222,8 @@ def read_coco(path: Path) -> tuple[dict[str, CocoImage], list[Fault]]:
     except DataError as error:
         problems.append(str(error))
     by_id = {image.image_id: image for image in images.values()}
-    return dict(sorted(by_id.items())), [Fault("", path.name, problem) for problem in problems]
+    faults = [Fault("", path.name, problem) for problem in problems]
+    return [by_id[image_id] for image_id in sorted(by_id)], faults
 
 
 def _read_lists(path: Path) -> dict[str, list]:
@@ -356,7 +357,7 @@ def _to_rle(annotation: CocoAnnotation, height: int, width: int) -> dict[str, An
         crowd = "it is a crowd (iscrowd 1), which cannot be one instance"
         raise DataError(f"{crowd}; annotate its cells one by one, or remove it")
     if isinstance(given, list):
-        polygons = _checked(given, height, width)
+        polygons = _checked_polygons(given, height, width)
         rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
     elif not isinstance(given, dict) or not {"size", "counts"} <= given.keys():
         wanted = "an RLE (an object with size and counts) or a list of polygons"
@@ -379,13 +380,13 @@ def _to_rle(annotation: CocoAnnotation, height: int, width: int) -> dict[str, An
     return rle
 
 
-def _checked(polygons: list, height: int, width: int) -> list[list[float]]:
+def _checked_polygons(polygons: list, height: int, width: int) -> list[list[float]]:
     if not polygons:
         give = "give at least one polygon, or remove it"
         raise DataError(f"its segmentation is an empty list; {give}")
     for polygon in polygons:
         is_polygon = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-        if not is_polygon or not all(map(_is_number, polygon)):
+        if not is_polygon or not all(type(n) in (int, float) and n == n for n in polygon):
             wanted = "a list x, y, x, y, ... of 3 vertices or more, in px"
             raise DataError(f"its polygon {_shown(polygon)} must be {wanted}")
         for values, side in ((polygon[::2], width), (polygon[1::2], height)):
@@ -394,10 +395,6 @@ def _checked(polygons: list, height: int, width: int) -> list[list[float]]:
                 far = f"reaches far outside its {height} x {width} px image (height x width)"
                 raise DataError(f"its polygon {_shown(polygon)} {far}; correct or remove it")
     return polygons
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and value == value
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -39,13 +39,13 @@ _write = partial(tifffile.imwrite, compression="lzw", metadata=None)
 
 
 class Tissue(NamedTuple):
-    """What an image holds: objects per 100 x 100 px, and the share of each kind of ground."""
+    """What an image holds: objects per 100 x 100 px, and shares (0..1) of the ground."""
 
     cells: tuple[float, float, float, float]  # of each class
     spindles: float
     red_cells: float
-    nests: float  # share of the ground that is epithelium, 0..1
-    lumen: float  # share of the ground that is empty glass, 0..1
+    nests: float  # epithelium
+    lumen: float  # empty glass
     margin_px: int  # how far outside the image cells are centred; below 0: only inside, so far in
 
 

@@ -40,8 +40,8 @@ LOOKALIKE = re.compile(r"(image|class).*|.*\.tiff?", re.IGNORECASE)
 TIFF = re.compile(r"\.tiff?$", re.IGNORECASE)
 TESTS, LIST = "test_release", "test_image_name_to_ids.json"
 
-# Image and label maps for an ``instance_reading``; what is wrong is added to the list.
-Reader = Callable[[str, list[Fault]], tuple[np.ndarray | None, np.ndarray | None]]
+# Reads one image in an ``instance_reading``; what is wrong with it is added to the list.
+Reader = Callable[[str, list[Fault]], CellImage | None]
 
 
 def open_dataset(
@@ -51,8 +51,7 @@ def open_dataset(
     skip_faulty_images: bool = False,
     cache_dir: Path | None = None,
 ) -> CellDataset:
-    """Open a folder in the HW3 layout, or a COCO data set; on first use its files are decoded into
-    the cache.
+    """Open a folder in the HW3 layout, or a COCO data set, whose files are decoded on first use.
 
     Args:
         data: the folder that holds ``train/`` (a relative path is under the repository's root); or
@@ -77,10 +76,10 @@ def open_dataset(
     lists_all = ": cellseg_helpers.data.hw3.check_folder lists all"
 
     def decode() -> tuple[Iterator[Decoded], list[Fault]]:
-        listed, faults = _list_images(folder)
-        if not listed:
+        readers, faults = _list_images(folder)
+        if not readers:
             raise DataError(_refusal(folder, faults, lists_all))
-        return _decode(name, listed, *settings), faults
+        return _decode(name, readers, *settings), faults
 
     dataset = open_cached(folder, name, settings, lambda: _file_state(folder), decode, cache_dir)
     can_skip = len(dataset) > 0 and all(fault.image_id for fault in dataset.skipped)
@@ -92,15 +91,12 @@ def open_dataset(
 
 
 def check_folder(data: str | Path, instance_reading: str = "pixel_values") -> list[Fault]:
-    """All faults of a folder or COCO data set, found by decoding every file once; empty if there
-    are none. The arguments are those of ``open_dataset``.
-    """
+    """All faults of the data, found by decoding every file; arguments as of ``open_dataset``."""
     _check_reading(instance_reading)
     folder, name = locate_data(data)
-    listed, faults = _list_images(folder)
-    for _, image_faults in _decode(name, listed, instance_reading):
-        faults += image_faults
-    return faults
+    readers, faults = _list_images(folder)
+    decoded = _decode(name, readers, instance_reading, 0)
+    return faults + [fault for _, image_faults in decoded for fault in image_faults]
 
 
 def _check_reading(instance_reading: str) -> None:
@@ -110,10 +106,8 @@ def _check_reading(instance_reading: str) -> None:
 
 
 def locate_data(data: str | Path) -> tuple[Path, str]:
-    """The folder, or COCO file, of ``data`` and the data's name; ``drawn`` is drawn on first use.
-
-    Raises:
-        DataError: it cannot be drawn.
+    """The folder, or COCO file, of ``data`` and the data's name. ``drawn`` is drawn on first use; a
+    ``DataError`` if it cannot be.
     """
     if data != "drawn":
         folder = resolve_path(data)
@@ -149,12 +143,11 @@ def _refusal(
 # What is in the folder
 
 
-def _list_images(folder: Path) -> tuple[dict[str, tuple[str | None, Reader]], list[Fault]]:
-    """Patient and reader of every image by image id, sorted; and the faults found so far."""
+def _list_images(folder: Path) -> tuple[list[Reader], list[Fault]]:
+    """A reader of every image, sorted by image id; and what is wrong with the data as a whole."""
     if _is_coco(folder):
-        read, faults = coco.read_coco(folder)
-        listed = {i: (image.patient, partial(_read_listed, image)) for i, image in read.items()}
-        return listed, faults
+        listed, faults = coco.read_coco(folder)
+        return [partial(_read_listed, image) for image in listed], faults
     train, file = folder / "train", str(folder)
     try:
         if not folder.is_dir():
@@ -173,7 +166,7 @@ def _list_images(folder: Path) -> tuple[dict[str, tuple[str | None, Reader]], li
             needs = "each image needs train/<image id>/image.tif"
             raise DataError(f"it holds no image folder; {needs}")
     except DataError as error:
-        return {}, [Fault("", file, str(error))]
+        return [], [Fault("", file, str(error))]
     move = "move it to train/<image id>/ under its right name, or remove it"
     stray = f"it stands outside an image folder; {move}"
     same = "another folder has the same image id but for upper and lower case; rename or remove one"
@@ -185,7 +178,7 @@ def _list_images(folder: Path) -> tuple[dict[str, tuple[str | None, Reader]], li
     if (folder / "patients.csv").exists():
         with adding_fault(faults, "", "patients.csv"):
             patients = _read_patients(folder, image_ids, faults)
-    return {i: (patients[i], partial(_read_image, train / i)) for i in image_ids}, faults
+    return [partial(_read_image, train / i, patients[i]) for i in image_ids], faults
 
 
 def _visible_names(folder: Path) -> list[str]:
@@ -219,8 +212,8 @@ def _read_patients(
             "has no folder under train/; correct or remove its row": i not in known,
             f"has no patient; fill it in, {go_on}": i in image_ids and not patients.get(i),
         }
-        problems = [f"image id {i!r} {problem}" for problem, is_wrong in checks.items() if is_wrong]
-        faults += [Fault(i, "patients.csv", problem) for problem in problems[:1]]
+        wrong = [f"image id {i!r} {problem}" for problem, is_wrong in checks.items() if is_wrong]
+        faults += [Fault(i, "patients.csv", problem) for problem in wrong[:1]]
     return {image_id: patients.get(image_id) for image_id in image_ids}
 
 
@@ -234,18 +227,17 @@ def _inside(folder: Path) -> list[Path]:
 def _file_state(folder: Path) -> object:
     """Name, size, times and inode of every file, by which the cache sees a change."""
     if _is_coco(folder):
-        files = [folder, *(image.path for image in coco.read_coco(folder)[0].values())]
+        files = [folder, *(image.path for image in coco.read_coco(folder)[0])]
     else:
         folders = _inside(folder / "train")
         inside = [file for image_folder in folders for file in _inside(image_folder)]
         files = [folder / "patients.csv", *folders, *inside]
     state = []
     for file in files:
-        size_and_times = ()
+        state.append(os.path.relpath(file, folder))
         if file.exists() and not file.is_dir():
             status = file.stat()
-            size_and_times = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
-        state.append((os.path.relpath(file, folder), *size_and_times))
+            state += [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     return state, [file.stem for file in _inside(folder / TESTS)]
 
 
@@ -253,30 +245,25 @@ def _file_state(folder: Path) -> object:
 
 
 def _decode(
-    name: str,
-    listed: dict[str, tuple[str | None, Reader]],
-    instance_reading: str,
-    min_instance_area_px: int = 0,
+    name: str, readers: list[Reader], instance_reading: str, min_instance_area_px: int
 ) -> Iterator[Decoded]:
-    options = {"desc": f"decoding {name}", "unit": "image", "delay": 2, "leave": False}
-    for image_id, (patient, read) in tqdm(listed.items(), **options):
+    for read in tqdm(readers, f"decoding {name}", unit="image", delay=2, leave=False):
         faults: list[Fault] = []
-        image, label_maps = read(instance_reading, faults)
-        if faults:
-            yield None, faults
-        else:
-            label_maps = drop_small_instances(label_maps, min_instance_area_px)
-            yield CellImage(image_id, patient, image, label_maps), []
+        cell_image = read(instance_reading, faults)
+        if cell_image:
+            label_maps = drop_small_instances(cell_image.label_maps, min_instance_area_px)
+            cell_image = cell_image._replace(label_maps=label_maps)
+        yield cell_image, faults
 
 
 def _read_image(
-    folder: Path, instance_reading: str, faults: list[Fault]
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Image and label maps of an image folder."""
+    folder: Path, patient: str | None, instance_reading: str, faults: list[Fault]
+) -> CellImage | None:
+    """The ``Reader`` of an image folder."""
     image_id, place = folder.name, f"train/{folder.name}"
     image, shape, class_maps, files = None, None, {}, {}
     with adding_fault(faults, image_id, place):
-        files = _find_files(folder, place, faults)
+        files = _find_files(folder, faults)
     for key in sorted(files, reverse=True):  # the image before its class files
         with adding_fault(faults, image_id, f"{place}/{files[key]}"):
             tiff = read_tiff(folder / files[key])
@@ -285,14 +272,15 @@ def _read_image(
                 shape = image.shape[1:]
             else:
                 class_maps[int(key[-1])] = to_label_map(tiff.pixels, shape, instance_reading)
-    faults.sort()
     if faults:
-        return None, None
+        faults.sort()
+        return None
     empty = np.zeros(shape, np.int32)
-    return image, np.stack([class_maps.get(k, empty) for k in range(1, len(CLASS_NAMES) + 1)])
+    label_maps = np.stack([class_maps.get(k, empty) for k in range(1, len(CLASS_NAMES) + 1)])
+    return CellImage(image_id, patient, image, label_maps)
 
 
-def _find_files(folder: Path, place: str, faults: list[Fault]) -> dict[str, str]:
+def _find_files(folder: Path, faults: list[Fault]) -> dict[str, str]:
     """File names by what they hold (``image``, ``class1`` ...)."""
     names = _visible_names(folder)
     if not names:
@@ -314,7 +302,8 @@ def _find_files(folder: Path, place: str, faults: list[Fault]) -> dict[str, str]
     if not files.keys() - {"image"}:
         add = "add at least one of class1.tif to class4.tif (all 0 where there is no cell)"
         problems[""] = f"it has no class file; {add}"
-    faults += [Fault(folder.name, str(Path(place, name)), text) for name, text in problems.items()]
+    place = Path("train", folder.name)
+    faults += [Fault(folder.name, str(place / name), text) for name, text in problems.items()]
     return files
 
 
@@ -324,8 +313,8 @@ def _same_name(other: str) -> str:
 
 def _read_listed(
     listed: coco.CocoImage, instance_reading: str, faults: list[Fault]
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Image and label maps of an image of a COCO data set."""
+) -> CellImage | None:
+    """The ``Reader`` of an image of a COCO data set."""
     image, label_maps, size = None, None, (listed.height, listed.width)
     with adding_fault(faults, listed.image_id, listed.file_name):
         image = read_image(listed.path)
@@ -336,7 +325,7 @@ def _read_listed(
     if not faults and instance_reading == "connected_components":
         with adding_fault(faults, listed.image_id, listed.file_name):
             label_maps = np.stack([to_label_map(m, size, instance_reading) for m in label_maps])
-    return image, label_maps
+    return None if faults else CellImage(listed.image_id, listed.patient, image, label_maps)
 
 
 def _other_size(found: tuple[int, ...], listed: tuple[int, ...], entry: str) -> str:
@@ -393,22 +382,21 @@ def open_test_images(data: str | Path) -> UnlabelledImages:
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder; give the folder that holds {TESTS}/")
     faults: list[Fault] = []
-    has_list, listed, note = (folder / LIST).exists(), [], ""
-    if has_list:
-        listed = _read_list(folder / LIST, faults)
-    list_is_right = has_list and not faults
+    listed = _read_list(folder / LIST, faults) if (folder / LIST).exists() else None
     files, sizes = _read_test_images(folder / TESTS, name, faults)
-    if list_is_right:
+    if listed is not None:
         faults += _compare(listed, files, sizes)
     if faults:
         raise DataError(_refusal(folder, faults))
     if not files:
         add = f"({TESTS}/<name>.tif); add some to predict them"
         raise NoTestImages(f"the data in {folder} have no test images {add}")
-    if not has_list:
-        rows = enumerate(zip(files.values(), sizes.values(), strict=True), 1)
-        for i, (file, (height, width)) in rows:
-            listed.append({"file_name": file.name, "id": i, "height": height, "width": width})
+    note = ""
+    if listed is None:
+        listed = [
+            {"file_name": files[key].name, "id": i, "height": size[0], "width": size[1]}
+            for i, (key, size) in enumerate(sizes.items(), 1)
+        ]
         count = f"the {len(files)} images are numbered from 1 in the order of their names"
         note = f"There is no {LIST}: {count}."
     return UnlabelledImages(name, listed, [files[_key(row["file_name"])] for row in listed], note)
@@ -422,9 +410,7 @@ def _key(file_name: str) -> str:
 def _read_test_images(
     folder: Path, name: str, faults: list[Fault]
 ) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
-    """Paths of a folder's TIFF files, and sizes (height, width, px) of the readable ones, sorted by
-    name; the keys are ``_key`` of the names.
-    """
+    """By ``_key``, sorted: paths of a folder's TIFF files, and (height, width), px, if readable."""
     files, sizes, names = {}, {}, []
     with adding_fault(faults, "", TESTS):
         names = [n for n in _visible_names(folder) if TIFF.search(n)] if folder.exists() else []
@@ -437,28 +423,23 @@ def _read_test_images(
     return files, sizes
 
 
-def _read_list(path: Path, faults: list[Fault]) -> list[dict[str, Any]]:
-    """The entries of the list of test images."""
+def _read_list(path: Path, faults: list[Fault]) -> list[dict[str, Any]] | None:
+    """The entries of the list of test images; None if it has faults."""
     kinds = {"file_name": coco.TEXT, "id": coco.WHOLE, "height": coco.SIDE, "width": coco.SIDE}
-    listed = []
     with adding_fault(faults, "", LIST):
         listed = coco.read_json(path)
         if not isinstance(listed, list):
-            raise DataError(
-                f"it holds no list of images but a {type(listed).__name__}; copy it again"
-            )
-    if faults:
-        return []
-    wrong = [(row, coco.wrong_entry(entry, kinds)) for row, entry in enumerate(listed)]
-    problems = [f"entry {row} {problem}" for row, problem in wrong if problem]
-    if not problems:
-        names = [f"image {_key(entry['file_name'])!r}" for entry in listed]
-        times = Counter([f"id {entry['id']}" for entry in listed] + names)
-        problems = [
-            f"{what} is listed {n} times; list each once" for what, n in times.items() if n > 1
-        ]
-    faults += [Fault("", LIST, problem) for problem in problems]
-    return [] if faults else [{key: entry[key] for key in kinds} for entry in listed]
+            kind = type(listed).__name__
+            raise DataError(f"it holds no list of images but a {kind}; copy it again")
+        wrong = [(row, coco.wrong_entry(entry, kinds)) for row, entry in enumerate(listed)]
+        problems = [f"entry {row} {problem}" for row, problem in wrong if problem]
+        if not problems:
+            names = [f"image {_key(entry['file_name'])!r}" for entry in listed]
+            times = Counter([f"id {entry['id']}" for entry in listed] + names)
+            once = "times; list each once"
+            problems = [f"{what} is listed {n} {once}" for what, n in times.items() if n > 1]
+        faults += [Fault("", LIST, problem) for problem in problems]
+    return None if faults else [{key: entry[key] for key in kinds} for entry in listed]
 
 
 def _compare(

@@ -58,9 +58,6 @@ class TrainingSet(Dataset):
     A share ``class_balance`` of the samples is drawn by class: first a class, then one of its
     instances in the training images, all with the same probability; the crop holds its centre. The
     other samples are crops at a random position in the key's own image.
-
-    ``drop_cut_cells`` leaves cells that reach the crop's border out of the targets, as annotators
-    leave out cells at the image's border; otherwise their visible part is a target.
     """
 
     dataset: CellDataset
@@ -69,7 +66,7 @@ class TrainingSet(Dataset):
     class_balance: float  # in [0, 1]
     augmentation: str  # a name in ``augment.RECIPES``
     seed: int  # of every random choice, together with the key
-    drop_cut_cells: bool = False
+    drop_cut_cells: bool = False  # as in ``crop``
     boxes_miss_last_pixel: bool = False  # as in ``make_target``
 
     def __post_init__(self):
@@ -113,7 +110,8 @@ def crop(
     Args:
         size_px: side; 0, or a shorter image side, keeps that side whole.
         center: (row, column) that the crop must hold, somewhere in its middle half; None: anywhere.
-        drop_cut_cells: instances that reach a side of the crop inside the image become background.
+        drop_cut_cells: instances that reach a side of the crop inside the image become background,
+            as annotators leave out cells at the image's border.
     """
     window, cuts = [slice(None)], []
     for axis, length in enumerate(cell_image.image.shape[1:]):
@@ -124,10 +122,8 @@ def crop(
             start = center[axis] - side // 2 + rng.integers(-(side // 4), side // 4 + 1)
         start = int(np.clip(start, 0, length - side))
         window.append(slice(start, start + side))
-        if start > 0:
-            cuts.append((axis, 0))
-        if start + side < length:
-            cuts.append((axis, -1))
+        inner = ((0, start > 0), (-1, start + side < length))  # is this side inside the image?
+        cuts += [(axis, line) for line, is_inside in inner if is_inside]
     label_maps = cell_image.label_maps[tuple(window)].astype(np.int32)
     for label_map in label_maps if drop_cut_cells and cuts else ():
         new_ids = np.arange(label_map.max() + 1, dtype=label_map.dtype)
@@ -141,9 +137,8 @@ def make_target(label_maps: Tensor, boxes_miss_last_pixel: bool = False) -> dict
     """The training target of label maps int32 [K, H, W]: boxes float32 [N, 4], labels int64 [N],
     ids int32 [N], label_maps.
 
-    With ``boxes_miss_last_pixel`` a box ends at its cell's last pixel row and column instead of
-    behind them, and cells of one row or column are left out: a common mistake, whose effect the
-    study measures.
+    ``boxes_miss_last_pixel`` repeats a common mistake, to measure its effect: a box ends at its
+    cell's last pixel row and column, not behind them, and cells of one row or column are left out.
     """
     boxes, labels, ids = map(torch.from_numpy, find_boxes(label_maps.numpy()))
     if boxes_miss_last_pixel:
@@ -154,6 +149,6 @@ def make_target(label_maps: Tensor, boxes_miss_last_pixel: bool = False) -> dict
 
 
 def collate(samples: list[Sample]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Samples of several sizes: their images, their targets."""
+    """The images and the targets of samples, whose sizes may differ."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
