@@ -589,6 +589,12 @@ def test_covered_annotation(written):
     assert open_dataset(path, skip_faulty_images=True).image_ids == ["b"]
 
 
+def test_an_image_of_more_than_255_annotations(written):
+    cells = [cell(n, rle(mask(n // 24, n % 24, n // 24 + 1, n % 24 + 1))) for n in range(300)]
+    (label_map, *_) = open_dataset(written(*cells))[0].label_maps
+    assert np.array_equal(label_map.ravel()[:300], np.arange(1, 301)) and label_map.max() == 300
+
+
 def test_too_many_of_one_class(written, monkeypatch):
     monkeypatch.setattr(coco, "LARGEST_ID", 2)
     cells = [

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from cellseg_helpers.cells import CLASS_NAMES, decode_mask, run_lengths
 from cellseg_helpers.config import replacing, resolve_path
-from cellseg_helpers.data.cache import LARGEST_ID, CellDataset, CellImage
+from cellseg_helpers.data.cache import LARGEST_ID, CellImage
 from cellseg_helpers.data.faults import DataError, Fault, adding_fault, as_data_error
 from cellseg_helpers.data.labels import find_boxes, find_cells
 from cellseg_helpers.data.splits import patient_of
@@ -74,8 +74,8 @@ def to_coco(cell_images: Iterable[CellImage]) -> dict[str, Any]:
 def export_coco(data: str | Path, destination: str | Path) -> Path:
     """Write a data set as COCO, whole or not at all; returns the COCO file.
 
-    Images become RGB uint8 TIFFs (LZW, lossless), masks compressed RLEs. Instance ids are not
-    written, but the annotations of a class are in their order.
+    Images become RGB uint8 TIFFs (LZW), masks compressed RLEs. Instance ids are not written, but
+    the annotations of a class are in their order.
 
     Args:
         data: as for ``hw3.open_dataset``.
@@ -92,24 +92,19 @@ def export_coco(data: str | Path, destination: str | Path) -> Path:
         remove = "remove it, or name another destination"
         raise DataError(f"{destination} exists and is not an empty folder; {remove}")
     dataset = open_dataset(data)
+    content = to_coco(dataset)
+    tiff = {"photometric": "rgb", "compression": "lzw", "predictor": True, "metadata": None}
+    bar = tqdm(dataset, f"exporting {dataset.name}", unit="image", delay=2, leave=False)
     with replacing(destination, folder=True) as part:
         (part / "images").mkdir()
-        content = to_coco(_writing_images(dataset, part / "images"))
-        for image in content["images"]:
-            image["file_name"] = f"images/{image['file_name']}.tif"
+        for listed, cell_image in zip(content["images"], bar, strict=True):
+            listed["file_name"] = f"images/{cell_image.image_id}.tif"
+            pixels = cell_image.image.transpose(1, 2, 0)
+            tifffile.imwrite(part / listed["file_name"], pixels, **tiff)
         content = {"info": {"description": f"Cells of the data {dataset.name}"}, **content}
         text = json.dumps(content, allow_nan=False) + "\n"
         (part / "annotations.json").write_text(text, encoding="utf-8")
     return destination / "annotations.json"
-
-
-def _writing_images(dataset: CellDataset, folder: Path) -> Iterator[CellImage]:
-    options = {"photometric": "rgb", "compression": "lzw", "predictor": True, "metadata": None}
-    title = f"exporting {dataset.name}"
-    for cell_image in tqdm(dataset, title, unit="image", delay=2, leave=False):
-        pixels = cell_image.image.transpose(1, 2, 0)
-        tifffile.imwrite(folder / f"{cell_image.image_id}.tif", pixels, **options)
-        yield cell_image
 
 
 # Checked
@@ -335,7 +330,8 @@ def draw_label_maps(image: CocoImage, faults: list[Fault]) -> np.ndarray | None:
     if faults:
         return None
     label_maps = np.zeros((len(CLASS_NAMES), image.height, image.width), np.int32)
-    for i in np.argsort(coco_mask.area(rles), kind="stable")[::-1]:
+    areas_px = [int(coco_mask.area(rle)) for rle in rles]  # at once, pycocotools takes 255 at most
+    for i in np.argsort(areas_px, kind="stable")[::-1]:
         mask, x0, y0 = decode_mask(rles[i])
         class_id, instance_id = ids[i]
         box = label_maps[class_id - 1, y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]]
