@@ -1,7 +1,6 @@
 """Training on a GPU: images a second, and how busy the GPU is, with two workers, beside
-torchvision's reference training loop. ``bench/README.md`` says how it is measured.
-
-    python -m bench.gpu        prints each row as soon as it is measured
+torchvision's reference training loop. ``bench/README.md`` says how it is measured. Each row is
+printed as soon as it is there.
 """
 
 import itertools
@@ -47,6 +46,8 @@ Batch = tuple[list[Tensor], list[dict[str, Any]]]  # images, targets
 
 
 class Measured(NamedTuple):
+    """Of the steps of a training: their speed, and shares of their time."""
+
     images_per_s: float = NAN
     waiting: float = NAN  # %
     working: float = NAN  # %
@@ -192,7 +193,7 @@ def train_reference(model: nn.Module, optimizer, schedule, batches: Iterable, mi
 
 
 def augment_on_device(batch: Batch) -> Batch:
-    """A batch of crops augmented on the device, as the workers do otherwise, with their targets."""
+    """Augment a batch of ``Crops`` on the device, as the workers do otherwise; make its targets."""
     images, targets = [], []
     for image, drawn in zip(*batch, strict=True):
         crop = (tensor.to(DEVICE, non_blocking=True) for tensor in (image, drawn["label_maps"]))
@@ -203,9 +204,7 @@ def augment_on_device(batch: Batch) -> Batch:
 
 
 def boxes_on_device(label_maps: Tensor) -> dict[str, Tensor]:
-    """``labels.find_boxes`` of label maps on a device: boxes float32 [N, 4], labels int64 [N], ids
-    int32 [N].
-    """
+    """``labels.find_boxes`` on a device: boxes float32 [N, 4], labels int64 [N], ids int32 [N]."""
     class_index, y, x = label_maps.nonzero().unbind(1)
     keys = class_index * CLASS + label_maps[class_index, y, x]
     keys, cell = torch.unique(keys, return_inverse=True)
@@ -219,9 +218,7 @@ def boxes_on_device(label_maps: Tensor) -> dict[str, Tensor]:
 
 
 def measure(side_px: int, batch_size: int, way: str) -> Measured:
-    """``train`` in a fresh process; ``failure`` says why it did not end well, such as for lack of
-    memory.
-    """
+    """``train`` in a fresh process; ``failure``: why it broke off, such as for memory or time."""
     with fresh_process() as process:
         try:
             return process.submit(train, side_px, batch_size, way).result(PROCESS_LIMIT_S)
@@ -249,21 +246,18 @@ def rows() -> list[Row]:
 
 
 def rows_of(side_px: int, batch_size: int, way: str, ours: Measured, peer: Measured) -> list[Row]:
-    """``way``: a variant of ours as the rows' names say it, or ""."""
+    """Three rows; ``way`` is what a variant of ours adds to their names, else ""."""
     compared = "peer: ours without" if way else "goals: 2x the images/s, 95 % working"
     cells = round(CELLS * side_px**2 / SIDE_PX**2)
     note = f"{compared}; ResNet-50, {resolve_precision(RunConfig())}, up to {cells} drawn cells an "
     note += f"image, {RECIPE}, {WORKERS} workers, {TIMED} steps, fewer where they take over "
-    note = "; ".join(filter(None, (f"{note}{PART_LIMIT_S} s", ours.failure, peer.failure)))
+    note += f"{PART_LIMIT_S} s"
+    note = "; ".join(filter(None, (note, ours.failure, peer.failure)))
     quantities = ("speed", "images/s"), ("waiting for the loader", "%"), ("GPU works", "%")
     table = []
     for (what, unit), mine, theirs in zip(quantities, ours[:3], peer[:3], strict=True):
         name = f"GPU training, {side_px} px, batch {batch_size}{way}: {what}"
         more = what != "waiting for the loader"
         table.append(row(name, mine, theirs, unit, note=note, more_is_better=more))
-    print(*table, sep="\n", file=sys.stderr, flush=True)  # to have what was measured before an end
+    print(*table, sep="\n", file=sys.stderr, flush=True)
     return table
-
-
-if __name__ == "__main__":
-    print(*rows(), sep="\n")

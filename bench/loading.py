@@ -65,7 +65,7 @@ def tiff_samples() -> Iterator[Sample]:
 
 
 def compare(ours: deque, peer: deque) -> str:
-    """Of the same samples, read again: an epoch holds none of them. masks_to_boxes ends a box at
+    """Compare the samples of new epochs: the timed ones keep none. ``masks_to_boxes`` ends a box at
     its last pixel, the package one pixel further.
     """
     alike, images, cells = True, 0, 0
@@ -79,6 +79,7 @@ def compare(ours: deque, peer: deque) -> str:
 
 
 def first_epoch() -> Pair:
+    """An epoch of which no sample is kept."""
     return Pair(lambda: exhaust(first_samples()), lambda: exhaust(tiff_samples()), compare)
 
 

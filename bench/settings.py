@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from bench import training
-from bench.measure import NAN, medians_in_turn, save_table
+from bench.measure import medians_in_turn, save_table
 from bench.training import DEVICE, SCENE
 from cellseg_helpers.config import ROOT, RunConfig, one_line
 from cellseg_helpers.data.hw3 import open_dataset
@@ -95,22 +95,21 @@ def make_epoch(
 
 def compare(settings: dict[str, dict[str, Any]], rounds: int) -> pd.DataFrame:
     """Times and losses of settings, beside the first one's."""
-    epochs, table = {}, pd.DataFrame(index=pd.Index(settings, name="setting"))
-    table["loss"], table["note"] = NAN, pd.Series(NOTES)
+    epochs, losses, notes = {}, {}, {name: NOTES.get(name) for name in settings}
     for name, arguments in settings.items():
         try:
             epoch = make_epoch(**arguments)
-            table.loc[name, "loss"] = epoch()
-            epochs[name] = epoch
+            losses[name], epochs[name] = epoch(), epoch
         except Exception as error:
             if "compiled" not in arguments:
                 raise
-            table.loc[name, "note"] = f"not possible here: {one_line(error)}"
-    medians = medians_in_turn(list(epochs.values()), rounds)
-    table["ms_per_step"] = pd.Series(medians, index=list(epochs)) * 1000 / STEPS
+            notes[name] = f"not possible here: {one_line(error)}"
+    times = medians_in_turn(list(epochs.values()), rounds)
+    table = pd.DataFrame(index=pd.Index(settings, name="setting"))
+    table["ms_per_step"] = pd.Series(times, index=list(epochs)) * 1000 / STEPS
     table["times_faster"] = table["ms_per_step"].iloc[0] / table["ms_per_step"]
-    table["loss_difference"] = (table["loss"] - table["loss"].iloc[0]).abs()
-    return table[["ms_per_step", "times_faster", "loss_difference", "note"]].reset_index()
+    table["loss_difference"] = (pd.Series(losses) - next(iter(losses.values()))).abs()
+    return table.assign(note=pd.Series(notes)).reset_index()
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ def measure(key: str) -> dict[str, float]:
 
 
 def share_outside(parts: Any) -> Any:
-    """%; of a dictionary of seconds, or of a table with a row for each job."""
+    """% of the time outside forward and backward: of one job's parts, or of a table of jobs."""
     return 100 - 100 * (parts["forward"] + parts["backward"]) / parts["total"]
 
 

@@ -51,9 +51,7 @@ def scene(cells: int = CELLS) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 
 
 def boxes_near_cells(target: dict[str, Tensor], count: int, spread_px: float = 3) -> list[Tensor]:
-    """Cells int64 [``count``], some drawn more than once, and a box float32 [``count``, 4] px near
-    each.
-    """
+    """Random cells int64 [count], repeats included, and a box float32 [count, 4] px near each."""
     rng = torch.Generator().manual_seed(0)
     match = torch.randint(len(target["boxes"]), (count,), generator=rng).to(DEVICE)
     shifts = torch.randn(count, 2, generator=rng).repeat(1, 2).to(DEVICE)
@@ -61,6 +59,7 @@ def boxes_near_cells(target: dict[str, Tensor], count: int, spread_px: float = 3
 
 
 def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> str:
+    """A verdict: the largest difference must stay under ``TOLERANCE`` of the largest value."""
     difference = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
     largest = max(other.abs().max().item() for other in theirs)
     found = f"max difference {difference:.0e} in values up to {largest:.0f}"
