@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +15,9 @@ from cellseg_helpers.config import RunConfig
 CHECKPOINT_EVERY_S = 60  # at least, and after every validated epoch (see engine)
 KEPT = f"the last epoch's checkpoint is kept, or one from less than {CHECKPOINT_EVERY_S} s before"
 NO_MEMORY = (
-    "allocate memory",
-    "Unable to allocate",
-    "out of memory",
-    "ALLOC_FAILED",
-    "killed by signal: Killed",
-    "killed by signal: Bus error",
-)
+    "allocate memory", "Unable to allocate", "out of memory", "ALLOC_FAILED",
+    "killed by signal: Killed", "killed by signal: Bus error",
+)  # fmt: skip
 
 
 class TrainingError(RuntimeError):
@@ -36,10 +33,8 @@ def accelerator_of(config: RunConfig) -> str:
 
 def resolve_precision(config: RunConfig) -> str:
     """The precision of a run on this machine: ``auto`` is bf16-mixed on a GPU or CPU (AMX) that has
-    bfloat16 matrix units, else 32.
-
-    A CPU that only has AVX-512's bfloat16 instructions trains faster in 32 bit: measured on one of
-    Intel's, ``bench/README.md``.
+    bfloat16 matrix units, else 32. With AVX-512's bfloat16 instructions alone, a CPU trains faster
+    in 32 bit (measured on one of Intel's, ``bench/README.md``).
     """
     if config.precision != "auto":
         return config.precision
@@ -66,28 +61,22 @@ def make_fabric(config: RunConfig) -> Fabric:
     Raises:
         ValueError: a device or precision that this machine does not have.
     """
-    accelerator, gpus = accelerator_of(config), torch.cuda.device_count()
-    if accelerator == "cuda" and gpus < config.devices:
-        raise ValueError(
-            f"devices is {config.devices}, but this machine has {gpus} GPUs that torch can use; "
-            "lower it, or accelerator 'cpu'"
-        )
-    if accelerator == "cpu" and config.precision == "16-mixed":
-        raise ValueError("precision '16-mixed' needs a GPU; use 'bf16-mixed' or '32' on a CPU")
-    precision = resolve_precision(config)
-    plugin = Precision() if precision == "32" else AutocastPrecision(precision, accelerator)
-    strategy = "ddp" if config.devices > 1 else "auto"
-    fabric = Fabric(
-        accelerator=accelerator, devices=config.devices, strategy=strategy, plugins=plugin
-    )
+    config = replace(config, accelerator=accelerator_of(config))  # refuses 16-mixed on a CPU
+    gpus, precision = torch.cuda.device_count(), resolve_precision(config)
+    if config.accelerator == "cuda" and gpus < config.devices:
+        found = f"this machine has {gpus} GPUs that torch can use"
+        advice = "lower it, or accelerator 'cpu'"
+        raise ValueError(f"devices is {config.devices}, but {found}; {advice}")
+    mixed = precision != "32"
+    plugin = AutocastPrecision(precision, config.accelerator) if mixed else Precision()
+    processes = {"devices": config.devices, "strategy": "ddp" if config.devices > 1 else "auto"}
+    fabric = Fabric(accelerator=config.accelerator, plugins=plugin, **processes)
     fabric.launch()
     return fabric
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process held so far: on a GPU torch's tensors, else the resident
-    memory by the operating system.
-    """
+    """The most memory that this process held so far: torch's tensors on a GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -106,8 +95,7 @@ def explaining_errors() -> Iterator[None]:
                 f"prediction, tile_size_px, or use precision 'bf16-mixed'; {KEPT}"
             ) from None
         if "Expected more than 1 value per channel when training" in str(error):
-            raise TrainingError(
-                "a batch of one crop is too small for the batch norms (its deepest feature map has "
-                "one pixel); raise batch_size or crop_size_px"
-            ) from None
+            cause = "the batch norms (its deepest feature map has one pixel)"
+            advice = "raise batch_size or crop_size_px"
+            raise TrainingError(f"a batch of one crop is too small for {cause}; {advice}") from None
         raise

@@ -16,12 +16,14 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, distributed, nn
+from lightning_fabric.utilities import move_data_to_device
+from torch import Tensor, distributed, nn, optim
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from cellseg_helpers import devices, runs
 from cellseg_helpers.cells import Cells
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.cache import CellDataset
@@ -29,28 +31,13 @@ from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.data.samples import EpochSampler, SampleKey, TrainingSet, collate
 from cellseg_helpers.data.splits import make_split
-from cellseg_helpers.devices import (
-    CHECKPOINT_EVERY_S,
-    KEPT,
-    TrainingError,
-    explaining_errors,
-    make_fabric,
-    peak_memory_bytes,
-    resolve_precision,
-)
+from cellseg_helpers.devices import TrainingError, explaining_errors, make_fabric
 from cellseg_helpers.inference import predict
 from cellseg_helpers.metrics import evaluate
 from cellseg_helpers.model import anchors
 from cellseg_helpers.model.build import build_model, count_parameters
 from cellseg_helpers.model.views import with_views
-from cellseg_helpers.runs import (
-    resume,
-    save_checkpoint,
-    save_weights,
-    start_run,
-    write_json,
-    write_text,
-)
+from cellseg_helpers.runs import save_checkpoint, save_weights, start_run, write_json, write_text
 
 History = list[dict[str, Any]]  # one row an epoch: the columns of history.csv
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
@@ -80,7 +67,7 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
         RunError: the folder holds another run.
         TrainingError: a loss that is not finite, or no memory left.
     """
-    config = replace(config.named(), precision=resolve_precision(config))
+    config = replace(config.named(), precision=devices.resolve_precision(config))
     fabric = make_fabric(config)
     torch.manual_seed(config.seed)
     dataset, scored = open_data(config)
@@ -100,106 +87,68 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
     steps = config.steps_per_epoch or math.ceil(len(train) / per_step)
     sampler = EpochSampler(train, steps * per_step, config.seed, *rank, config.batch_size)
     loader = make_loader(make_samples(dataset, train, config), config, sampler)
-    per_step_schedule, plateau = make_schedulers(optimizer, config, steps)
+    schedule, plateau = make_schedulers(optimizer, config, steps)
     model, optimizer = fabric.setup(model, optimizer)
-    parts = {
-        "model": model,
-        "optimizer": optimizer,
-        "per_step_schedule": per_step_schedule,
-        "plateau": plateau,
-        "precision": fabric.strategy.precision,
-    }
-    history = resume(parts, run_dir, config)
+    parts = {"model": model, "optimizer": optimizer, "precision": fabric.strategy.precision}
+    parts |= {"per_step_schedule": schedule, "plateau": plateau}
+    history = runs.resume(parts, run_dir, config)
 
     saved_at = time.perf_counter()
-    progress = tqdm(
-        desc="training",
-        total=config.epochs * steps,
-        initial=len(history) * steps,
-        unit="step",
-        mininterval=1,
-        disable=not fabric.is_global_zero,
-    )
+    is_main = fabric.is_global_zero  # of several processes, the one that saves and shows
+    done, total = len(history) * steps, config.epochs * steps
+    bar = {"unit": "step", "mininterval": 1, "disable": not is_main}
+    progress = tqdm(desc="training", total=total, initial=done, **bar)
     for epoch in range(len(history), config.epochs):
         if stopped_early(history, config):
             break
+        is_last = epoch + 1 == config.epochs
+        validates = is_last or (epoch + 1) % config.validation_every_epochs == 0
+        before = history[-1] if history else {"train_minutes": 0.0, "cpu_minutes": 0.0}
         sampler.set_epoch(epoch)
-        ends = epoch + 1 == config.epochs
-        validates = ends or (epoch + 1) % config.validation_every_epochs == 0
         with explaining_errors():
-            started = time.perf_counter(), time.process_time()
-            losses = train_epoch(
-                fabric, model, optimizer, per_step_schedule, loader, config, progress
-            )
+            clock, cpu = time.perf_counter(), time.process_time()
+            losses = train_epoch(fabric, model, optimizer, schedule, loader, config, progress)
             row = {
                 "epoch": epoch + 1,
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "loss": sum(losses.values()),
                 **losses,
-                **minutes_since(started, history),
+                "train_minutes": before["train_minutes"] + (time.perf_counter() - clock) / 60,
+                "cpu_minutes": before["cpu_minutes"] + (time.process_time() - cpu) / 60,
                 "validation_loss": math.nan,
                 "validation_ap50": math.nan,
             }
-            share_buffers(fabric, model)
             if validates:
                 row["validation_loss"] = validation_loss(fabric, model, dataset, validation, config)
                 cells = predict_images(fabric, model, dataset, validation, config)
-        if validates:
-            scores = evaluate(truth, cells, config.score_threshold, config.iou_threshold)
-            row["validation_ap50"] = scores["coco_dense"]["summary"]["AP50"]
-        history.append(row | {"peak_memory_bytes": peak_memory_bytes(fabric.device)})
+                scores = evaluate(truth, cells, config.score_threshold, config.iou_threshold)
+                row["validation_ap50"] = scores["coco_dense"]["summary"]["AP50"]
+        history.append(row | {"peak_memory_bytes": devices.peak_memory_bytes(fabric.device)})
         if config.scheduler == "plateau" and not math.isnan(row[config.monitor]):
             plateau.step(row[config.monitor])
 
-        if fabric.is_global_zero:
-            save_epoch(run_dir, model, history, config, (cells, scores) if validates else None)
-            is_due = validates or time.perf_counter() - saved_at > CHECKPOINT_EVERY_S
-            ends = ends or stopped_early(history, config)
+        if is_main:
+            if config.keep_every_epoch:
+                save_weights(run_dir / f"epoch_{epoch + 1}.safetensors", model.state_dict())
+            if validates and best_epoch(history, config) == epoch:
+                save_weights(run_dir / "best.safetensors", model.state_dict())
+                write_json(run_dir / "detections.json", cells.to_coco())
+                write_json(run_dir / "metrics.json", scores)
+            write_text(run_dir / "history.csv", pd.DataFrame(history).to_csv(index=False))
+            ends = is_last or stopped_early(history, config)
+            is_due = validates or time.perf_counter() - saved_at > devices.CHECKPOINT_EVERY_S
             if is_due and (config.keep_checkpoint or not ends):
                 states = {name: part.state_dict() for name, part in parts.items()}
                 checkpoint = {"settings": config.to_dict(), **states, "history": history}
                 save_checkpoint(run_dir / "last.pt", checkpoint)
                 saved_at = time.perf_counter()
         fabric.barrier()
-        if on_epoch and fabric.is_global_zero:
+        if on_epoch and is_main:
             on_epoch(pd.DataFrame(history))
     progress.close()
-    if fabric.is_global_zero:
+    if is_main:
         finish(run_dir, model, history, config)
     return run_dir
-
-
-def minutes_since(started: tuple[float, float], history: History) -> dict[str, float]:
-    """Minutes of training so far, by the clock and of processor time: those in the last epoch's row
-    plus those since ``started``.
-    """
-    before = history[-1] if history else {"train_minutes": 0.0, "cpu_minutes": 0.0}
-    clock, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
-    return {
-        "train_minutes": before["train_minutes"] + clock / 60,
-        "cpu_minutes": before["cpu_minutes"] + cpu / 60,
-    }
-
-
-def save_epoch(
-    run_dir: Path,
-    model: nn.Module,
-    history: History,
-    config: RunConfig,
-    found: tuple[Cells, dict[str, Any]] | None,
-) -> None:
-    """Save the history; if the epoch is the best so far, its weights, detections and scores.
-
-    Args:
-        found: detections and scores of the validation images; None if the epoch is not validated.
-    """
-    if config.keep_every_epoch:
-        save_weights(run_dir / f"epoch_{len(history)}.safetensors", model.state_dict())
-    if found and best_epoch(history, config) == len(history) - 1:
-        save_weights(run_dir / "best.safetensors", model.state_dict())
-        write_json(run_dir / "detections.json", found[0].to_coco())
-        write_json(run_dir / "metrics.json", found[1])
-    write_text(run_dir / "history.csv", pd.DataFrame(history).to_csv(index=False))
 
 
 def finish(run_dir: Path, model: nn.Module, history: History, config: RunConfig) -> None:
@@ -219,9 +168,6 @@ def finish(run_dir: Path, model: nn.Module, history: History, config: RunConfig)
 def open_data(config: RunConfig) -> tuple[CellDataset, CellDataset]:
     """The images as training reads them, and as the validation's truth reads them: every cell of
     ``truth_reading``, small ones too.
-
-    Raises:
-        DataError: see ``data.hw3.open_dataset``.
     """
     skip = config.skip_faulty_images
     dataset = open_dataset(config.data, config.instance_reading, config.min_instance_area_px, skip)
@@ -232,16 +178,9 @@ def split_dataset(
     dataset: CellDataset, config: RunConfig
 ) -> tuple[list[int], list[int], dict[str, Any]]:
     """Indices of the training and of the validation images, and the split as it is saved."""
-    split = make_split(
-        dataset.image_ids,
-        dataset.counts,
-        dataset.patients,
-        config.split,
-        config.validation_fraction,
-        config.split_seed,
-        config.folds,
-        config.fold,
-    )
+    images = dataset.image_ids, dataset.counts, dataset.patients
+    sides = config.validation_fraction, config.split_seed, config.folds, config.fold
+    split = make_split(*images, config.split, *sides)
     index = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
     return [index[i] for i in split.train], [index[i] for i in split.validation], split._asdict()
 
@@ -268,81 +207,63 @@ def image_statistics(dataset: CellDataset, indices: list[int]) -> tuple[list[flo
 
 def make_samples(dataset: CellDataset, indices: list[int], config: RunConfig) -> TrainingSet:
     """Augmented crops of some images, with their targets."""
-    return TrainingSet(
-        dataset,
-        indices,
-        config.crop_size_px,
-        config.class_balance,
-        config.augmentation,
-        config.seed,
-        config.drop_cut_cells,
-        config.boxes_miss_last_pixel,
-    )
+    drawing = config.crop_size_px, config.class_balance, config.augmentation, config.seed
+    targets = config.drop_cut_cells, config.boxes_miss_last_pixel
+    return TrainingSet(dataset, indices, *drawing, *targets)
 
 
 def make_loader(
     samples: TrainingSet, config: RunConfig, sampler: Iterable[SampleKey]
 ) -> DataLoader:
     """Batches of (images, targets) lists in the sampler's order."""
-    return DataLoader(
-        samples,
-        batch_size=config.batch_size,
-        sampler=sampler,
-        num_workers=config.num_workers,
-        collate_fn=collate,
-        persistent_workers=config.num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
+    workers = {"num_workers": config.num_workers, "persistent_workers": config.num_workers > 0}
+    options = {"collate_fn": collate, "pin_memory": torch.cuda.is_available(), **workers}
+    return DataLoader(samples, config.batch_size, sampler=sampler, **options)
 
 
-def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: RunConfig) -> optim.Optimizer:
     """Adam, AdamW or SGD over the parameters that are not frozen; fused, unless gradients are
     scaled (16-mixed) and must be clipped before the step.
     """
-    optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    momentum = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
-    return optimizers[config.optimizer](
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=config.precision != "16-mixed",
-        **momentum,
-    )
+    optimizers = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD}
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        options["momentum"] = config.momentum
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fused = config.precision != "16-mixed"
+    return optimizers[config.optimizer](trainable, fused=fused, **options)
 
 
 def make_schedulers(
-    optimizer: torch.optim.Optimizer, config: RunConfig, steps_per_epoch: int
+    optimizer: optim.Optimizer, config: RunConfig, steps_per_epoch: int
 ) -> tuple[lr_scheduler.LRScheduler, lr_scheduler.ReduceLROnPlateau]:
     """A schedule to step after each training step (linear warm-up, then cosine or constant), and
     one to step after each epoch (plateau).
     """
-    warmup = config.warmup_steps
+    warmup, least = config.warmup_steps, config.min_learning_rate
     per_step = lr_scheduler.LinearLR(optimizer, 1 / max(warmup, 1), total_iters=warmup)
     if config.scheduler == "cosine":
-        steps, least = max(config.epochs * steps_per_epoch - warmup, 1), config.min_learning_rate
+        steps = max(config.epochs * steps_per_epoch - warmup, 1)
         cosine = lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=least)
         parts = [per_step, cosine]
         per_step = lr_scheduler.SequentialLR(optimizer, parts, [warmup]) if warmup else cosine
-    plateau = lr_scheduler.ReduceLROnPlateau(
-        optimizer,
-        "max" if config.monitor == "validation_ap50" else "min",
-        config.plateau_factor,
-        config.plateau_patience,
-        min_lr=config.min_learning_rate,
-    )
+    better = "max" if config.monitor == "validation_ap50" else "min"
+    factor, patience = config.plateau_factor, config.plateau_patience
+    plateau = lr_scheduler.ReduceLROnPlateau(optimizer, better, factor, patience, min_lr=least)
     return per_step, plateau
 
 
 def train_epoch(
     fabric: Fabric,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: optim.Optimizer,
     schedule: lr_scheduler.LRScheduler,
     loader: DataLoader,
     config: RunConfig,
     progress: tqdm,
 ) -> dict[str, float]:
-    """One epoch: images, targets, losses, backward, step.
+    """One epoch: images, targets, losses, backward, step. At its end every process has the first
+    one's norm statistics, as the checkpoint has them, so that all validate one model.
 
     Returns:
         The mean of each loss over the steps and processes.
@@ -357,10 +278,8 @@ def train_epoch(
         losses, values = _finite_losses(model(images, targets), targets)
         optimizer.zero_grad()
         fabric.backward(losses.sum())
-        if config.gradient_clip_norm:
-            fabric.clip_gradients(
-                model, optimizer, max_norm=config.gradient_clip_norm, error_if_nonfinite=False
-            )
+        if limit := config.gradient_clip_norm:
+            fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
         optimizer.step()
         schedule.step()
         sums += losses.detach()
@@ -369,25 +288,22 @@ def train_epoch(
         progress.set_postfix({name: f"{value:.2f}" for name, value in shown}, refresh=False)
         progress.update()
     means = fabric.all_reduce(sums / len(loader), reduce_op="mean")
+    for buffer in model.buffers() if fabric.world_size > 1 else ():
+        distributed.broadcast(buffer, 0)
     return dict(zip(LOSSES, means.tolist(), strict=True))
 
 
 @torch.no_grad()
 def validation_loss(
-    fabric: Fabric,
-    model: nn.Module,
-    dataset: CellDataset,
-    indices: list[int],
-    config: RunConfig,
+    fabric: Fabric, model: nn.Module, dataset: CellDataset, indices: list[int], config: RunConfig
 ) -> float:
     """The mean total loss over one fixed crop of each validation image.
 
-    The norms' statistics do not change, unless ``validation_updates_norms``: then the loss is
-    computed as in training, and the statistics, and the model with them, learn from the validation
-    images.
+    The norms' statistics do not change, unless ``validation_updates_norms``: then the norms, and
+    with them the model, learn from the validation images as in training.
 
     Raises:
-        TrainingError: a loss that is not finite. So weights that the epoch's last step has spoiled
+        TrainingError: a loss that is not finite; so weights that the epoch's last step has spoiled
             are never saved.
     """
     config = replace(config, class_balance=0.0, augmentation="none", seed=0, num_workers=0)
@@ -406,11 +322,7 @@ def validation_loss(
 
 
 def predict_images(
-    fabric: Fabric,
-    model: nn.Module,
-    dataset: CellDataset,
-    indices: list[int],
-    config: RunConfig,
+    fabric: Fabric, model: nn.Module, dataset: CellDataset, indices: list[int], config: RunConfig
 ) -> Cells:
     """The cells found in whole images; image ids count from 1 in the order of ``indices``, as
     ``to_coco`` does. Each process predicts its share of the images.
@@ -430,55 +342,35 @@ def predict_images(
     return cells
 
 
-def share_buffers(fabric: Fabric, model: nn.Module) -> None:
-    """Give every process the first one's norm statistics, as the checkpoint has them, so that all
-    validate one model.
-    """
-    if fabric.world_size > 1:
-        for buffer in model.buffers():
-            distributed.broadcast(buffer, 0)
-
-
 def to_device(
     images: list[Tensor], targets: list[dict[str, Any]], device: torch.device
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """Images (uint8 [3, h, w]) as float32 in [0, 1], and targets, on ``device``."""
-
-    def moved(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-    return [moved(image).float() / 255 for image in images], [
-        {name: moved(value) for name, value in target.items()} for target in targets
-    ]
+    images, targets = move_data_to_device((images, targets), device)
+    return [image.float() / 255 for image in images], targets
 
 
 def best_epoch(history: History, config: RunConfig) -> int:
-    """Index of the first epoch with the best monitored value; an epoch without a value, or without
-    validation, counts as worst.
+    """Index of the first validated epoch with the best monitored value; 0 if none has a value.
 
-    >>> rows = [{"validation_ap50": value} for value in (0.1, 0.3, 0.2)]
+    >>> rows = [{"validation_loss": 1.0, "validation_ap50": value} for value in (0.1, 0.3, 0.2)]
     >>> best_epoch(rows, RunConfig(monitor="validation_ap50"))
     1
     """
+    table = pd.DataFrame(history, dtype=float)
     sign = 1 if config.monitor == "validation_ap50" else -1
-    values = [row[config.monitor] if _validated(row) else None for row in history]
-    values = [-math.inf if value is None or math.isnan(value) else sign * value for value in values]
-    return values.index(max(values))
+    values = sign * table[config.monitor].where(table["validation_loss"].notna())
+    return int(values.fillna(-math.inf).argmax())
 
 
 def stopped_early(history: History, config: RunConfig) -> bool:
-    """Whether the monitored value has not improved for ``early_stopping_patience`` epochs (0: never
-    stop).
+    """Whether the last epoch was validated and the monitored value has not improved for
+    ``early_stopping_patience`` epochs (0: never stop).
     """
     patience = config.early_stopping_patience
-    if not patience or not history or not _validated(history[-1]):
+    if not patience or not history or math.isnan(history[-1]["validation_loss"]):
         return False
     return len(history) - 1 - best_epoch(history, config) >= patience
-
-
-def _validated(row: dict[str, Any]) -> bool:
-    value = row.get("validation_loss", 0.0)
-    return value is not None and not math.isnan(value)
 
 
 def _finite_losses(
@@ -495,7 +387,7 @@ def _finite_losses(
         images = ", ".join(target["image_id"] for target in targets)
         raise TrainingError(
             f"training stopped: {', '.join(bad)} in a batch of images {images}; lower "
-            f"learning_rate, lengthen warmup_steps or set gradient_clip_norm; {KEPT}"
+            f"learning_rate, lengthen warmup_steps or set gradient_clip_norm; {devices.KEPT}"
         )
     return stacked, values
 

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -53,27 +54,21 @@ class RunError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run folder holds, for the analyses; needs no GPU and no weights.
-
-    Attributes:
-        run_dir: the folder.
-        settings, provenance, split: of the JSON files of these names.
-        history: one row an epoch.
-        truth: the validation images' cells, a COCO data set.
-        metrics: of ``metrics.evaluate``; undefined is NaN.
-        detections: the best epoch's cells in the validation images; read when first asked for.
+    """What a run folder holds, for the analyses; needs no GPU and no weights. Settings, provenance
+    and split are those of the JSON files of these names.
     """
 
     run_dir: Path
     settings: dict[str, Any]
     provenance: dict[str, Any]
     split: dict[str, Any]
-    history: pd.DataFrame
-    truth: dict[str, Any]
-    metrics: dict[str, Any]
+    history: pd.DataFrame  # one row an epoch
+    truth: dict[str, Any]  # the validation images' cells, a COCO data set
+    metrics: dict[str, Any]  # of ``metrics.evaluate``; undefined is NaN
 
     @cached_property
     def detections(self) -> Cells:
+        """The best epoch's cells in the validation images; read when first asked for."""
         return Cells.from_coco(read_json(self.run_dir / "detections.json"))
 
 
@@ -83,32 +78,22 @@ def load_run(run_dir: str | Path) -> Run:
     Raises:
         RunError: no such folder, or a file of it missing or unreadable.
     """
-    folder = resolve_path(run_dir)
+    folder, named = resolve_path(run_dir), f"run_dir {run_dir}"
     if not folder.is_dir():
-        raise RunError(
-            f"run_dir {run_dir} does not exist; train one with notebooks/02_train.ipynb or give "
-            "another"
-        )
+        advice = "train one with notebooks/02_train.ipynb or give another"
+        raise RunError(f"{named} does not exist; {advice}")
+    read_now = ("settings", "provenance", "split", "truth", "metrics")
+    for file in (*(f"{name}.json" for name in read_now), "detections.json", "history.csv"):
+        if not (folder / file).exists():
+            raise RunError(f"{named} has no {file}: the run has not finished; run 02_train again")
+    parts = {name: read_json(folder / f"{name}.json") for name in read_now}
+    parts["metrics"] = _change_leaves(parts["metrics"], lambda v: math.nan if v is None else v)
     try:
-        (folder / "detections.json").stat()
-        names = ("settings", "provenance", "split", "truth")
-        parts = {name: read_json(folder / f"{name}.json") for name in names}
-        metrics = _change_leaves(
-            read_json(folder / "metrics.json"), lambda leaf: math.nan if leaf is None else leaf
-        )
         history = pd.read_csv(folder / "history.csv")
-    except FileNotFoundError as error:
-        raise RunError(
-            f"run_dir {run_dir} has no {Path(error.filename).name}: the run has not finished; run "
-            "02_train again"
-        ) from None
-    except RunError:
-        raise
     except ValueError as error:
-        raise RunError(
-            f"run_dir {run_dir} has a damaged history.csv ({one_line(error)}); run 02_train again"
-        ) from None
-    return Run(run_dir=folder, history=history, metrics=metrics, **parts)
+        wrong = f"a damaged history.csv ({one_line(error)})"
+        raise RunError(f"{named} has {wrong}; run 02_train again") from None
+    return Run(run_dir=folder, history=history, **parts)
 
 
 def context_of(run: Run) -> dict[str, Any]:
@@ -127,21 +112,16 @@ def images_of_run(run: Run) -> tuple[list[CellImage], str]:
     none if the data are gone or have changed.
     """
     try:
-        dataset = _dataset_of(run)
+        dataset = _open_data(run)
     except DataError as error:
         return [], f"No pictures: {str(error).splitlines()[0]}"
     index = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
     names = [image["file_name"] for image in run.truth["images"]]
     images = [dataset[index[name]] for name in names if name in index]
+    data = f"the data {dataset.name!r}"
     if to_coco(images)["annotations"] != run.truth["annotations"]:
-        return [], (
-            f"No pictures: the data {dataset.name!r} are no longer those that this run was "
-            "scored on."
-        )
-    return images, (
-        f"Pictures are from the data {dataset.name!r}; their cells are those that the run was "
-        "scored on."
-    )
+        return [], f"No pictures: {data} are no longer those that this run was scored on."
+    return images, f"Pictures are from {data}; their cells are those that the run was scored on."
 
 
 def annotations_of_run(run: Run) -> tuple[dict[str, Any], str]:
@@ -149,14 +129,14 @@ def annotations_of_run(run: Run) -> tuple[dict[str, Any], str]:
     images alone if the data are gone.
     """
     try:
-        dataset = _dataset_of(run)
+        dataset = _open_data(run)
     except DataError as error:
         number, problem = len(run.truth["images"]), str(error).splitlines()[0]
         return run.truth, f"Only the {number} validation images: {problem}"
     return to_coco(dataset), f"All {len(dataset)} annotated images of the data {dataset.name!r}."
 
 
-def _dataset_of(run: Run) -> CellDataset:
+def _open_data(run: Run) -> CellDataset:
     settings = run.settings
     reading = settings.get("truth_reading", "pixel_values")
     return open_dataset(settings["data"], reading, 0, settings["skip_faulty_images"])
@@ -167,7 +147,6 @@ def save_table(table: pd.DataFrame, name: str, **context: Any) -> Path:
 
     Args:
         table: a named index is written, too.
-        name: of the file, without ending.
         context: first columns, the same in every row (see ``context_of``).
 
     Returns:
@@ -181,33 +160,21 @@ def save_table(table: pd.DataFrame, name: str, **context: Any) -> Path:
 
 
 def set_aside_other_run(config: RunConfig) -> Path | None:
-    """Rename the folder of a run that has this one's name and other settings or images, so that
-    this one can start.
-
-    Returns:
-        The new path, ``<name>.old-<n>``; None if no folder was in the way.
+    """Rename the folder of a run with this name and other settings or images, so that this run can
+    start. Returns the new path, ``<name>.old-<n>``; None if no such folder was in the way.
     """
     folder = resolve_path(RUNS) / config.run_name
-    try:
-        differences = config.differences(json.loads((folder / "settings.json").read_text()))
-        if config.precision == "auto":
-            differences.pop("precision", None)  # saved as what it was on this machine
-        if not differences:
-            provenance = json.loads((folder / "provenance.json").read_text())
-            if provenance["data_fingerprint"] == _fingerprint(config):
-                return None
-    except (OSError, ValueError, KeyError):
-        return None  # no folder, or one that start_run refuses
-    number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
-    return folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
-
-
-def _fingerprint(config: RunConfig) -> str:
+    if not (folder / "settings.json").exists():
+        return None
     reading = (config.instance_reading, config.min_instance_area_px, config.skip_faulty_images)
     try:
-        return open_dataset(config.data, *reading).fingerprint
-    except DataError:
-        return ""  # the training will report it
+        differences = _differences(config, open_dataset(config.data, *reading).fingerprint, folder)
+    except (DataError, RunError):
+        return None  # the training will say what is wrong
+    if not differences:
+        return None
+    number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
+    return folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
 
 
 def start_run(
@@ -216,38 +183,45 @@ def start_run(
     """Make the run's folder, or find the one to go on in.
 
     Raises:
-        RunError: the folder holds a run with other settings or other data; the differing fields are
-            named.
+        RunError: the folder holds a run of other settings or data, which are named, or is damaged.
     """
-    run_dir = resolve_path(RUNS) / config.named().run_name
-    if (run_dir / "settings.json").exists():
-        _refuse_other_run(config, fingerprint, run_dir)
+    config = config.named()
+    run_dir = resolve_path(RUNS) / config.run_name
+    if differences := _differences(config, fingerprint, run_dir):
+        advice = "choose another run_name, give the old settings to go on, or delete that folder"
+        found = f"a run with other settings ({_listed(differences)})"
+        raise RunError(f"{run_dir} holds {found}; {advice}")
     for half_written in run_dir.glob(".*.*"):  # by a process that was killed
         shutil.rmtree(half_written, ignore_errors=True)
     write_json(run_dir / "split.json", split)
     write_json(run_dir / "truth.json", truth)
     if not (run_dir / "provenance.json").exists():  # it is of the code that began the run
         write_json(run_dir / "provenance.json", provenance() | {"data_fingerprint": fingerprint})
-    write_json(run_dir / "settings.json", config.named().to_dict())
+    write_json(run_dir / "settings.json", config.to_dict())
     return run_dir
 
 
-def _refuse_other_run(config: RunConfig, fingerprint: str, run_dir: Path) -> None:
+def _differences(config: RunConfig, fingerprint: str, run_dir: Path) -> dict[str, tuple[Any, Any]]:
+    """In which settings, or else data, a config is not the run in a folder: name -> (old, new).
+
+    Raises:
+        RunError: the folder's files are missing or damaged.
+    """
+    if not (run_dir / "settings.json").exists():
+        return {}  # no run yet
     try:
         differences = config.differences(read_json(run_dir / "settings.json"))
-        before = read_json(run_dir / "provenance.json")["data_fingerprint"]
-    except (FileNotFoundError, TypeError, KeyError, AttributeError):
-        raise RunError(
-            f"{run_dir} has lost or damaged files (settings.json, provenance.json); delete that "
-            "folder to train anew"
-        ) from None
-    if before != fingerprint:
-        differences["data_fingerprint"] = (before[:12], fingerprint[:12])
-    if differences:
-        raise RunError(
-            f"{run_dir} holds a run with other settings ({_listed(differences)}); choose another "
-            "run_name, give the old settings to go on, or delete that folder"
-        )
+        for name in ("precision", "anchor_sizes"):
+            if getattr(config, name) == "auto":  # saved as what it was in the training
+                differences.pop(name, None)
+        if not differences:
+            before = read_json(run_dir / "provenance.json")["data_fingerprint"]
+            if before != fingerprint:
+                return {"data_fingerprint": (before[:12], fingerprint[:12])}
+    except (OSError, TypeError, KeyError, AttributeError):
+        lost = "lost or damaged files (settings.json, provenance.json)"
+        raise RunError(f"{run_dir} has {lost}; delete that folder to train anew") from None
+    return differences
 
 
 def _listed(differences: dict[str, tuple[Any, Any]]) -> str:
@@ -258,22 +232,21 @@ def provenance() -> dict[str, Any]:
     """Code version, package versions and machine, as they are now."""
     import torch
 
-    command = ["git", "describe", "--always", "--dirty"]
+    describe = ["git", "describe", "--always", "--dirty"]
     try:
-        git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        code_version = git.stdout.strip()
+        version = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True)
+        code_version = version.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         code_version = "unknown (not a git checkout)"
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
     return {
         "code_version": code_version,
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "machine": {
             "platform": platform.platform(),
-            "processor": models[0] if models else platform.processor(),
+            "processor": model[1] if model else platform.processor(),
             "cpu_count": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
@@ -289,19 +262,14 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint on the CPU, read with ``weights_only=True``.
-
-    Raises:
-        RunError: not readable.
-    """
+    """A checkpoint on the CPU, read with ``weights_only=True``; RunError if it is not readable."""
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise RunError(
-            f"checkpoint {path} cannot be read ({one_line(error)}); delete it to train anew"
-        ) from None
+        wrong = f"cannot be read ({one_line(error)})"
+        raise RunError(f"checkpoint {path} {wrong}; delete it to train anew") from None
 
 
 def resume(parts: dict[str, Any], run_dir: Path, config: RunConfig) -> list[dict[str, Any]]:
@@ -309,8 +277,6 @@ def resume(parts: dict[str, Any], run_dir: Path, config: RunConfig) -> list[dict
 
     Args:
         parts: name in the checkpoint -> model, optimizer, ...: what has ``load_state_dict``.
-        run_dir: the run folder.
-        config: of the run.
 
     Returns:
         The history: one row for each epoch that the checkpoint has seen.
@@ -322,31 +288,21 @@ def resume(parts: dict[str, Any], run_dir: Path, config: RunConfig) -> list[dict
     path = run_dir / "last.pt"
     if not path.exists():
         return []
-    checkpoint = load_checkpoint(path)
+    checkpoint, wrong = load_checkpoint(path), ""
     try:
         history = checkpoint["history"]
-        written = ["history.csv"]
-        if any(not math.isnan(row["validation_loss"]) for row in history):
-            written = ["best.safetensors", "detections.json", "metrics.json", *written]
-        lost = [name for name in written if not (run_dir / name).exists()]
-        if lost:
-            raise RunError(
-                f"{run_dir} has lost {', '.join(lost)}; delete that folder to train anew"
-            )
-        differences = config.differences(checkpoint["settings"])
-        if differences:
-            raise RunError(
-                f"checkpoint {path} is of a run with other settings ({_listed(differences)}); "
-                "delete it to train anew"
-            )
-        for name, part in parts.items():
+        validated = any(not math.isnan(row["validation_loss"]) for row in history)
+        if differences := config.differences(checkpoint["settings"]):
+            wrong = f"is of a run with other settings ({_listed(differences)})"
+        for name, part in parts.items() if not wrong else ():
             part.load_state_dict(checkpoint[name])
-    except RunError:
-        raise
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
-        raise RunError(
-            f"checkpoint {path} does not fit this run ({one_line(error)}); delete it to train anew"
-        ) from None
+        wrong = f"does not fit this run ({one_line(error)})"
+    if wrong:
+        raise RunError(f"checkpoint {path} {wrong}; delete it to train anew")
+    best = ["best.safetensors", "detections.json", "metrics.json"] if validated else []
+    if lost := [name for name in [*best, "history.csv"] if not (run_dir / name).exists()]:
+        raise RunError(f"{run_dir} has lost {', '.join(lost)}; delete that folder to train anew")
     return history
 
 
@@ -361,14 +317,12 @@ def save_weights(path: Path, state: dict[str, Any]) -> None:
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """JSON, whole or not at all: NaN as null, a list on one line."""
-    indent = None if isinstance(value, list) else indent
+    options = {"indent": None if isinstance(value, list) else indent, "allow_nan": False}
     try:
-        text = json.dumps(value, indent=indent, allow_nan=False)
-    except ValueError:
-        value = _change_leaves(
-            value, lambda leaf: None if isinstance(leaf, float) and math.isnan(leaf) else leaf
-        )
-        text = json.dumps(value, indent=indent, allow_nan=False)
+        text = json.dumps(value, **options)
+    except ValueError:  # there is a NaN, the only value that does not equal itself
+        value = _change_leaves(value, lambda leaf: leaf if leaf == leaf else None)
+        text = json.dumps(value, **options)
     write_text(path, text + "\n")
 
 
@@ -388,15 +342,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        RunError: it is not valid JSON.
-    """
+    """What a JSON file holds; a RunError if it is not valid JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise RunError(
-            f"{path} is not valid JSON ({error}); copy it again, or delete it and run again what "
-            "made it"
-        ) from None
+        advice = "copy it again, or delete it and run again what made it"
+        raise RunError(f"{path} is not valid JSON ({error}); {advice}") from None

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from tiny_training import build_tiny, history_without_clock, tiny_settings
 from torch import nn
 
-from cellseg_helpers import engine, runs
+from cellseg_helpers import devices, engine, runs
 from cellseg_helpers.config import ROOT, RunConfig
 from cellseg_helpers.data import cache as cache_module
 from cellseg_helpers.data.drawn import draw_dataset, draw_tissue
@@ -737,7 +737,7 @@ def test_the_plateau_waits_while_the_monitored_value_improves(data, monkeypatch)
 
 
 def rows(monitor: str, values: list) -> list[dict]:
-    return [{monitor: value} for value in values]
+    return [{"validation_loss": 1.0, monitor: value} for value in values]
 
 
 @pytest.mark.parametrize(
@@ -780,12 +780,12 @@ def test_validation_every_second_epoch_and_after_the_last(data):
     assert history["validation_ap50"].notna().tolist() == [False, True, False, True, True]
 
 
-@pytest.mark.parametrize("seconds", [0, engine.CHECKPOINT_EVERY_S])
+@pytest.mark.parametrize("seconds", [0, devices.CHECKPOINT_EVERY_S])
 def test_a_run_killed_before_its_first_validation_goes_on(data, monkeypatch, seconds):
     """A short epoch that was not validated leaves a checkpoint only where some time has passed
     since the last.
     """
-    monkeypatch.setattr(engine, "CHECKPOINT_EVERY_S", seconds)
+    monkeypatch.setattr(devices, "CHECKPOINT_EVERY_S", seconds)
     changes = {"validation_every_epochs": 3, "keep_every_epoch": True}
     whole = fit(tiny_settings(data, run_name="whole", **changes))
     with pytest.raises(Interrupt):
