@@ -327,7 +327,7 @@ def test_the_context_of_a_run():
 
 
 def test_a_run_of_other_settings_or_images_is_set_aside(tmp_path):
-    config = RunConfig(run_name="a")
+    config = RunConfig(run_name="a", anchor_sizes="auto")
     folder = tmp_path / "runs" / config.run_name
     folder.mkdir(parents=True)
     assert set_aside_other_run(config) is None
@@ -338,7 +338,8 @@ def test_a_run_of_other_settings_or_images_is_set_aside(tmp_path):
         (folder / "provenance.json").write_text(json.dumps({"data_fingerprint": fingerprint}))
 
     here = open_dataset("drawn").fingerprint
-    write(replace(config, precision="bf16-mixed"), here)  # as auto was on some machine
+    sizes = RunConfig().anchor_sizes
+    write(replace(config, precision="bf16-mixed", anchor_sizes=sizes), here)  # what auto was
     assert set_aside_other_run(config) is None
     write(replace(config, epochs=7), here)
     assert set_aside_other_run(config).name == f"{config.run_name}.old-1"
