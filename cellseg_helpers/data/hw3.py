@@ -144,7 +144,7 @@ def _refusal(
 
 
 def _list_images(folder: Path) -> tuple[list[Reader], list[Fault]]:
-    """A reader of every image, sorted by image id; and what is wrong with the data as a whole."""
+    """A reader of every image, sorted by image id; and the faults that show without decoding."""
     if _is_coco(folder):
         listed, faults = coco.read_coco(folder)
         return [partial(_read_listed, image) for image in listed], faults

@@ -73,10 +73,8 @@ def drop_small_instances(label_maps: np.ndarray, min_instance_area_px: int) -> n
     """Label maps (int [K, H, W]) without instances of fewer pixels; 0 or 1 drops none."""
     if min_instance_area_px <= 1:
         return label_maps
-    remaining = np.empty_like(label_maps)
-    for label_map, output in zip(label_maps, remaining, strict=True):
-        areas_px = np.bincount(label_map.ravel())
-        ids = np.arange(len(areas_px), dtype=label_map.dtype)
-        ids[areas_px < min_instance_area_px] = 0
-        output[...] = ids[label_map]
+    remaining = label_maps.copy()
+    for label_map in remaining:
+        is_small = np.bincount(label_map.ravel()) < min_instance_area_px  # by id
+        label_map[is_small[label_map]] = 0
     return remaining

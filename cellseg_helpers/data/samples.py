@@ -126,10 +126,10 @@ def crop(
         cuts += [(axis, line) for line, is_inside in inner if is_inside]
     label_maps = cell_image.label_maps[tuple(window)].astype(np.int32)
     for label_map in label_maps if drop_cut_cells and cuts else ():
-        new_ids = np.arange(label_map.max() + 1, dtype=label_map.dtype)
+        is_cut = np.zeros(label_map.max() + 1, bool)  # by id
         for axis, line in cuts:
-            new_ids[label_map.take(line, axis)] = 0
-        label_map[...] = new_ids[label_map]
+            is_cut[label_map.take(line, axis)] = True
+        label_map[is_cut[label_map]] = 0
     return torch.from_numpy(cell_image.image[tuple(window)].copy()), torch.from_numpy(label_maps)
 
 

@@ -107,13 +107,9 @@ def _mixing(patients: list[str | None], held_out: np.ndarray) -> str:
     train, validation = (set(compress(patients, side)) - {None} for side in (~held_out, held_out))
     shared = sorted(train & validation)
     if shared:
-        return (
-            f"{len(shared)} patients have images on both sides of this random split "
-            f"({', '.join(shared[:3])} ...): scores will be too high"
-        )
+        both = f"{len(shared)} patients have images on both sides of this random split"
+        return f"{both} ({', '.join(shared[:3])} ...): scores will be too high"
     if None in patients:
-        return (
-            "patients are unknown, so one patient's images may be on both sides of this random "
-            "split: scores may be too high"
-        )
+        both = "one patient's images may be on both sides of this random split"
+        return f"patients are unknown, so {both}: scores may be too high"
     return ""
