@@ -26,31 +26,27 @@ from cellseg_helpers.config import ROOT, resolve_path
 from study.runs import run_keys, settings, study_name
 
 LOCK = ROOT / "outputs/.study.lock"
+OPTIONS = {  # of the command line: default and help
+    "data": ("drawn", "drawn, a COCO file, or a folder that holds train/"),
+    "scale": ("quick", "quick, sample or full"),
+    "seeds": (1, "every training is done with the seeds 0 to SEEDS - 1"),
+    "profile": ("", "a folder under profiles/ with Snakemake's options for a cluster"),
+    "jobs": (0, "processors, or, with a profile, jobs at a time; 0: all, or as the profile says"),
+}
 
 
 class StudyError(ValueError):
     """A study that cannot start, as a sentence for the user."""
 
 
-def run_study(data: str, scale: str, seeds: int, profile: str = "", cores: int = 0) -> bool:
-    """Run every job that is missing or out of date; after a failure, make the tables of the runs
-    that succeeded.
-
-    Args:
-        data: "drawn", a COCO file, or a folder that holds ``train/``.
-        scale: quick, sample or full.
-        seeds: every training is done with the seeds 0 to ``seeds`` - 1.
-        profile: a folder under ``profiles/`` with Snakemake's options for a cluster; "" runs here.
-        cores: processors, or, with a profile, jobs at a time; 0: all, or as the profile says.
-
-    Returns:
-        Whether every job succeeded.
+def run_study(name: str, options: list[str]) -> bool:
+    """Run every job of a study that is missing or out of date; after a failure, make the tables of
+    the runs that succeeded. Returns whether every job succeeded.
 
     Raises:
-        StudyError: the study cannot start.
+        StudyError: another study runs in this folder.
     """
-    options, begun = _options(data, scale, seeds, profile, cores), time.time()
-    name = study_name(scale, data)
+    begun = time.time()
     if not (lock := jobs.hold(LOCK)):
         other = f"another study runs in this folder (process {LOCK.read_text()})"
         raise StudyError(f"{other}; wait for it or stop it")
@@ -81,9 +77,9 @@ def run_study(data: str, scale: str, seeds: int, profile: str = "", cores: int =
     return False
 
 
-def plan_study(data: str, scale: str, seeds: int, profile: str = "", cores: int = 0) -> bool:
+def plan_study(options: list[str]) -> bool:
     """List every job that ``run_study`` would run, and why, in a line each."""
-    options, told = _options(data, scale, seeds, profile, cores), io.StringIO()
+    told = io.StringIO()
     with redirect_stderr(told), redirect_stdout(told):
         succeeded = _snakemake([*options, "--dry-run", "--quiet", "host"])
     planned = re.findall(r"^Job \d+: (.+)\nReason: (.+)$", told.getvalue(), re.MULTILINE)
@@ -101,15 +97,13 @@ def _options(data: str, scale: str, seeds: int, profile: str, cores: int) -> lis
     """Snakemake's options; the last one is ``--config``, to which values can be added."""
     source = resolve_path(data)
     is_coco = source.suffix == ".json" and source.is_file()
-    found = data == "drawn" or is_coco or (source / "train").is_dir()
-    no_data = f"DATA={data} is no folder that holds train/; README.md says what must be in it"
-    for valid, error in (
-        (seeds >= 1, f"SEEDS is {seeds}, but must be at least 1"),
-        (cores >= 0, f"JOBS is {cores}, but must be at least 1, or 0 for all"),
-        (found, no_data),
-    ):
-        if not valid:
-            raise StudyError(error)
+    if seeds < 1:
+        raise StudyError(f"SEEDS is {seeds}, but must be at least 1")
+    if cores < 0:
+        raise StudyError(f"JOBS is {cores}, but must be at least 1, or 0 for all")
+    if not (data == "drawn" or is_coco or (source / "train").is_dir()):
+        no_data = f"DATA={data} is no folder that holds train/"
+        raise StudyError(f"{no_data}; README.md says what must be in it")
     for key in run_keys():
         try:
             settings(key, scale, data, 0)
@@ -119,7 +113,8 @@ def _options(data: str, scale: str, seeds: int, profile: str, cores: int) -> lis
     options += ["--workflow-profile", ROOT / "profiles/default"]
     if profile:
         _check_profile(profile)
-        options += ["--profile", ROOT / "profiles" / profile, *(["--jobs", cores] if cores else [])]
+        options += ["--profile", ROOT / "profiles" / profile]
+        options += ["--jobs", cores] if cores else []
     else:
         options += ["--cores", cores or len(os.sched_getaffinity(0))]
         options += ["--resources", f"gpu={len(jobs.gpus())}", f"mem_mb={jobs.memory_mb()}"]
@@ -163,26 +158,26 @@ def _write_times(logs: Path, table: Path) -> None:
     times = pd.concat([pd.read_csv(file, sep="\t").tail(1) for file in files], ignore_index=True)
     times.insert(0, "job", [_job_name(file, logs) for file in files])
     times.to_csv(table, index=False)
-    times["minutes"], times["cpu_minutes"] = times["s"] / 60, times["cpu_time"] / 60
     of_notebook = times.groupby(times["job"].str.split().str[0].rename("notebook"))
-    sums = of_notebook[["minutes", "cpu_minutes"]].sum()
-    sums.insert(0, "jobs", of_notebook.size())
-    sums["most_MB"] = of_notebook["max_rss"].max()
+    totals = of_notebook.agg({"job": "size", "s": "sum", "cpu_time": "sum", "max_rss": "max"})
+    sums = totals.set_axis(["jobs", "minutes", "cpu_minutes", "most_MB"], axis=1)
+    sums[["minutes", "cpu_minutes"]] /= 60
     print(f"\n{sums.round(1).to_string()}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m study", description="The five reports' study.")
     parser.add_argument("command", choices=["run", "plan"])
-    defaults = {"data": "drawn", "scale": "quick", "seeds": 1, "profile": "", "jobs": 0}
-    for name, value in defaults.items():
-        dest = "cores" if name == "jobs" else name
-        parser.add_argument(f"--{name}", dest=dest, type=type(value), default=value)
-    given = vars(parser.parse_args(arguments))
+    for name, (value, about) in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=about)
+    given = parser.parse_args(arguments)
     if "MAKELEVEL" in os.environ:
         jobs.end_with(os.getppid())
     try:
-        return not {"run": run_study, "plan": plan_study}[given.pop("command")](**given)
+        options = _options(*(getattr(given, name) for name in OPTIONS))
+        if given.command == "plan":
+            return not plan_study(options)
+        return not run_study(study_name(given.scale, given.data), options)
     except StudyError as error:
         print(error, file=sys.stderr)
         return 2

@@ -53,12 +53,8 @@ class Finding(NamedTuple):
     change: str = ""
 
 
-def _read_findings() -> dict[str, Finding]:
-    text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-    return {row["key"]: Finding(**row) for row in yaml.safe_load(text)}
-
-
-FINDINGS = _read_findings()
+_rows = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+FINDINGS = {row["key"]: Finding(**row) for row in _rows}
 
 
 def differences_of(report: str) -> HTML:
@@ -69,12 +65,8 @@ def differences_of(report: str) -> HTML:
 
 
 class Measures:
-    """Measures of the findings in a study's runs and their data.
-
-    Without a finished run, or if its data are gone, the data are the drawn tissue.
-
-    Args:
-        study: the runs.
+    """Measures of the findings in a study's runs and their data (without a finished run, or if its
+    data are gone, in the drawn tissue).
 
     Attributes:
         dataset: all annotated images of the runs' data, every cell.
@@ -107,8 +99,8 @@ class Measures:
         Args:
             key: of the finding.
             measure: what the number is, with its unit.
-            effect: the number, or None if it could not be measured.
-            sentence: what the number says, or why there is none.
+            effect: the number; None if it could not be measured, and the sentence says why.
+            sentence: what the number says.
             shown: whether it confirms the difference; by default, if it is above 0.
             on: ``data`` (all annotated images), ``model``, ``detections`` or ``training pair``.
             run: key of the run with these detections.
@@ -128,35 +120,29 @@ class Measures:
         """Add the paired difference in AP50 of a finding's two runs, as released minus as reported:
         same images, same seeds.
         """
-        finding = FINDINGS[key]
-        runs = finding.as_reported, finding.as_released
+        runs = FINDINGS[key].as_reported, FINDINGS[key].as_released
         with self._row(key, "AP50", "training pair", *runs) as row:
             pairs, alike = self._pairs(*runs)
-            first, change = pairs[0][0], finding.change
+            first, remark = pairs[0][0], ""
             if alike:
                 scale = first.run.settings["scale"]
-                change += f" (the {scale} scale leaves no difference in {', '.join(alike)})"
+                remark = f" (the {scale} scale leaves no difference in {', '.join(alike)})"
             labels = f"as reported, {runs[0]}", f"as released, {runs[1]}"
             scores = [[self.study.values(run) for run in side] for side in zip(*pairs, strict=True)]
-            _judge(row, change, dict(zip(labels, scores, strict=True)), first)
+            _judge(row, dict(zip(labels, scores, strict=True)), first, remark=remark)
 
     def compare_detections(
         self, key: str, run: str, ways: Mapping[str, Callable[[Cells], Cells]], metric: str = "AP50"
     ) -> None:
-        """Add the paired difference in a score between two ways to treat one run's detections, as
-        released minus as reported.
-
-        Args:
-            ways: label -> what is done to the detections; as reported, then as released.
-            metric: ``AP50``, or ``F1`` of all detections that a way leaves.
+        """Add the paired difference in a score (``AP50`` or ``F1``) between two ways to treat one
+        run's detections, as released minus as reported. ``ways``: label -> what is done to them, as
+        reported, then as released.
         """
         with self._row(key, metric, "detections", run) as row:
-            runs = self._trained(run)
-            scores = {
-                label: [trained.rescored(way, metric) for trained in runs]
-                for label, way in ways.items()
-            }
-            _judge(row, FINDINGS[key].change, scores, runs[0])
+            runs, scores = self._trained(run), {}
+            for label, way in ways.items():
+                scores[label] = [trained.rescored(way, metric) for trained in runs]
+            _judge(row, scores, runs[0])
 
     def compare_thresholds(self, key: str, run: str) -> None:
         """Add F1 of report E's fixed class thresholds minus F1 of thresholds chosen on one half of
@@ -168,7 +154,7 @@ class Measures:
             fixed = dict(zip(CLASS_NAMES, E_THRESHOLDS.values(), strict=True))
             scores = {"chosen on the other half": [half.f1(half.chosen) for half in halves]}
             scores["fixed"] = [half.f1(fixed) for half in halves]
-            _judge(row, FINDINGS[key].change, scores, runs[0], halves[0].draw)
+            _judge(row, scores, runs[0], halves[0].draw)
             row["sentence"] += f" {halves[0].sentence}"
 
     def compare_with_training_images(self, key: str, run: str) -> None:
@@ -181,8 +167,8 @@ class Measures:
             saved, unseen = trained.scores, self.study.values(trained)
             draw = resampling.draw_units(truth, saved.resamples, saved.seed + 1)
             training = resampling.bootstrap_ap50(truth, detections, draw.weights)
-            sides = {"unseen images": [unseen], "training images": [training]}.items()
-            sides = [verdicts.Side(label, values) for label, values in sides]
+            sides = [verdicts.Side("unseen images", [unseen])]
+            sides.append(verdicts.Side("training images", [training]))
             smaller = min(draw, saved, key=lambda samples: samples.units)
             found = verdicts.judge("training images score higher", *sides, smaller)
             row["effect"], _, row["low"], row["high"] = found.difference
@@ -300,14 +286,15 @@ def training_detections(trained: Trained, dataset: CellDataset) -> tuple[dict[st
 
 def _judge(
     row: dict[str, Any],
-    change: str,
     scores: Mapping[str, Sequence[np.ndarray]],
     trained: Trained,
     draw: resampling.Draw | None = None,
+    remark: str = "",
 ) -> None:
     """Fill in a row from two sides' scores: label -> for each seed float64 [1 + B]."""
     sides = [verdicts.Side(label, values) for label, values in scores.items()]
-    claim, metric = f"With {change}, the score does not change visibly", row["measure"]
+    change, metric = FINDINGS[row["finding"]].change + remark, row["measure"]
+    claim = f"With {change}, the score does not change visibly"
     options = {"expected": 0, "same_weights": not row["as_released"], "metric": metric}
     options["caution"] = trained.caution
     found = verdicts.judge(claim, *sides, draw or trained.scores, **options)

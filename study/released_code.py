@@ -149,15 +149,14 @@ def unreachable_edges(sizes: Sequence[tuple[int, int]]) -> pd.DataFrame:
 
 def changed_by_coco(dataset: Iterable[CellImage]) -> tuple[int, int]:
     """The number of cells, and of those that the COCO format's run lengths give other pixels."""
-    cells = changed = 0
+    same = []
     for cell_image in dataset:
         _, labels, ids = find_boxes(cell_image.label_maps)
         written = to_coco([cell_image])["annotations"]
         for class_id, instance_id, annotation in zip(labels, ids, written, strict=True):
-            mask = coco_mask.decode(annotation["segmentation"]).astype(bool)
-            changed += not np.array_equal(mask, cell_image.label_maps[class_id - 1] == instance_id)
-        cells += len(written)
-    return cells, changed
+            mask = coco_mask.decode(annotation["segmentation"])
+            same.append(np.array_equal(mask, cell_image.label_maps[class_id - 1] == instance_id))
+    return len(same), same.count(False)
 
 
 class OneTransform(Dataset):
@@ -172,12 +171,13 @@ class OneTransform(Dataset):
 
 def augmented_images(images: Sequence[np.ndarray]) -> pd.DataFrame:
     """How many images (uint8 [3, H, W], none its own mirror image) are augmented when training and
-    validation (one in five) are torch's ``Subset`` of one dataset object, and of two. The training
-    view gets a flip as its transform; then the validation view gets one that changes nothing.
+    validation (one in five) are torch's ``Subset`` of one dataset object, as in report E's code,
+    and of two. The training view gets a flip as its transform; then the validation view gets one
+    that changes nothing.
 
     Returns:
-        Rows: one object (as in report E's code), two objects. Columns: training, training_flipped,
-        validation, validation_flipped (numbers of images).
+        Rows: one object, two objects. Columns: training, training_flipped, validation,
+        validation_flipped (numbers of images).
     """
     rows = {}
     for name, number in (("one object", 1), ("two objects", 2)):
@@ -195,20 +195,18 @@ def augmented_images(images: Sequence[np.ndarray]) -> pd.DataFrame:
 
 
 def shared_patients(
-    patients: Sequence[str | None], validation_fraction: float, draws: int = 1000
+    patients: Sequence[str | None], validation_fraction: float
 ) -> tuple[float | None, str]:
-    """How the images' patients fall in random splits by image that hold out a fraction, 0..1.
-
-    Returns:
-        The share of validation images whose patient also has a training image, mean over the draws,
-        and a sentence; None and the reason where a patient is unknown.
+    """The share of validation images whose patient also has a training image, mean over 1000 random
+    splits by image that hold out a fraction, 0..1; a sentence. None and the reason where a patient
+    is unknown.
     """
     if None in patients or not len(patients):
         return None, "the patients of the images are unknown"
     names, codes = np.unique(np.array(patients, str), return_inverse=True)
     held = int(np.clip(round(validation_fraction * len(codes)), 1, len(codes) - 1))
     rng = np.random.default_rng(0)
-    splits = [np.split(rng.permutation(codes), [held]) for _ in range(draws)]
+    splits = [np.split(rng.permutation(codes), [held]) for _ in range(1000)]
     both = np.mean([len(np.intersect1d(*sides)) for sides in splits])
     seen = float(np.mean([np.isin(*sides).mean() for sides in splits]))
     return seen, (
@@ -318,11 +316,7 @@ def range_behind_a_norm(image: np.ndarray) -> pd.DataFrame:
 
 def norms_after_validation(dataset: CellDataset) -> pd.DataFrame:
     """How many norms of a small model change their statistics in ``engine.validation_loss`` over
-    two images.
-
-    Returns:
-        Rows: norms left alone (validation as in this study), in training mode. Columns: norms,
-        changed.
+    two images: when norms are left alone, as in this study, and in training mode.
     """
     rows = {}
     small = RunConfig(crop_size_px=64, accelerator="cpu", precision="32")
@@ -355,11 +349,8 @@ def anchor_generator(sizes: Sequence[float]) -> AnchorGenerator:
 
 
 def reassign_sizes(sizes: Sequence[float], new_sizes: Sequence[float]) -> pd.DataFrame:
-    """A torchvision ``AnchorGenerator`` before and after ``sizes`` is set on it.
-
-    Returns:
-        One row a pyramid level: sizes before and after; anchor_px before and after, the side, px,
-        of the level's square anchor.
+    """A torchvision ``AnchorGenerator`` before and after ``sizes`` is set on it. One row a pyramid
+    level: sizes, and the side of the level's square anchor (anchor_px), before and after.
     """
     generator = anchor_generator(sizes)
     columns = {}
@@ -389,9 +380,6 @@ def anchor_fit(
     Args:
         anchors: name -> sizes, px, each with the ratios 0.5, 1 and 2.
         scales: name -> of ``input_scale``.
-
-    Returns:
-        One row a scale and set of anchors; columns: IoU ≥ 0.5, IoU ≥ 0.7.
     """
     rows = {}
     for scale_name, scale in scales.items():
@@ -406,11 +394,9 @@ def anchor_fit(
 
 
 def proposals_after_setting() -> pd.DataFrame:
-    """How many proposals the region proposal network of torchvision's v2 model keeps before and
-    after ``SET_PROPOSALS`` is set on it, as in report E's code.
-
-    Returns:
-        Rows: before and after NMS, in training and in testing. Columns: before, set, after.
+    """How many proposals the region proposal network of torchvision's v2 model keeps (before and
+    after NMS, in training and in testing): before and after ``SET_PROPOSALS`` is set on it, as in
+    report E's code.
     """
     rpn = default_model().rpn
     columns = {"before": {}, "set": SET_PROPOSALS, "after": {}}
@@ -448,7 +434,7 @@ def images_at_limit(study: Study, key: str) -> tuple[int | None, str]:
         return None, study.missing(key)
     found, settings = trained.run.detections, trained.run.settings
     limit, images = settings["detections_per_image"], len(trained.run.truth["images"])
-    full = int((np.unique(found.image_ids, return_counts=True)[1] >= limit).sum())
+    full = int((np.bincount(found.image_ids) >= limit).sum())
     least, lowest = settings["box_score_thresh"], found.scores.min(initial=1)
     return full, (
         f"{key} drops scores under {least:g} and leaves at most {limit} detections an image: the "

@@ -21,7 +21,7 @@ from cellseg_helpers.data.cache import CellImage, DataError
 from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.runs import Run, annotations_of_run, images_of_run
 from study import figures, reported, tables, verdicts
-from study.reported import TABLES, Comparison, Row
+from study.reported import SYSTEMS, TABLES, Comparison, Row
 from study.runs import Study, Trained, differences, parameter_files
 
 NOTHING_FOUND = "no detection scores as high as the threshold"
@@ -102,30 +102,26 @@ def build(study: Study, key: str) -> Shown:
 
 def build_all(study: Study) -> dict[str, list[Shown]]:
     """Every table and figure of each report (A to E), in the report's order."""
-    keys = {report: [key for key in TABLES if key[0] == report] for report in reported.SYSTEMS}
-    return {report: [build(study, key) for key in of_report] for report, of_report in keys.items()}
+    return {letter: [build(study, key) for key in TABLES if key[0] == letter] for letter in SYSTEMS}
 
 
 def overview(parts: Sequence[Shown]) -> pd.DataFrame:
-    """Every row with a score: table, row, reported, reproduced, interval, scale, weights, and the
-    verdicts on the conclusions that the report draws from it.
-    """
+    """Every row with a score, and the verdicts on the conclusions that the report draws from it."""
     found = []
     for part in parts:
         if part.table is None or "low" not in part.table:
             continue
         rows = part.table.rename(columns={part.table.columns[0]: "row"})
-        words = dict.fromkeys(rows["row"], "")
+        words = {row: [] for row in rows["row"]}
         for compared, verdict in part.judged:
             one_each = " (one training each)" if verdicts.ONE_EACH in verdict.sentence else ""
-            before = f"{words[compared.other]}; " if words[compared.other] else ""
-            words[compared.other] = f"{before}over {compared.base}: {verdict.word}{one_each}"
-        on_claim = {"verdict on the claim": list(words.values())}
-        found.append(rows.assign(table=part.key, **on_claim))
-    rows = pd.concat(found, ignore_index=True)
+            words[compared.other].append(f"over {compared.base}: {verdict.word}{one_each}")
+        rows["verdict on the claim"] = ["; ".join(of_row) for of_row in words.values()]
+        rows.insert(0, "table", part.key)
+        found.append(rows)
     columns = ["row", "reported", "reproduced", "95 % interval", "scale", "weights"]
-    index = ["table", *rows.columns.drop("table")]
-    return _page(rows[index], [*columns, "verdict on the claim"], {"reproduced": ""})
+    rows = pd.concat(found, ignore_index=True)
+    return _page(rows, [*columns, "verdict on the claim"], {"reproduced": ""})
 
 
 def verdict_table(parts: Sequence[Shown]) -> pd.DataFrame:
@@ -146,8 +142,8 @@ def describe(study: Study) -> str:
     keys = sorted({row.run for table in reported.SCORE_TABLES.values() for row in table.rows})
     found = [trained.run.settings for key in keys for trained in study.trained(key)]
     each = f"{study.seeds} seed{'s' if study.seeds > 1 else ''} each"
-    text = f"{len(found)} of {len(keys) * study.seeds} runs of {study.study} ({each}) "
-    text += f"are finished and scored in {study.runs_dir}."
+    runs = f"{len(found)} of {len(keys) * study.seeds} runs of {study.study} ({each})"
+    text = f"{runs} are finished and scored in {study.runs_dir}."
     if not found:
         return text
     named = ({Path(settings[name]).name for settings in found} for name in ("data", "weights"))
@@ -168,10 +164,8 @@ def describe(study: Study) -> str:
 
 
 def _page(table: pd.DataFrame, columns: list[str], reasons: dict[str, str]) -> pd.DataFrame:
-    """The columns of a table that a reader sees, an empty score replaced by its reason.
-
-    ``95 % interval`` is made of low and high. The column ``± over seeds`` is added for several
-    seeds, ``missing`` if a reason stands in no cell.
+    """The columns of a table that a reader sees, an empty score replaced by its reason; beside them
+    ``± over seeds`` for several seeds, and ``missing`` if a reason stands in no cell.
     """
     page = table.set_index(table.columns[0])
     if "low" in page:
@@ -201,27 +195,22 @@ def _score_table(shown: Shown, study: Study) -> None:
             reason = f"{trained[0].name} is of other {differing} than {base.name}"
             trained = []
         values[row.label] = {one.seed: study.values(one, row.variant) for one in trained}
-        rows[row.label] = {
-            "row": row.label, "run": row.run, "variant": row.variant, "reported": row.reported,
-            **_reproduced(row, trained, values[row.label]), **_of_runs(study, trained),
-            "missing": reason,
-        }  # fmt: skip
+        found = _reproduced(row, trained, values[row.label]) | _of_runs(study, trained)
+        rows[row.label] = row.model_dump() | found | {"row": row.label, "missing": reason}
     shown.table = pd.DataFrame(rows.values(), columns=SCORE_COLUMNS)
     shown.page = _page(shown.table, SCORE_PAGE, {"reproduced": ""})
     by_label = {row.label: row for row in about.rows}
     for compared in about.comparisons:
         pair = by_label[compared.base], by_label[compared.other]
-        common = sorted(set.intersection(*(set(values[row.label]) for row in pair)))
+        common = sorted(values[compared.base].keys() & values[compared.other].keys())
         if common:
             sides = []
             for row in pair:
-                number = row.reported if isinstance(row.reported, float) else None
-                seeds = [values[row.label][seed] for seed in common]
-                sides.append(verdicts.Side(row.label, seeds, number))
-            same = pair[0].run == pair[1].run
-            options = {"same_weights": same, "caution": base.caution}
-            scores, expected = base.scores, compared.expected
-            verdict = verdicts.judge(compared.claim, *sides, scores, expected, **options)
+                scores = [values[row.label][seed] for seed in common]
+                sides.append(verdicts.Side(row.label, scores, row.reported))
+            options = {"same_weights": pair[0].run == pair[1].run, "caution": base.caution}
+            options["expected"] = compared.expected
+            verdict = verdicts.judge(compared.claim, *sides, base.scores, **options)
         else:
             missing = dict.fromkeys(rows[row.label]["missing"] for row in pair)
             verdict = verdicts.not_asked(compared.claim, "; ".join(filter(None, missing)))
@@ -268,7 +257,7 @@ def _table_of_the_system(shown: Shown, study: Study) -> None:
     """A table, with or without figure. The builder fills in what a run measured; without a run the
     reported values stand alone.
     """
-    key, about, run = shown.key, TABLES[shown.key], reported.SYSTEMS[shown.key[0]]
+    key, about, run = shown.key, TABLES[shown.key], SYSTEMS[shown.key[0]]
     builder, columns = BUILDERS[key]
     trained = study.trained(run) if key in MEANS_OVER_SEEDS else study.trained(run)[:1]
     shown.table = about.frame if about.columns else None
@@ -322,14 +311,12 @@ def _losses(shown: Shown, trained: list[Trained]) -> None:
 
 def _data_set(shown: Shown, trained: list[Trained]) -> None:
     settings = trained[0].run.settings
-    reading = settings["truth_reading"], 0, settings["skip_faulty_images"]
+    data, reading = settings["data"], settings["truth_reading"]
     try:
-        dataset = open_dataset(settings["data"], *reading)
+        dataset = open_dataset(data, reading, 0, settings["skip_faulty_images"])
+        shown.table["here"] = tables.dataset_summary(dataset, data)["here"].to_numpy()
     except DataError as error:
         shown.sentences.append(f"The data cannot be opened: {str(error).splitlines()[0]}")
-    else:
-        summary = tables.dataset_summary(dataset, settings["data"])
-        shown.table["here"] = summary["here"].to_numpy()
 
 
 def _augmentation(shown: Shown, trained: list[Trained]) -> None:
@@ -338,7 +325,7 @@ def _augmentation(shown: Shown, trained: list[Trained]) -> None:
 
 def _settings(shown: Shown, trained: list[Trained]) -> None:
     names = shown.table.pop("name")
-    full = RunConfig.from_yaml(*parameter_files(reported.SYSTEMS["D"], "full")).to_dict()
+    full = RunConfig.from_yaml(*parameter_files(SYSTEMS["D"], "full")).to_dict()
     shown.table["full scale"] = names.map(full)
     if trained:
         shown.table["this run"] = [trained[0].run.settings.get(name) for name in names]
@@ -373,8 +360,8 @@ def _class_thresholds(shown: Shown, trained: list[Trained]) -> None:
     sides = [verdicts.Side(f"{compared.base}, {chosen}", of_one)]
     sides.append(verdicts.Side(compared.other, of_classes))
     options = {"same_weights": True, "metric": "F1", "caution": trained[0].caution}
-    draw, expected = halves[0].draw, compared.expected
-    verdict = verdicts.judge(compared.claim, *sides, draw, expected, **options)
+    options["expected"] = compared.expected
+    verdict = verdicts.judge(compared.claim, *sides, halves[0].draw, **options)
     shown.judged.append((compared, verdict))
 
 
@@ -417,7 +404,7 @@ def _score_histogram(shown: Shown, trained: list[Trained]) -> None:
 
 def _picture(shown: Shown, study: Study) -> None:
     """A figure of the validation images; without them the sentence that says why."""
-    key = reported.SYSTEMS[shown.key[0]]
+    key = SYSTEMS[shown.key[0]]
     images, sentence = [], f"No pictures: {study.missing(key)}."
     if trained := study.first(key):
         images, sentence = images_of_run(trained.run)

@@ -34,22 +34,16 @@ HALVING_SEED = 0  # of the halves of images that thresholds are chosen and judge
 def run_keys(scale: str = "full") -> list[str]:
     """Every run of the study at a scale: those of the reports, then those of the findings, without
     the ones that the scale makes equal to their base.
-
-    Raises:
-        ValueError: no such scale, or a parameter file that cannot be used.
     """
-    keys = [
-        path.relative_to(ROOT / folder).with_suffix("").as_posix()
-        for folder in (REPORTS, FINDINGS)
-        for path in sorted((ROOT / folder).glob("*/*.yaml"))
-    ]
+    keys = []
+    for folder in (REPORTS, FINDINGS):
+        files = sorted((ROOT / folder).glob("*/*.yaml"))
+        keys += [f"{file.parent.name}/{file.stem}" for file in files]
     return keys if scale == "full" else [key for key in keys if differs_from_base(key, scale)]
 
 
 def differs_from_base(key: str, scale: str) -> bool:
-    """Whether a run of the findings has other settings than its base at a scale; True for a run of
-    a report, which has no base.
-    """
+    """Whether a run has other settings than its base at a scale; True for one without a base."""
     base = key.split("+")[0]
     return key == base or _config(key, scale) != _config(base, scale)
 
@@ -102,18 +96,16 @@ def settings(key: str, scale: str, data: str, seed: int) -> RunConfig:
 
 
 class Halves(NamedTuple):
-    """A run's detections in two halves of its images, and report E's search for thresholds."""
+    """Score thresholds chosen on one half of a run's images, to be judged on the other half."""
 
-    judging: Matches  # of the one half
-    chosen: dict[str, float]  # class -> the threshold of best F1 on the other half
-    threshold: float  # the same, one for all classes
+    judging: Matches
+    chosen: dict[str, float]  # class -> the threshold of best F1
+    threshold: float  # the one of best F1 for all classes together
     draw: resampling.Draw  # of the judging half's images
     sentence: str  # on the halves
 
     def f1(self, limits: Thresholds) -> np.ndarray:
-        """F1 of the judging half's detections that score at least the thresholds, and its bootstrap
-        values: float64 [1 + B].
-        """
+        """F1 of the judging half's detections above the thresholds, and its B bootstrap values."""
         return _f1(keep_scores(self.judging, limits), self.draw)
 
 
@@ -127,7 +119,7 @@ class Trained(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the run's folder."""
+        """The run folder's."""
         return self.run.run_dir.name
 
     @property
@@ -146,9 +138,7 @@ class Trained(NamedTuple):
         return f"{how}: it says nothing of models trained to the end."
 
     def rescored(self, change: Callable[[Cells], Cells], metric: str = "AP50") -> np.ndarray:
-        """``AP50`` or ``F1`` of the detections after a change, and its bootstrap values: float64
-        [1 + B].
-        """
+        """``AP50`` or ``F1`` of the detections after a change, and its B bootstrap values."""
         truth, cells = self.run.truth, change(self.run.detections)
         draw = resampling.draw_units(truth, self.scores.resamples, self.scores.seed)
         if metric == "AP50":
@@ -203,8 +193,8 @@ class Study:
         return "; ".join(reason for reason in self._of_key(key) if isinstance(reason, str))
 
     def values(self, trained: Trained, variant: str = "all detections") -> np.ndarray:
-        """AP50 of a run after a variant's post-processing, and its bootstrap values: float64
-        [1 + B].
+        """AP50 of a run's detections after a variant's post-processing, and its bootstrap values:
+        float64 [1 + B].
         """
         if variant == "all detections":
             return np.array(trained.scores.AP50, float)
@@ -252,14 +242,12 @@ def differences(one: Trained, other: Trained, besides: Collection[str] = ()) -> 
     """Comma-separated names of what two runs do not share (ignoring ``besides``): data, scale,
     split, validation images or cells, bootstrap samples; '' if they are comparable.
     """
-    first, second = (
-        {
-            "data": Path(trained.run.settings["data"]).name,
-            "scale": trained.run.settings["scale"],
-            "split": trained.run.split["kind"],
-            "validation images or cells": trained.run.truth,
-            "bootstrap samples": trained.scores._replace(AP50=None, names=None),
-        }
-        for trained in (one, other)
-    )
-    return ", ".join(name for name in first if first[name] != second[name] and name not in besides)
+    facts: dict[str, Callable[[Trained], Any]] = {
+        "data": lambda trained: Path(trained.run.settings["data"]).name,
+        "scale": lambda trained: trained.run.settings["scale"],
+        "split": lambda trained: trained.run.split["kind"],
+        "validation images or cells": lambda trained: trained.run.truth,
+        "bootstrap samples": lambda trained: trained.scores._replace(AP50=None, names=None),
+    }
+    apart = [name for name, fact in facts.items() if fact(one) != fact(other)]
+    return ", ".join(name for name in apart if name not in besides)

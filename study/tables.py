@@ -29,12 +29,8 @@ def _bold_verdicts(text: str) -> str:
     return re.sub("|".join(WORDS), "<b>\\g<0></b>", html.escape(text))
 
 
-TIFF = (".tif", ".tiff")
 FORMATS: dict[str, Callable[[Any], Any]] = {
-    "reported": _short,
-    "full scale": _short,
-    "this run": _short,
-    "epochs": _short,
+    **dict.fromkeys(["reported", "full scale", "this run", "epochs"], _short),
     "minutes": "{:.1f}".format,
     "parameters": lambda count: f"{count / 1e6:.1f} M",
     "split": lambda text: text.removesuffix(", validation side"),
@@ -53,32 +49,27 @@ def page(table: pd.DataFrame, name: str, wide: Sequence[str] = ()) -> HTML:
     formats = {column: FORMATS[column] for column in table if column in FORMATS}
     corner = table.rename_axis(index=None, columns=table.index.name)
     style = Styler(corner, cell_ids=False, uuid=name)
-    style = style.format(formats, na_rep="", precision=3, escape="html")
+    style.format(formats, na_rep="", precision=3, escape="html")
     found = [column for column in table if column.startswith("verdict")]
-    style = style.format(_bold_verdicts, subset=found, na_rep="")
-    style = style.format_index(lambda column: column.replace("_", " "), axis=1)
-    style = style.format_index(escape="html")
+    style.format(_bold_verdicts, subset=found, na_rep="")
+    style.format_index(lambda column: column.replace("_", " "), axis=1).format_index(escape="html")
     cells = {"selector": "td, th", "props": "text-align: left; vertical-align: top"}
     names = {"selector": "th.row_heading", "props": "white-space: nowrap"}
     room = [{"selector": "", "props": "min-width: 15em"}]
-    style = style.set_table_styles([cells, names])
-    style = style.set_table_styles(dict.fromkeys(wide, room), overwrite=False)
+    style.set_table_styles([cells, names])
+    style.set_table_styles(dict.fromkeys(wide, room), overwrite=False)
     return HTML(style.to_html())
 
 
 def dataset_summary(dataset: CellDataset, data: str) -> pd.DataFrame:
-    """Report C's table of its data beside the same facts about ``dataset``; rows: its items,
-    columns: ``reported``, ``here``.
-
-    Args:
-        dataset: all annotated images.
-        data: as the settings name it: ``drawn``, a folder, or a COCO file.
+    """Report C's table of its data (``reported``) beside the same facts (``here``) about all
+    annotated images of ``data``: ``drawn``, a folder, or a COCO file.
     """
     table = TABLES["C-T1"].frame.set_index("item")
     is_coco = data.endswith(".json")
     path = ROOT / "outputs" / "drawn" if data == "drawn" else resolve_path(data)
-    folder = path.parent if is_coco else path
-    tests = [file for file in folder.glob("test_release/*") if file.suffix.lower() in TIFF]
+    files = (path.parent if is_coco else path).glob("test_release/*")
+    tests = [file for file in files if file.suffix.lower() in (".tif", ".tiff")]
     here = {
         "image type": "RGB, drawn in H&E colours" if data == "drawn" else "read as RGB",
         "annotation": "instance level",

@@ -36,7 +36,7 @@ class Side(NamedTuple):
 
     label: str  # as the sentence names it
     values: Sequence[np.ndarray]  # per seed the score, then B bootstrap values: float64 [1 + B]
-    reported: float | None = None  # score in the report
+    reported: float | str | None = None  # in the report: a score, or in words
 
 
 class Verdict(NamedTuple):
@@ -59,9 +59,8 @@ def estimate(values: Sequence[np.ndarray], units: int) -> Estimate:
     degrees of freedom from n - 1 and S - 1 (Satterthwaite, "An approximate distribution of
     estimates of variance components", 1946).
 
-    Args:
-        values: as of ``Side``.
-        units: number n of images (or patients) that the bootstrap samples draw from.
+    ``values`` are as of ``Side``; ``units`` is the number n of images (or patients) that the
+    bootstrap samples draw from.
     """
     trainings = np.stack(values)
     mean, seeds = trainings.mean(0), len(trainings)
@@ -99,10 +98,9 @@ def judge(
     Args:
         claim: a statement, without full stop.
         base, other: what is compared.
-        draw: of the bootstrap samples; how many images or patients they draw from counts.
+        draw: the bootstrap samples behind both sides' values.
         expected: 1: the claim says that ``other`` scores higher, -1: lower, 0: no change.
-        same_weights: both sides are the same trainings; only what was done to their detections
-            differs.
+        same_weights: both sides are detections of the same trainings, treated differently.
         metric: name of the scores.
         caution: a sentence to end with.
     """
@@ -118,7 +116,7 @@ def judge(
         f"paired over {units}{f' and {seeds} seeds' if seeds > 1 else ''}."
     )
     parts = [f"{claim}: {word}.", numbers, reason]
-    if base.reported is not None and other.reported is not None:
+    if isinstance(base.reported, float) and isinstance(other.reported, float):
         parts.append(f"Reported: {base.reported:g} and {other.reported:g}.")
     if seeds == 1 and not same_weights:
         parts.append(f"{ONE_EACH}: another seed may differ.")

@@ -294,11 +294,12 @@ def test_a_study_that_cannot_start_says_why(options, said, capsys, monkeypatch):
     assert said in error and len(error.splitlines()) == 1
 
 
-def test_slurm_needs_its_plugin(monkeypatch):
+def test_slurm_needs_its_plugin(monkeypatch, capsys):
     monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
     needs = r"needs snakemake-executor-plugin-slurm, which is not installed; .*--group slurm"
-    with pytest.raises(study.StudyError, match=needs):
-        study.plan_study("drawn", "quick", 1, "slurm")
+    monkeypatch.delenv("MAKELEVEL", raising=False)
+    assert study.main(["plan", "--profile", "slurm"]) == 2
+    assert re.search(needs, capsys.readouterr().err)
     profile = yaml.safe_load((ROOT / "profiles" / "slurm" / "config.yaml").read_text())
     rules = re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(), re.MULTILINE)
     assert set(profile["set-resources"]) | set(profile["set-threads"]) <= set(rules)

@@ -56,9 +56,8 @@ def holds_bgr(dataset: CellDataset) -> bool:
 def touches_another(label_maps: np.ndarray, found: Instances) -> np.ndarray:
     """Whether another instance lies in the 8-neighbourhood of each instance: bool [N]."""
     touches = []
-    for (x1, y1, x2, y2), label, instance_id in zip(
-        found.boxes.astype(int), found.labels, found.ids, strict=True
-    ):
+    rows = zip(found.boxes.astype(int), found.labels, found.ids, strict=True)
+    for (x1, y1, x2, y2), label, instance_id in rows:
         window = label_maps[:, max(y1 - 1, 0) : y2 + 1, max(x1 - 1, 0) : x2 + 1]
         own = window[label - 1] == instance_id
         others = window > 0
@@ -76,12 +75,9 @@ def measure(dataset: CellDataset) -> tuple[dict[str, float], dict[str, float]]:
         image = cells.image[::-1] if bgr else cells.image
         found = find_instances(cells.label_maps)
         area_px = image.shape[1] * image.shape[2]
-        columns = {
-            "label": found.labels,
-            "size": np.sqrt(found.area_px),
-            "border": found.touches_border,
-            "touching": touches_another(cells.label_maps, found),
-        }
+        columns = {"label": found.labels, "size": np.sqrt(found.area_px)}
+        columns |= {"border": found.touches_border}
+        columns |= {"touching": touches_another(cells.label_maps, found)}
         cells_seen.append(pd.DataFrame(columns))
         counts = np.bincount(found.labels, minlength=5)
         named = {name: counts[k] for k, name in enumerate(CLASS_NAMES, 1) if counts[k]}
@@ -137,23 +133,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("real", help="folder of real images in the HW3 layout")
-    parser.add_argument(
-        "--drawn", default="drawn", help="folder of drawn images, or the word drawn"
-    )
+    drawn = "folder of drawn images, or the word drawn"
+    parser.add_argument("--drawn", default="drawn", help=drawn)
     parser.add_argument("--out", type=Path, default=Path("outputs/reference/drawn_vs_real.csv"))
     arguments = parser.parse_args()
     table = compare(open_dataset(arguments.drawn), open_dataset(arguments.real))
     out = resolve_path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(out, index=False)
-    near = np.where(
-        table.measure == "ratio", (table.distance - 1).abs() <= 0.25, table.distance.abs() <= 0.5
-    )
+    distance = table.distance
+    near = np.where(table.measure == "ratio", (distance - 1).abs() <= 0.25, distance.abs() <= 0.5)
     print(table.assign(near=np.where(near, "yes", "")).to_string(index=False))
-    print(
-        f"{near.sum()} of {len(table)} are near (ratio within 25 %, mean within 0.5 sd), "
-        f"written to {out}"
-    )
+    share = f"{near.sum()} of {len(table)} are near (ratio within 25 %, mean within 0.5 sd)"
+    print(f"{share}, written to {out}")
 
 
 if __name__ == "__main__":

@@ -69,11 +69,7 @@ def draw(
 
 
 def detect(
-    rng: np.random.Generator,
-    image: dict[str, Any],
-    class_ids: np.ndarray,
-    shapes: np.ndarray,
-    count: int,
+    rng: np.random.Generator, image: dict, class_ids: np.ndarray, shapes: np.ndarray, count: int
 ) -> Cells:
     """At most ``count`` detections: found cells, second finds, and false positives to fill up."""
     found = np.flatnonzero(rng.random(len(shapes)) < 0.88)
@@ -108,14 +104,10 @@ def draw_run(num_images: int, num_detections: int) -> tuple[dict[str, Any], Cell
         detections.append(detect(rng, image, class_ids[shown], shapes[shown], count))
     cells = Cells.concatenate(cells)
     annotated = cells[~near_border(cells)]
-    annotations = [
-        row | {"id": number, "iscrowd": 0, "area": area}
-        for number, (row, area) in enumerate(
-            zip(annotated.to_coco(), annotated.area_px.tolist(), strict=True), 1
-        )
-    ]
-    for annotation in annotations:
+    annotations, areas_px = annotated.to_coco(), annotated.area_px.tolist()
+    for number, (annotation, area_px) in enumerate(zip(annotations, areas_px, strict=True), 1):
         del annotation["score"]
+        annotation |= {"id": number, "iscrowd": 0, "area": area_px}
     categories = [{"id": k, "name": name} for k, name in enumerate(CLASS_NAMES, 1)]
     truth = {"images": images, "annotations": annotations, "categories": categories}
     return truth, Cells.concatenate(detections)
@@ -137,14 +129,10 @@ def main() -> None:
     config = RunConfig(run_name=folder.name, data="drawn detections", detections_per_image=most)
     scored = [image["file_name"] for image in truth["images"]]
     metrics = evaluate(truth, detections, config.score_threshold, config.iou_threshold)
+    split = {"kind": "random", "train": [], "validation": scored, "warning": "nothing was trained"}
     parts = {
         "settings": config.to_dict(),
-        "split": {
-            "kind": "random",
-            "train": [],
-            "validation": scored,
-            "warning": "nothing was trained",
-        },
+        "split": split,
         "provenance": provenance() | {"data_fingerprint": "none: drawn by tools/large_run.py"},
         "truth": truth,
         "detections": detections.to_coco(),
@@ -154,10 +142,8 @@ def main() -> None:
         write_json(folder / f"{name}.json", part)
     write_text(folder / "history.csv", "epoch,learning_rate,loss,train_minutes,validation_ap50\n")
     at = metrics["at_threshold"]["all"]
-    print(
-        f"{len(detections)} detections of {metrics['cells']} cells: "
-        f"precision {at['precision']:.2f}, recall {at['recall']:.2f}"
-    )
+    ratios = f"precision {at['precision']:.2f}, recall {at['recall']:.2f}"
+    print(f"{len(detections)} detections of {metrics['cells']} cells: {ratios}")
     for notebook in sorted((ROOT / "notebooks").glob("0[3-6]_*.ipynb")):
         output = f"outputs/notebooks/{notebook.stem}_{folder.name}.ipynb"
         command = f"papermill --cwd notebooks notebooks/{notebook.name} {output}"

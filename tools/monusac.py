@@ -3,7 +3,8 @@
     python -m tools.monusac SOURCE DESTINATION      originals (.svs, .tif beside .xml) or Parquet
     python -m tools.monusac download DESTINATION    the Parquet copy RationAI/MoNuSAC
 
-What is written, whatever the source:
+The originals are published as two folders, training and test: convert each into a destination of
+its own. From Parquet, the test split, masks included, goes to DESTINATION_test. What is written:
 
 - ``train/<image id>/image.tif``: RGB uint8, LZW, without the course release's opaque alpha channel.
 - ``train/<image id>/class<k>.tif`` for each class present: uint16 (the course release has float64),
@@ -122,13 +123,12 @@ def convert_originals(source: str | Path, destination: str | Path) -> Conversion
 
 
 def convert_parquet(source: str | Path, destination: str | Path) -> dict[str, ConversionReport]:
-    """Write the Parquet copy of MoNuSAC in the HW3 layout (module docstring) into a new or empty
-    folder; a report for each split.
+    """Write the Parquet copy of MoNuSAC in the HW3 layout (module docstring) into new or empty
+    folders: the split ``train`` into ``destination``, ``test`` into ``<destination>_test``.
 
     The source is a Parquet file (taken as ``train``), or a folder of ``train-*.parquet`` and
-    ``test-*.parquet``. The split ``train`` goes to ``destination``, any other to a folder of the
-    same layout beside it: ``test``, with public annotations, to ``<destination>_test``. Classes are
-    known by their names in the file, never by their numbers. Masks are decoded one at a time.
+    ``test-*.parquet``. Classes are known by their names in the file, never by their numbers. Masks
+    are decoded one at a time.
 
     Raises:
         DataError: the file is unreadable, has other columns or unknown classes, a row is damaged,
@@ -173,14 +173,8 @@ def download(destination: str | Path, revision: str = HUB_REVISION) -> dict[str,
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.monusac",
-        description="Write MoNuSAC 2020 in the HW3 layout: train/<image id>/image.tif and "
-        "class<k>.tif, patients.csv.",
-        epilog="The originals are published as two folders, training and test: convert each into a "
-        "destination of its own. From Parquet, the training split goes to DESTINATION and the test "
-        "split, masks included, to DESTINATION_test. Licence of the data: CC BY-NC-SA 4.0.",
-    )
+    as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("python -m tools.monusac", description=__doc__, **as_written)
     source = "folder of originals (.svs or .tif beside .xml), Parquet file or folder, or 'download'"
     revision = f"for 'download': commit or branch of {HUB_NAME} (default: %(default)s)"
     parser.add_argument("source", help=source)
@@ -236,14 +230,11 @@ def _pair_originals(source: Path) -> list[tuple[Path, Path]]:
             of_kind[kind][path.with_suffix("")] = path
     images, annotations = of_kind[".tif"] | of_kind[".svs"], of_kind[".xml"]
     if not images and not annotations:
-        raise DataError(
-            f"{source}: no MoNuSAC originals (.svs or .tif images beside .xml) and no .parquet in "
-            "this folder"
-        )
-    alone = [f"{images[name]} has no .xml beside it" for name in images if name not in annotations]
-    alone += [
-        f"{file} has no image beside it" for name, file in annotations.items() if name not in images
-    ]
+        nothing = "no MoNuSAC originals (.svs or .tif images beside .xml) and no .parquet"
+        raise DataError(f"{source}: {nothing} in this folder")
+    no_xml, no_image = images.keys() - annotations.keys(), annotations.keys() - images.keys()
+    alone = [f"{images[name]} has no .xml beside it" for name in no_xml]
+    alone += [f"{annotations[name]} has no image beside it" for name in no_image]
     if alone:
         raise DataError("; ".join(sorted(alone)))
     by_name: dict[str, Path] = {}
@@ -285,10 +276,9 @@ def _read_annotation(path: Path, shape: tuple[int, int]) -> list[Region]:
 def _read_region(
     outline: ElementTree.Element, class_id: int, shape: tuple[int, int], path: Path
 ) -> Region:
-    name = f"{path.name}, region {outline.get('Id', '?')}"
+    name = f"{path.name}, region {outline.get('Id', '?')} ({CLASSES[class_id]})"
     if class_id == 0:
         return Region(0, name)
-    name += f" ({CLASSES[class_id]})"
     with _explained(f"{path.parent / name}: a vertex without a numeric X and Y"):
         points = [vertex.attrib for vertex in outline.findall("Vertices/Vertex")]
         vertices = np.array([(float(point["Y"]), float(point["X"])) for point in points])
@@ -328,9 +318,7 @@ def fill_outline(vertices: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _open_parquet(source: Path) -> dict[str, tuple[Any, str]]:
-    """Split name -> its rows, read as a stream, images and masks still encoded; and its name in
-    error messages.
-    """
+    """Split name -> its rows, a stream of images and masks still encoded; what errors call it."""
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
     from datasets import Image, List, load_dataset
@@ -383,11 +371,10 @@ def _read_row(
     regions = []
     for index, (encoded, category) in enumerate(zip(instances, categories, strict=True), 1):
         class_id = _class_id(_name_of(category, class_names, where), where)
-        name = f"{where}, instance {index}"
+        name = f"{where}, instance {index} ({CLASSES[class_id]})"
         if class_id == 0:
             regions.append(Region(0, name))
             continue
-        name += f" ({CLASSES[class_id]})"
         mask = _decode(encoded, "1", name)
         if mask.shape != image.shape[:2]:
             size = f"mask of shape {mask.shape} on an image of shape {image.shape[:2]}"

@@ -52,10 +52,8 @@ def load_images(folder, uuids):
     for uuid in uuids:
         image = tifffile.imread(folder / uuid / "image.tif")[..., :3]
         files = {k: folder / uuid / f"class{k}.tif" for k in CLASSES}
-        labels = {
-            k: tifffile.imread(file).astype(np.int32) for k, file in files.items() if file.exists()
-        }
-        images.append((image, labels))
+        files = {k: file for k, file in files.items() if file.exists()}
+        images.append((image, {k: tifffile.imread(f).astype(np.int32) for k, f in files.items()}))
     return images
 
 
@@ -66,12 +64,11 @@ def build_model(weights, rois_per_image, proposals, detections):
     print(f"not in the checkpoint: {', '.join(missing)} | unknown: {unknown}", flush=True)
     for name in {key.rpartition(".")[0] for key in missing if key.endswith("running_mean")}:
         resnet.set_submodule(name, nn.BatchNorm2d(resnet.get_submodule(name).weight.numel()))
+    sizes, ratios = ((8,), (16,), (32,), (64,), (128,)), (0.5, 1.0, 2.0)
     model = MaskRCNN(
         _resnet_fpn_extractor(resnet, trainable_layers=3),
         num_classes=len(CLASSES) + 1,
-        rpn_anchor_generator=AnchorGenerator(
-            ((8,), (16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 5
-        ),
+        rpn_anchor_generator=AnchorGenerator(sizes, (ratios,) * 5),
         rpn_pre_nms_top_n_test=proposals,
         rpn_post_nms_top_n_test=proposals,
         box_batch_size_per_image=rois_per_image,
@@ -105,11 +102,8 @@ def random_crop(image, labels, rng):
     keep = (boxes[:, 2:] - boxes[:, :2] >= 2).all(1)
     if not keep.any():
         return None
-    target = {
-        "boxes": boxes[keep].float(),
-        "labels": torch.tensor(classes)[keep],
-        "masks": masks[keep].to(torch.uint8),
-    }
+    target = {"boxes": boxes[keep].float(), "labels": torch.tensor(classes)[keep]}
+    target["masks"] = masks[keep].to(torch.uint8)
     return to_tensor(image[window][flips]), target
 
 
@@ -135,12 +129,8 @@ def train(model, images, cpu_minutes, seed, history):
         while used < cpu_minutes:
             share = used / cpu_minutes
             after_warm_up = max(share - WARM_UP, 0) / (1 - WARM_UP)
-            rate = (
-                LEARNING_RATE
-                * min(share / WARM_UP, 1)
-                * 0.5
-                * (1 + math.cos(math.pi * after_warm_up))
-            )
+            cosine = 0.5 * (1 + math.cos(math.pi * after_warm_up))
+            rate = LEARNING_RATE * min(share / WARM_UP, 1) * cosine
             for group in optimizer.param_groups:
                 group["lr"] = rate
             losses = model(*map(list, random_batch(images, rng)))
@@ -156,21 +146,14 @@ def train(model, images, cpu_minutes, seed, history):
             losses_seen.append(values[0])
             if steps == 1:
                 writer.writerow(["step", "cpu_minutes", "learning_rate", "loss", *losses])
-            writer.writerow(
-                [steps, f"{used:.4f}", f"{rate:.3g}", *(f"{value:.4f}" for value in values)]
-            )
+            row = [steps, f"{used:.4f}", f"{rate:.3g}", *(f"{value:.4f}" for value in values)]
+            writer.writerow(row)
             file.flush()
             if steps % 20 == 0:
-                print(
-                    f"step {steps}  {used:.2f} CPU min  loss {np.mean(losses_seen[-20:]):.3f}",
-                    flush=True,
-                )
-    return {
-        "steps": steps,
-        "cpu_minutes": used,
-        "wall_minutes": (time.perf_counter() - wall_start) / 60,
-        "seed": seed,
-    }
+                recent = np.mean(losses_seen[-20:])
+                print(f"step {steps}  {used:.2f} CPU min  loss {recent:.3f}", flush=True)
+    wall_minutes = (time.perf_counter() - wall_start) / 60
+    return {"steps": steps, "cpu_minutes": used, "wall_minutes": wall_minutes, "seed": seed}
 
 
 def tile_spans(size, tile):
@@ -201,39 +184,25 @@ def detect(model, image, tile):
             for i in keep.nonzero().flatten().tolist():
                 x1, y1, x2, y2 = corners[i].tolist()
                 mask = found["masks"][i, 0].numpy() >= 0.5
-                results.append(
-                    {
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "score": found["scores"][i].item(),
-                        "category_id": found["labels"][i].item(),
-                        "segmentation": encode(mask, y, x, image.shape[:2]),
-                    }
-                )
+                result = {"bbox": [x1, y1, x2 - x1, y2 - y1], "score": found["scores"][i].item()}
+                result["category_id"] = found["labels"][i].item()
+                result["segmentation"] = encode(mask, y, x, image.shape[:2])
+                results.append(result)
     return results
 
 
 def ground_truth(images):
-    truth = {
-        "info": {},
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": k, "name": f"class{k}"} for k in CLASSES],
-    }
+    categories = [{"id": k, "name": f"class{k}"} for k in CLASSES]
+    truth = {"info": {}, "images": [], "annotations": [], "categories": categories}
     for image_id, (image, labels) in enumerate(images, 1):
         truth["images"].append({"id": image_id, "height": image.shape[0], "width": image.shape[1]})
         for k, label_map in labels.items():
             for value in np.unique(label_map[label_map != 0]):
                 code = encode(label_map == value, 0, 0, label_map.shape)
-                annotation = {
-                    "id": len(truth["annotations"]) + 1,
-                    "image_id": image_id,
-                    "category_id": k,
-                    "iscrowd": 0,
-                }
-                area, bbox = float(rle.area(code)), rle.toBbox(code).tolist()
-                truth["annotations"].append(
-                    annotation | {"segmentation": code, "area": area, "bbox": bbox}
-                )
+                annotation = {"id": len(truth["annotations"]) + 1, "image_id": image_id}
+                annotation |= {"category_id": k, "iscrowd": 0, "segmentation": code}
+                annotation |= {"area": float(rle.area(code)), "bbox": rle.toBbox(code).tolist()}
+                truth["annotations"].append(annotation)
     return truth
 
 
@@ -241,29 +210,19 @@ def average_precision(truth, detections):
     coco = COCO()
     coco.dataset = truth
     coco.createIndex()
-    precision = None
+    precision = np.zeros((10, 101, len(CLASSES)))  # by IoU threshold, recall, class
     if detections:
         evaluation = COCOeval(coco, coco.loadRes(detections), "segm")
         evaluation.params.maxDets = [100, 500, 1000]
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.evaluate()
         evaluation.accumulate()
-        precision = evaluation.eval["precision"][
-            :, :, :, 0, -1
-        ]  # [IoU threshold, recall, class], at most 1000 detections
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]  # at most 1000 detections
     present = sorted({a["category_id"] for a in truth["annotations"]})
-    curves = (
-        np.zeros((10, 101, len(present)))
-        if precision is None
-        else precision[:, :, [k - 1 for k in present]]
-    )
-    per_class_ap50 = {f"class{k}": float(curves[0, :, i].mean()) for i, k in enumerate(present)}
-    return {
-        "AP": curves.mean(),
-        "AP50": curves[0].mean(),
-        "AP75": curves[5].mean(),
-        "per_class_AP50": per_class_ap50,
-    }
+    curves = precision[:, :, [k - 1 for k in present]]
+    averages = {"AP": curves.mean(), "AP50": curves[0].mean(), "AP75": curves[5].mean()}
+    by_class = {f"class{k}": float(curves[0, :, i].mean()) for i, k in enumerate(present)}
+    return averages | {"per_class_AP50": by_class}
 
 
 def main():
@@ -275,20 +234,13 @@ def main():
     parser.add_argument("--cpu-minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--rois-per-image",
-        type=int,
-        default=512,
-        help="sampled for the heads in training; torchvision's: 512",
-    )
-    parser.add_argument("--tile", type=int, default=512, help="side of the tiles in prediction, px")
-    parser.add_argument(
-        "--proposals",
-        type=int,
-        default=1000,
-        help="of the RPN in prediction, before and after its NMS",
-    )
-    parser.add_argument("--detections", type=int, default=300, help="at most a tile")
+    for name, default, about in (
+        ("--rois-per-image", 512, "sampled for the heads in training; torchvision's: 512"),
+        ("--tile", 512, "side of the tiles in prediction, px"),
+        ("--proposals", 1000, "of the RPN in prediction, before and after its NMS"),
+        ("--detections", 300, "at most a tile"),
+    ):
+        parser.add_argument(name, type=int, default=default, help=about)
     parser.add_argument("--eval-only", action="store_true")
     args = parser.parse_args()
 
@@ -301,11 +253,8 @@ def main():
     if not args.eval_only:
         images = load_images(args.data / "train", split["train"])
         training = train(model, images, args.cpu_minutes, args.seed, args.out_dir / "history.csv")
-        training |= {
-            "training_images": len(images),
-            "threads": args.threads,
-            "rois_per_image": args.rois_per_image,
-        }
+        training |= {"training_images": len(images), "threads": args.threads}
+        training["rois_per_image"] = args.rois_per_image
         torch.save({"model": model.state_dict(), "training": training}, args.out_dir / "weights.pt")
 
     saved = torch.load(args.out_dir / "weights.pt", weights_only=True)
@@ -320,11 +269,8 @@ def main():
     (args.out_dir / "detections.json").write_text(json.dumps(detections))
     metrics = average_precision(ground_truth(images), detections) | saved["training"]
     metrics |= {"validation_images": len(images), "detections": len(detections)}
-    metrics |= {
-        "tile": args.tile,
-        "proposals": args.proposals,
-        "detections_per_tile": args.detections,
-    }
+    metrics |= {"tile": args.tile, "proposals": args.proposals}
+    metrics |= {"detections_per_tile": args.detections}
     metrics |= {"evaluation_cpu_minutes": (time.process_time() - start) / 60}
     metrics |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
     (args.out_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
