@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from skimage.draw import polygon2mask
 
 from cellseg_helpers.config import ROOT
-from cellseg_helpers.data.cache import DataError
+from cellseg_helpers.data.faults import DataError
 from cellseg_helpers.data.hw3 import open_dataset
 from tools.monusac import (
     convert_originals,

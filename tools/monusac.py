@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import one_line, replacing
-from cellseg_helpers.data.cache import DataError
+from cellseg_helpers.data.faults import DataError
 from cellseg_helpers.data.splits import patient_of
 
 HUB_NAME = "RationAI/MoNuSAC"
