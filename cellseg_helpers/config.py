@@ -36,6 +36,7 @@ Numbers = Annotated[tuple[float, ...], SOME, lambda value: min(value, default=0)
 Anchors = Annotated[
     tuple[float, ...] | Literal["auto"], SOME, lambda v: v == "auto" or min(v, default=0) > 0
 ]
+
 Scale = Literal["quick", "sample", "full"]
 Reading = Literal["pixel_values", "connected_components"]
 Split = Literal["auto", "patient", "random", "all"]
@@ -387,14 +388,14 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
 
 def _bounded(kind: type, least: float, greatest: float, length: int = 0) -> Any:
     """The type of a number, or of a list of ``length`` (0: one or more) numbers, within bounds."""
-    must = f"hold {length or 'one or more'} numbers, each" if kind is list else "lie"
+    verb = f"hold {length or 'one or more'} numbers, each" if kind is list else "lie"
 
     def holds(value: Any) -> bool:
         numbers = value if kind is list else [value]
-        fit = [type(number) in (int, float) and least <= number <= greatest for number in numbers]
-        return all(fit) and len(fit) == (length or max(len(fit), 1))
+        fits = [type(number) in (int, float) and least <= number <= greatest for number in numbers]
+        return all(fits) and len(fits) == (length or max(len(fits), 1))
 
-    return Annotated[kind, f"must {must} between {least:g} and {greatest:g}", holds]
+    return Annotated[kind, f"must {verb} between {least:g} and {greatest:g}", holds]
 
 
 def _refuse_unknown(names: Collection[str], known: Collection[str], otherwise: str) -> None:
