@@ -164,11 +164,9 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
     to the tensors on a GPU.
     """
     if device == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)  # else the call could use memory that was freed before it
     Path("/proc/self/clear_refs").write_text("5")  # lowers the mark to what is resident (proc(5))
