@@ -141,10 +141,8 @@ def convert_parquet(source: str | Path, destination: str | Path) -> dict[str, Co
 
 
 def download(destination: str | Path, revision: str = HUB_REVISION) -> dict[str, ConversionReport]:
-    """Download the public copy on Hugging Face and convert it; ``revision``: commit or branch.
-
-    About 300 MB come into that library's cache: 209 training and 101 test images, by the copy's own
-    description.
+    """Download the public copy on Hugging Face (a commit or branch of it) and convert it. About 300
+    MB come into that library's cache: by its own description 209 training and 101 test images.
 
     Raises:
         DataError: there is no network, no such revision, or what ``convert_parquet`` raises.
@@ -176,9 +174,9 @@ def main(arguments: list[str] | None = None) -> int:
     as_written = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("python -m tools.monusac", description=__doc__, **as_written)
     source = "folder of originals (.svs or .tif beside .xml), Parquet file or folder, or 'download'"
-    revision = f"for 'download': commit or branch of {HUB_NAME} (default: %(default)s)"
     parser.add_argument("source", help=source)
     parser.add_argument("destination", help="a new or empty folder")
+    revision = f"for 'download': commit or branch of {HUB_NAME} (default: %(default)s)"
     parser.add_argument("--revision", default=HUB_REVISION, help=revision)
     given = parser.parse_args(arguments)
     source = Path(given.source)
@@ -285,8 +283,8 @@ def _read_region(
     if not np.isfinite(vertices).all():
         raise DataError(f"{path.parent / name}: a vertex that is not a finite number")
     if len(vertices) < 3:
-        problem = f"has {len(vertices)} vertices, an outline needs 3"
-        return Region(class_id, name, problem=problem)
+        few = f"has {len(vertices)} vertices, an outline needs 3"
+        return Region(class_id, name, problem=few)
     outside = (vertices < 0) | (vertices > np.array(shape) - 1)
     pixels = fill_outline(vertices, shape)
     no_pixel = "encloses no pixel centre of the image: too thin, or outside it"
@@ -318,7 +316,7 @@ def fill_outline(vertices: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _open_parquet(source: Path) -> dict[str, tuple[Any, str]]:
-    """Split name -> its rows, a stream of images and masks still encoded; what errors call it."""
+    """Split name -> its rows (a stream, pictures still encoded), and the place for messages."""
     if not source.exists():
         raise DataError(f"{source}: no such file or folder")
     from datasets import Image, List, load_dataset
@@ -338,8 +336,7 @@ def _open_parquet(source: Path) -> dict[str, tuple[Any, str]]:
 
 
 def _check_features(features: dict[str, Any], where: str) -> None:
-    missing = ", ".join(column for column in HUB_COLUMNS if column not in features)
-    if missing:
+    if missing := ", ".join(column for column in HUB_COLUMNS if column not in features):
         raise DataError(f"{where}: no column {missing}; expected {', '.join(HUB_COLUMNS)}")
     categories = getattr(features["categories"], "feature", None)
     for column, feature in (("categories", categories), ("tissue", features["tissue"])):
