@@ -37,8 +37,7 @@ def border_contact(
     """Cells at the image border, and the number expected if annotators (or the model) ignored it.
 
     ``virtual=True`` is the negative control: a border that nobody saw, ``inset_px`` inside the
-    image's own. Only cells and positions away from the image's own border count, so cells that are
-    missing at that border make no difference.
+    image's own. Cells and positions at the image's own border do not count in it.
 
     The interval is that of a Poisson process: ``at_border - expected`` has the variance ``sum of
     weight * (1 + weight)``. Cells cluster, so this variance is multiplied by a dispersion
@@ -50,11 +49,8 @@ def border_contact(
         cells: annotations or detections, taken by the tight boxes of their masks.
         images: of a COCO data set; images with a side under ``3 * inset_px`` are left out, since in
             them one cell would stand for many.
-        border_margin_px: a cell whose box ends this far from an edge is at the border; 0 = it
-            reaches the edge. The outline of a cut cell may stop a pixel or two short.
-        virtual: whether the table is of the virtual border.
-        inset_px: about as wide as a cell, so that as many cells cross the virtual border as the
-            image's own.
+        border_margin_px: a cell whose box ends this far from an edge is at the border.
+        inset_px: about a cell's width, so that as many cells cross both borders.
         min_visible_px: a cell with a smaller visible part of its box, in either direction, does not
             count: nobody could recognise it.
 
@@ -73,12 +69,11 @@ def border_contact(
             f"inset_px is {inset_px} and min_visible_px {min_visible_px}; both must be at least 1"
         )
     settings = border_margin_px, inset_px, min_visible_px
-    contact = _contact(cells, images, virtual, *settings)
-    _, *control, variances = _contact(cells, images, True, *settings)
-    counted, at_border, expected, variance = contact.sum(axis=1)
+    counted, at_border, expected, variance = _contact(cells, images, virtual, *settings).sum(1)
+    _, found, by_chance, variances = _contact(cells, images, True, *settings)
     # a ratio of sums, since an image with cells only at the border has no variance
-    squares, variances = ((control[0] - control[1]) ** 2).sum(axis=0), variances.sum(axis=0)
-    dispersion = np.fmax(_ratio(squares, variances), 1)
+    squares = ((found - by_chance) ** 2).sum(axis=0)
+    dispersion = np.fmax(_ratio(squares, variances.sum(axis=0)), 1)
     reach = Z_95 * np.sqrt(dispersion * variance)
     low, high = np.maximum(expected - reach, 0), expected + reach
     verdict = np.where(at_border < low, "fewer than by chance", "as by chance")
@@ -100,11 +95,8 @@ def near_border(cells: Cells, border_margin_px: float = 0, by: str = "box") -> n
         ValueError: a negative margin, or an unknown ``by``.
     """
     if by not in ("box", "mask"):
-        raise ValueError(
-            f"by is {by!r}; it must be 'box' (the model's box) or 'mask' (the mask's tight box)"
-        )
-    if border_margin_px < 0:
-        raise ValueError(f"border_margin_px is {border_margin_px}; it must be 0 or more")
+        kinds = "'box' (the model's box) or 'mask' (the mask's tight box)"
+        raise ValueError(f"by is {by!r}; it must be {kinds}")
     boxes = cells.boxes if by == "box" else cells.mask_boxes
     starts, stops = boxes[:, :2], boxes[:, 2:]
     return _near(starts, stops, cells.sizes[:, ::-1], border_margin_px) & (stops > starts).all(1)
@@ -122,25 +114,10 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def _near(starts: np.ndarray, stops: np.ndarray, sides: np.ndarray, margin_px: float) -> np.ndarray:
+    """Which boxes end ``margin_px`` or less from an edge of their image: bool [N]."""
+    if margin_px < 0:
+        raise ValueError(f"border_margin_px is {margin_px}; it must be 0 or more")
     return ((starts <= margin_px) | (stops >= sides - margin_px)).any(axis=1)
-
-
-def _position_counts(
-    sizes: np.ndarray, sides: np.ndarray, margin_px: int, inset_px: int, min_visible_px: int
-) -> np.ndarray:
-    """For each box the number of whole-pixel positions at which it counts, and of those inside,
-    away from the border: float64 [2, N].
-
-    Along a side of L px, a box of s px shows at least m px of itself at L + s - 2m + 1 positions,
-    and lies further than d from both ends at L - 2d - s - 1. A virtual border (``inset_px`` above
-    0) shortens L by its inset at both ends; only positions further than d from the image's own
-    border count.
-    """
-    inner = sides - 2 * inset_px
-    counting = inner + sizes - 2 * min_visible_px + 1
-    if inset_px:
-        counting = np.minimum(counting, sides - 2 * margin_px - sizes - 1)
-    return np.stack([counting.prod(axis=1), (inner - 2 * margin_px - sizes - 1).prod(axis=1)])
 
 
 def _contact(
@@ -148,30 +125,31 @@ def _contact(
 ) -> np.ndarray:
     """Numbers of cells that count, of those at the border and of those expected at the border, and
     the variance: float64 [4, I images, all and K classes].
+
+    Along a side of L px, a box of s px shows at least m px of itself at L + s - 2m + 1 positions,
+    and lies further than d from both ends at L - 2d - s - 1. A virtual border shortens L by its
+    inset at both ends; only positions further than d from the image's own border count in it.
     """
-    if margin_px < 0:
-        raise ValueError(f"border_margin_px is {margin_px}; it must be 0 or more")
     rows = pd.Index([image["id"] for image in images]).get_indexer(cells.image_ids)
     if (rows < 0).any():
-        raise ValueError(
-            f"a cell is of image {cells.image_ids[rows < 0].min()}, which the images do not have: "
-            "are both of one split?"
-        )
+        fault = f"a cell is of image {cells.image_ids[rows < 0].min()}"
+        raise ValueError(f"{fault}, which the images do not have: are both of one split?")
     if not np.isin(cells.labels, range(1, len(CLASS_NAMES) + 1)).all():
-        raise ValueError(
-            f"cells are of the classes {np.unique(cells.labels).tolist()}; "
-            f"only 1..{len(CLASS_NAMES)} are known"
-        )
+        found = np.unique(cells.labels).tolist()
+        raise ValueError(f"cells are of the classes {found}; only 1..{len(CLASS_NAMES)} are known")
     sides, boxes = cells.sizes[:, ::-1].astype(float), cells.mask_boxes.astype(float)
     starts, stops = boxes[:, :2], boxes[:, 2:]
-    inset = inset_px if virtual else 0
+    inset, lengths = inset_px if virtual else 0, stops - starts
     visible = np.minimum(stops, sides - inset) - np.maximum(starts, inset)
     counted = (visible >= min_visible_px).all(axis=1) & (sides >= 3 * inset_px).all(axis=1)
+    at_border = _near(starts, stops, sides, margin_px + inset)
+    counting = sides - 2 * inset + lengths - 2 * min_visible_px + 1  # positions along each side
+    inside = sides - 2 * inset - 2 * margin_px - lengths - 1
     if virtual:
         counted &= ~_near(starts, stops, sides, margin_px)
-    at_border = _near(starts, stops, sides, margin_px + inset)
-    counting, inside = _position_counts(stops - starts, sides, margin_px, inset, min_visible_px)
-    weight = np.where(counted & ~at_border, _ratio(counting, inside) - 1, 0)
+        counting = np.minimum(counting, sides - 2 * margin_px - lengths - 1)
+    weight = _ratio(counting.prod(axis=1), inside.prod(axis=1)) - 1
+    weight = np.where(counted & ~at_border, weight, 0)
     totals = np.zeros((4, len(images), len(CLASS_NAMES)))
     for total, value in zip(totals, (1, at_border, weight, weight * (1 + weight)), strict=True):
         np.add.at(total, (rows, cells.labels - 1), counted * value)

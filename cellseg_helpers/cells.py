@@ -44,8 +44,7 @@ class BoxMask(NamedTuple):
 class Cells:
     """N cells of one or more images.
 
-    ``len(cells)`` is N, ``cells[rows]`` selects by a mask, by indices or by a slice,
-    ``cells + more`` appends.
+    ``len(cells)`` is N, ``cells[rows]`` selects by a mask, by indices or by a slice.
 
     Attributes:
         image_ids: int64 [N].
@@ -71,9 +70,6 @@ class Cells:
         index = np.arange(len(self))[rows]
         arrays = (self.image_ids, self.sizes, self.labels, self.scores, self.boxes)
         return Cells(*(array[index] for array in arrays), [self.masks[row] for row in index])
-
-    def __add__(self, other: "Cells") -> "Cells":
-        return Cells.concatenate([self, other])
 
     @classmethod
     def concatenate(cls, parts: Iterable["Cells"]) -> "Cells":

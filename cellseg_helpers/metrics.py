@@ -206,13 +206,12 @@ def match_detections(
     found |= {"score": detections.scores, "area_px": detections.area_px}
     found |= {"matched": matched, "iou": iou}
     found |= {"truth_id": pd.Series(truth_id, dtype="Int64").where(matched), "counted": counted}
-    columns = {"id": "truth_id", "image_id": "image_id", "category_id": "class_id"}
-    columns |= {"area": "area_px"}
-    truths = pd.DataFrame(truth["annotations"], columns=list(columns), dtype=int)
-    truths = truths.rename(columns=columns).set_index("truth_id")
+    keys = ["id", "image_id", "category_id", "area"]
+    truths = pd.DataFrame(truth["annotations"], columns=keys, dtype=int)
+    truths.columns = ["truth_id", "image_id", "class_id", "area_px"]
     finders = pd.DataFrame({"score": detections.scores, "detection": range(len(detections))})
-    truths = truths.join(finders[matched].set_index(truth_id[matched]))
-    truths["counted"] = truths["area_px"].between(*area_range_px)
+    truths = truths.set_index("truth_id").join(finders[matched].set_index(truth_id[matched]))
+    truths = truths.assign(counted=truths["area_px"].between(*area_range_px))
     truths = truths.astype({"detection": "Int64"})
     image_ids = [image["id"] for image in truth["images"]]
     return Matches(pd.DataFrame(found), truths, _class_names(truth), iou_threshold, image_ids)

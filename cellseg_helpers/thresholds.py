@@ -26,12 +26,9 @@ def keep_scores(matches: Matches, score_thresholds: Thresholds) -> Matches:
     least = dict(zip(matches.class_names, _by_class(matches, score_thresholds), strict=True))
     found, truths = matches.detections, matches.truths
     lost = ~(truths["score"] >= truths["class_id"].map(least))
-    return matches._replace(
-        detections=found[found["score"] >= found["class_id"].map(least)],
-        truths=truths.assign(
-            score=truths["score"].mask(lost), detection=truths["detection"].mask(lost, pd.NA)
-        ),
-    )
+    columns = {name: truths[name].mask(lost) for name in ("score", "detection")}
+    kept = found[found["score"] >= found["class_id"].map(least)]
+    return matches._replace(detections=kept, truths=truths.assign(**columns))
 
 
 def threshold_table(
@@ -52,13 +49,12 @@ def threshold_table(
         averages = pd.Series(average_precision(kept, max_dets=max_dets)[0])
         counts = count_matches(kept)
         table = pd.DataFrame(counts.values()).rename(columns={"f1": "F1"})
-        columns = {
-            "strategy": strategy,
-            "class": list(counts),
+        columns = {"strategy": strategy, "class": list(counts)}
+        columns |= {
             "score_threshold": [shared, *thresholds],
             "detections": table["tp"] + table["fp"],
-            f"AP{round(100 * matches.iou_threshold)}": [averages.mean(), *averages],
         }
+        columns[f"AP{round(100 * matches.iou_threshold)}"] = [averages.mean(), *averages]
         tables.append(pd.DataFrame(columns).join(table))
     return pd.concat(tables, ignore_index=True)
 
@@ -82,12 +78,8 @@ def choose_thresholds(
 ) -> dict[str, float]:
     """The best of some thresholds for each class name; of equally good ones the lowest.
 
-    Args:
-        matches: of the images to choose on.
-        score_thresholds: to choose from.
-        criterion: ``F1`` (a class without a cell gets the threshold that is best for all classes
-            together), or ``count``: the smallest mean over images of |predicted - true number of
-            cells|.
+    ``criterion`` is ``F1`` (a class without a cell gets the threshold that is best for all classes
+    together), or ``count``: the smallest mean over images of |predicted - true number of cells|.
 
     Raises:
         ValueError: an unknown criterion, or no threshold.
@@ -118,15 +110,12 @@ def optimism(
 
     How it works: 1. The images are halved at random many times. 2. On one half, each class gets its
     threshold of best F1. 3. The gain in F1 over one shared threshold is measured on that half
-    (claimed) and on the other (real). Their difference is the optimism of judging a choice on the
-    images that made it: the choice followed their chance.
+    (claimed) and on the other (real). Their difference is the optimism.
 
     Args:
-        matches: of all images.
         score_thresholds: to choose from.
         score_threshold: the shared one.
         halvings: number of random halvings; either half chooses once.
-        seed: of the halvings.
 
     Returns:
         By class, ``all`` first (its counts added over the classes): claimed, real, optimism (their
@@ -178,7 +167,7 @@ def separation(matches: Matches) -> pd.DataFrame:
     kind is missing.
     """
     rows = {}
-    for name, found in _classes(matches):
+    for name, found in _classes(matches).items():
         right, wrong = int(found["matched"].sum()), int((~found["matched"]).sum())
         above = rankdata(found["score"])[found["matched"]].sum() - right * (right + 1) / 2
         share = above / (right * wrong) if right and wrong else np.nan
@@ -187,10 +176,8 @@ def separation(matches: Matches) -> pd.DataFrame:
 
 
 def reliability(matches: Matches, bins: int = 10) -> pd.DataFrame:
-    """Of detections of about one score, the share that is matched, by class and ``all``. (hotcoco's
-    ``calibration``, the oracle, has the bins of all classes together only.)
-
-    The bins are of equal width from 0 to 1; an edge belongs to the bin above it.
+    """Of the detections in each bin of scores, the share that is matched, by class and ``all``. The
+    bins are of equal width from 0 to 1; an edge belongs to the bin above it.
 
     Returns:
         One row a class and filled bin: class, bin (its lower edge), detections, mean_score,
@@ -205,7 +192,7 @@ def reliability(matches: Matches, bins: int = 10) -> pd.DataFrame:
     columns = {"detections": ("score", "size"), "mean_score": ("score", "mean")}
     columns |= {"matched_share": ("matched", "mean")}
     tables = {}
-    for name, found in _classes(matches):
+    for name, found in _classes(matches).items():
         lower = edges[np.searchsorted(edges[1:-1], found["score"], side="right")]
         tables[name] = found.groupby(lower).agg(**columns)
     return pd.concat(tables, names=["class", "bin"]).reset_index()
@@ -252,10 +239,9 @@ def _by_class(matches: Matches, score_thresholds: Thresholds) -> list[float]:
     return [float(score_thresholds[name]) for name in names]
 
 
-def _classes(matches: Matches) -> list[tuple[str, pd.DataFrame]]:
-    found, names = matches.detections, matches.class_names
-    by_class = [(name, found[found["class_id"] == k]) for k, name in names.items()]
-    return [("all", found), *by_class]
+def _classes(matches: Matches) -> dict[str, pd.DataFrame]:
+    found, names = matches.detections, matches.class_names.items()
+    return {"all": found} | {name: found[found["class_id"] == k] for k, name in names}
 
 
 def _best_f1(counts: np.ndarray) -> np.ndarray:

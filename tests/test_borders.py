@@ -147,11 +147,11 @@ def test_small_images_are_left_out():
     cells, images = scatter(0)
     small = image_of(99, 95, 400)
     extra = cell_of(small, disc(8), 30, 30)
-    with_small = border_contact(cells + extra, [*images, small])
+    with_small = border_contact(Cells.concatenate([cells, extra]), [*images, small])
     assert with_small.equals(border_contact(cells, images))
-    assert border_contact(cells + extra, [*images, small], inset_px=31)["cells"]["all"] == len(
-        cells
-    ) + 1 - slivers(cells)
+    assert border_contact(Cells.concatenate([cells, extra]), [*images, small], inset_px=31)[
+        "cells"
+    ]["all"] == len(cells) + 1 - slivers(cells)
 
 
 def slivers(cells: Cells) -> int:
@@ -186,7 +186,7 @@ def test_the_table_finds_no_effect_where_there_is_none_and_the_planted_one():
 
     cut = near_border(cells)
     assert len(cells[~cut]) == len(without_cut_cells(cells))
-    doubled = cells + cells[cut]
+    doubled = Cells.concatenate([cells, cells[cut]])
     assert border_contact(doubled, images).loc["all", "verdict"] == "more than by chance"
 
 
@@ -207,7 +207,10 @@ def test_clustered_cells_widen_the_interval():
     explains half.
     """
     cells, images = scatter(1, images=60)
-    once, twice = border_contact(cells, images), border_contact(cells + cells, images)
+    once, twice = (
+        border_contact(cells, images),
+        border_contact(Cells.concatenate([cells] * 2), images),
+    )
     assert once.loc["all", "dispersion"] < 1.4 and 1.5 < twice.loc["all", "dispersion"] < 2.8
     width, twice_width = ((table["high"] - table["low"])["all"] for table in (once, twice))
     assert twice_width / width > 1.7 > 2**0.5
@@ -292,7 +295,9 @@ def test_one_class_no_cells_no_images():
         assert (table[["cells", "at_border", "expected", "low", "high"]] == 0).all(axis=None)
         assert table["ratio"].isna().all() and (table["verdict"] == "cannot tell").all()
     empty = replace(cells[:1], masks=[BoxMask(np.zeros((0, 0), bool), 0, 0)])
-    assert border_contact(cells + empty, images).equals(border_contact(cells, images))
+    assert border_contact(Cells.concatenate([cells, empty]), images).equals(
+        border_contact(cells, images)
+    )
 
 
 def test_cells_at_the_border_alone_tell_nothing():
@@ -312,7 +317,7 @@ def test_bad_input_is_refused():
     for change, message in (({"image_ids": 7}, "image 7"), ({"labels": 5}, r"\[1, 2, 5\]")):
         wrong = replace(cells[:1], **{name: np.array([value]) for name, value in change.items()})
         with pytest.raises(ValueError, match=message):
-            border_contact(cells + wrong, images)
+            border_contact(Cells.concatenate([cells, wrong]), images)
     for settings, message in (
         ({"border_margin_px": -1}, "border_margin_px is -1"),
         ({"inset_px": 0}, "inset_px is 0"),
@@ -357,7 +362,7 @@ def test_the_filter_drops_what_touches_each_edge(border_margin_px, by):
 
 
 def test_boxes_and_masks_may_differ_at_the_border():
-    cells = cell_of(IMAGE, disc(6), 40, 30) + cell_of(IMAGE, disc(6), 100 - 13, 30)
+    cells = Cells.concatenate(cell_of(IMAGE, disc(6), x, 30) for x in (40, 100 - 13))
     boxes = np.array([[0.0, 30, 20, 42], [86.9, 30.1, 99.9999, 42.1]])  # the mask's 40 and 100
     detections = replace(cells, boxes=boxes)
     before = detections.to_coco()

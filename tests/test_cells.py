@@ -133,7 +133,7 @@ def test_cells_are_selected_and_joined_as_rows_are():
         assert cells[selection].to_coco() == [rows[0], rows[2]]
     for nothing in ([], np.zeros(0, bool), np.zeros(5, bool), slice(0)):
         assert len(cells[nothing]) == 0
-    assert (cells[[4]] + cells[:2]).to_coco() == [rows[4], *rows[:2]]
+    assert Cells.concatenate([cells[[4]], cells[:2]]).to_coco() == [rows[4], *rows[:2]]
     assert len(Cells.concatenate([])) == len(Cells.from_coco([])) == len(Cells.empty()) == 0
 
 

@@ -51,7 +51,7 @@ def three_cells():
     ring[80:84, 100:103] = 1
     two = cells_of((1, 2, 0.9, disc(30, 30, 9)), (1, 1, 0.5, disc(0, 88, 11)))
     third = Cells.of_image(HEIGHT, WIDTH, [4], [BoxMask.around(ring == 1)], [0.7])
-    return two + third
+    return Cells.concatenate([two, third])
 
 
 def rasterize(geometry, height, width):
@@ -98,9 +98,9 @@ def test_labels_and_table_are_those_of_the_masks():
 def test_cells_may_touch_but_not_overlap():
     halves = np.zeros((2, HEIGHT, WIDTH), bool)
     halves[0, :, :55], halves[1, :, 55:] = True, True
-    labels, _ = label_image(cell_of(halves[0]) + cell_of(halves[1]), HEIGHT, WIDTH)
+    labels, _ = label_image(Cells.concatenate(map(cell_of, halves)), HEIGHT, WIDTH)
     assert np.unique(labels).tolist() == [1, 2]
-    overlapping = three_cells() + cells_of((1, 1, 0.4, disc(38, 30, 3)))
+    overlapping = Cells.concatenate([three_cells(), cells_of((1, 1, 0.4, disc(38, 30, 3)))])
     shared_px = np.count_nonzero(
         coco_mask.decode(disc(30, 30, 9)) & coco_mask.decode(disc(38, 30, 3))
     )

@@ -482,7 +482,7 @@ class TestOfDetections:
 
     def test_thresholds_on_the_other_half(self, runs_dir, truth, measures):
         noise = Cells.from_coco([result(i, 1, 0.3, disc(90, 70, 6)) for i in range(1, 9)])
-        runs_dir.write("e/full", found_in(truth) + noise)
+        runs_dir.write("e/full", Cells.concatenate([found_in(truth), noise]))
         found = measures()
         found.compare_thresholds("e-thresholds", "e/full")
         (row,) = found.rows

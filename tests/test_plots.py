@@ -180,7 +180,9 @@ def test_of_a_large_image_a_window_inside_it_is_shown(detections):
     )
     mask = BoxMask(np.ones((10, 20), bool), 880, 690)
     corner = Cells.of_image(700, 900, [1], [mask], np.array([1.0]))
-    ax = plots.border_strip(large, Cells.empty(), corner + detections[[1]], "predicted").axes[1]
+    ax = plots.border_strip(
+        large, Cells.empty(), Cells.concatenate([corner, detections[[1]]]), "predicted"
+    ).axes[1]
     assert ax.get_xlim() == (900 - 320 - 0.5, 899.5) and ax.get_ylim() == (699.5, 700 - 320 - 0.5)
 
 

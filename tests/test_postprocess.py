@@ -155,7 +155,7 @@ def test_no_detections_give_none(name):
 @pytest.mark.parametrize("name", MASK_STEPS)
 def test_empty_masks_are_dropped(name):
     empty, full = detection(block(0, 0, 0, 0), 0.8), detection(block(2, 3, 40, 50), 0.7)
-    assert len(STEPS[name](empty + full + empty)) == 1
+    assert len(STEPS[name](Cells.concatenate([empty, full, empty]))) == 1
     assert len(STEPS[name](empty)) == 0
 
 
@@ -399,7 +399,8 @@ def test_crossed_bar_keeps_its_longer_end_and_the_shorter_is_free():
 
 def test_a_dropped_cell_hides_nothing():
     top, hidden, below = block(0, 0, 20, 20), block(5, 5, 22, 20), block(18, 5, 40, 20)
-    found = detection(top, 0.9) + detection(hidden, 0.8) + detection(below, 0.7)
+    masks = (top, 0.9), (hidden, 0.8), (below, 0.7)
+    found = Cells.concatenate(detection(mask, score) for mask, score in masks)
     results = masks_of(resolve_overlaps(found, 0.5))
     assert len(results) == 2
     assert np.array_equal(results[1], below & ~top)

@@ -206,7 +206,7 @@ def test_a_class_in_one_image_has_no_interval():
     weights = resampling.draw_images(12, 300, 0)
     before = resampling.resampled_scores(lone, detections, weights)
     more = Cells.from_coco([result(1, 4, 0.9, MASKS[5])])
-    after = resampling.resampled_scores(lone, detections + more, weights)
+    after = resampling.resampled_scores(lone, Cells.concatenate([detections, more]), weights)
     row = resampling.compare(before, after).set_index(["metric", "of"]).loc["recall", "macrophage"]
     assert row["difference"] == 1 and np.isnan(row["low"]) and row["verdict"] == "cannot tell"
 

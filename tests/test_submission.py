@@ -68,7 +68,9 @@ def test_the_same_detections_give_the_same_bytes(tmp_path, monkeypatch):
 def test_faulty_detections_are_not_written(tmp_path):
     paths = write_submission(detections(), IMAGES, tmp_path)
     before = [path.read_bytes() for path in paths]
-    faulty = detections() + Cells.from_coco([result(9, 1, 1.2, disc(20, 20, 5))])
+    faulty = Cells.concatenate(
+        [detections(), Cells.from_coco([result(9, 1, 1.2, disc(20, 20, 5))])]
+    )
     with pytest.raises(
         ValueError,
         match="no valid submission:\n  result 5 .*score is 1.2.*\n  result 5 .*no test image 9",
