@@ -25,10 +25,11 @@ from cellseg_helpers.runs import write_json
 RESULTS = "test-results.json"
 CORNERS, SIDES = "corners", "x, y, width, height"
 KEYS = ("image_id", "bbox", "score", "category_id", "segmentation")
+Images = list[dict[str, Any]]  # the test images: id, height and width (px) of each
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9  # neither NaN nor infinite
+def _is_number(value: Any, least: float = -1e9, greatest: float = 1e9) -> bool:
+    return type(value) in (int, float) and least <= value <= greatest  # so NaN is none
 
 
 def _is_box(value: Any) -> bool:
@@ -36,119 +37,92 @@ def _is_box(value: Any) -> bool:
     return is_list and all(map(_is_number, value)) and min(value[2:]) >= 0
 
 
+def _is_class(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= len(CLASS_NAMES)
+
+
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> its check, what it must be
     "image_id": (lambda value: type(value) is int, "a whole number"),
-    "category_id": (
-        lambda value: type(value) is int and 1 <= value <= len(CLASS_NAMES),
-        f"a whole number, 1 to {len(CLASS_NAMES)}",
-    ),
-    "score": (lambda value: _is_number(value) and 0 <= value <= 1, "a number between 0 and 1"),
+    "category_id": (_is_class, f"a whole number, 1 to {len(CLASS_NAMES)}"),
+    "score": (lambda value: _is_number(value, 0, 1), "a number between 0 and 1"),
     "bbox": (_is_box, f"four numbers, {SIDES}"),
 }
 
 
 class Checked(NamedTuple):
-    """What a submission holds.
+    """What a submission holds. ``faults`` has a sentence for each kind of fault: the first result
+    with it, counted from 0, and how many more there are.
 
-    Attributes:
-        faults: for each kind of fault a sentence: the first result with it, and the number of
-            further ones. Results are counted from 0.
-        summary: results, images with results, images without, results of each class, and what the
-            boxes are: "x, y, width, height", "corners", "none", "mixed", or "unclear" where both
-            readings suit the masks equally.
+    ``summary`` has the numbers of results, of images with and without results, and of each class's
+    results; and ``boxes``: "x, y, width, height", "corners", "none", "mixed", or "unclear" where
+    both readings suit the masks equally.
     """
 
     faults: list[str]
     summary: dict[str, Any]
 
 
-def write_submission(
-    cells: Cells, images: list[dict[str, Any]], folder: str | Path
-) -> tuple[Path, Path]:
-    """Write ``test-results.json`` and ``test-results.zip``, each whole or not at all; the same
-    cells give the same bytes.
-
-    Args:
-        cells: the detections.
-        images: id, height and width (px) of the test images.
-        folder: that the files are written to.
-
-    Returns:
-        The JSON file, the zip file.
+def write_submission(cells: Cells, images: Images, folder: str | Path) -> tuple[Path, Path]:
+    """Write detections as ``test-results.json`` and ``test-results.zip``, each whole or not at all,
+    and give these two paths. The same cells give the same bytes.
 
     Raises:
         ValueError: ``check_results`` finds faults; nothing is written.
     """
     results = cells.to_coco()
-    faults = check_results(results, images).faults
-    if faults:
+    if faults := check_results(results, images).faults:
         raise ValueError("\n  ".join(["these detections are no valid submission:", *faults]))
     json_path, zip_path = (resolve_path(folder) / name for name in (RESULTS, "test-results.zip"))
     write_json(json_path, results)
     entry = zipfile.ZipInfo(RESULTS, date_time=(1980, 1, 1, 0, 0, 0))
     entry.create_system, entry.external_attr = 3, 0o644 << 16  # Unix, readable by all
-    entry.compress_type = zipfile.ZIP_DEFLATED
     with replacing(zip_path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        archive.writestr(entry, json_path.read_bytes())
+        archive.writestr(entry, json_path.read_bytes(), zipfile.ZIP_DEFLATED)
     return json_path, zip_path
 
 
-def check_submission(path: str | Path, images: list[dict[str, Any]]) -> Checked:
-    """Check a submission, a ``.json`` or ``.zip`` file with any content.
-
-    Args:
-        path: of the file.
-        images: id, height and width (px) of the test images.
-    """
+def check_submission(path: str | Path, images: Images) -> Checked:
+    """Check a ``.json`` or ``.zip`` file, whatever it holds."""
     path = resolve_path(path)
     try:
         data = path.read_bytes()
         if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                if RESULTS not in names:
-                    held = _first(names) or "nothing"
-                    problem = f"it has no {RESULTS} at its top; it holds {held}"
-                    return Checked([f"{path.name}: {problem}"], {})
+                if RESULTS not in (names := archive.namelist()):
+                    held = f"it holds {_first(names) or 'nothing'}"
+                    return Checked([f"{path.name}: it has no {RESULTS} at its top; {held}"], {})
                 data = archive.read(RESULTS)
         results = json.loads(data)
     except Exception as error:  # zipfile raises nearly everything on a broken file
-        cause = one_line(getattr(error, "strerror", None) or error)
-        problem = f"it cannot be read as a zip archive or JSON ({cause}); write it again"
+        problem = f"it cannot be read as a zip archive or JSON ({one_line(error)}); write it again"
         return Checked([f"{path.name}: {problem}"], {})
     return check_results(results, images)
 
 
-def check_results(results: Any, images: list[dict[str, Any]]) -> Checked:
+def check_results(results: Any, images: Images) -> Checked:
     """``check_submission`` of the content of a file."""
     if not isinstance(results, list):
-        held = reprlib.repr(results)
-        return Checked([f"it holds {held}, but must be a list of results: [{{...}}, {{...}}]"], {})
+        must_be = "must be a list of results: [{...}, {...}]"
+        return Checked([f"it holds {reprlib.repr(results)}, but {must_be}"], {})
     sizes = {image["id"]: [image["height"], image["width"]] for image in images}
-    fields = [result if isinstance(result, dict) else {} for result in results]
-    problems = [_problems(result, sizes) for result in results]
-    right_keys = [
-        result.keys() - found.keys() for result, found in zip(fields, problems, strict=True)
-    ]
-    faults: dict[str, list[str]] = {}
-    for row, (result, found, right) in enumerate(zip(fields, problems, right_keys, strict=True)):
+    faults: dict[str, list[str]] = {}  # kind -> sentences
+    counts, faultless = {"image_id": Counter(), "category_id": Counter()}, []
+    for row, result in enumerate(results):
+        problems = _problems(result, sizes)
+        right = result.keys() - problems.keys() if isinstance(result, dict) else set()
         image = f" (image {result['image_id']})" if "image_id" in right else ""
-        for kind, sentence in found.items():
+        for kind, sentence in problems.items():
             faults.setdefault(kind, []).append(f"result {row}{image}: {sentence}")
-    image_ids, class_ids = (
-        [result[key] for result, right in zip(fields, right_keys, strict=True) if key in right]
-        for key in ("image_id", "category_id")
-    )
-    with_results, classes = set(image_ids) & sizes.keys(), Counter(class_ids)
-    summary = {
-        "results": len(results),
-        "images with results": len(with_results),
-        "images without results": len(sizes) - len(with_results),
-        **{name: classes[class_id] for class_id, name in enumerate(CLASS_NAMES, 1)},
-        "boxes": _kind_of_boxes(
-            [row for row, found in zip(fields, problems, strict=True) if not found]
-        ),
-    }
+        for key in counts.keys() & right:
+            counts[key][result[key]] += 1
+        if not problems:
+            faultless.append(result)
+    with_results = len(counts["image_id"].keys() & sizes.keys())
+    summary = {"results": len(results), "images with results": with_results}
+    summary["images without results"] = len(sizes) - with_results
+    of_classes = counts["category_id"]
+    summary |= {name: of_classes[class_id] for class_id, name in enumerate(CLASS_NAMES, 1)}
+    summary |= {"boxes": _kind_of_boxes(faultless)}
     sentences = [
         f"{first} (and {len(more):,} more like it)" if more else first
         for first, *more in faults.values()
@@ -157,27 +131,23 @@ def check_results(results: Any, images: list[dict[str, Any]]) -> Checked:
 
 
 def _problems(result: Any, sizes: dict[int, list[int]]) -> dict[str, str]:
-    """What is wrong with a result: a sentence for each kind of fault; a wrong value's kind is its
-    key.
-    """
+    """Kind of fault -> sentence; of a wrong value, the kind is its key."""
     if not isinstance(result, dict):
         must_be = f"an object with {', '.join(KEYS)}"
         return {"result": f"it is {reprlib.repr(result)}, but must be {must_be}"}
-    problems = {
-        f"no {key}": f"it has no {key}" for key in KEYS if key != "bbox" and key not in result
-    }
+    missing = [key for key in KEYS if key != "bbox" and key not in result]
+    problems = {f"no {key}": f"it has no {key}" for key in missing}
     for key, (is_right, must_be) in RULES.items():
         if key in result and not is_right(result[key]):
             problems[key] = f"its {key} is {reprlib.repr(result[key])}; it must be {must_be}"
-    image_id = result.get("image_id")
-    if "image_id" in result and "image_id" not in problems and image_id not in sizes:
-        known = _first(sorted(sizes))
-        problems["unknown image"] = f"there is no test image {image_id}; the ids are {known}"
-    if "segmentation" in result:
-        size = None if problems.keys() & {"image_id", "unknown image"} else sizes.get(image_id)
-        problem = mask_problem(result["segmentation"], size)
-        if problem:
-            problems[" ".join(problem.split()[:3])] = problem
+    size = None
+    if "image_id" in result and "image_id" not in problems:
+        size = sizes.get(image_id := result["image_id"])
+        if size is None:
+            known = f"the ids are {_first(sorted(sizes))}"
+            problems["unknown image"] = f"there is no test image {image_id}; {known}"
+    if "segmentation" in result and (problem := mask_problem(result["segmentation"], size)):
+        problems[" ".join(problem.split()[:3])] = problem
     return problems
 
 
@@ -194,9 +164,8 @@ def _kind_of_boxes(results: list[dict[str, Any]]) -> str:
         return "none"
     boxes = np.array([result["bbox"] for result in boxed], float)
     masks = coco_mask.toBbox([result["segmentation"] for result in boxed])
-    masks[:, 2:] += masks[:, :2]
-    as_sides = _iou(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), masks)
-    as_corners = _iou(boxes, masks)
+    sides, masks = (np.hstack([box[:, :2], box[:, :2] + box[:, 2:]]) for box in (boxes, masks))
+    as_sides, as_corners = _iou(sides, masks), _iou(boxes, masks)
     kinds = {SIDES: (as_sides > as_corners).sum(), CORNERS: (as_corners > as_sides).sum()}
     few = 0.01 * sum(kinds.values())  # a poor mask may suit the wrong reading of its box
     found = [kind for kind, count in kinds.items() if count > few]
