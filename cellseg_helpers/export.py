@@ -24,12 +24,7 @@ BOX_COLUMNS = ["x_px", "y_px", "width_px", "height_px"]
 
 
 def label_image(cells: Cells, height: int, width: int) -> tuple[np.ndarray, pd.DataFrame]:
-    """The cells of one image as a label image and a table.
-
-    Args:
-        cells: their masks are disjoint.
-        height: of the image, px.
-        width: of the image, px.
+    """The cells of one image, whose masks are disjoint, as a label image and a table.
 
     Returns:
         uint16 [H, W] (uint32 above 65,535 cells), 0 = background, 1..N = the cells in their order;
@@ -46,19 +41,15 @@ def label_image(cells: Cells, height: int, width: int) -> tuple[np.ndarray, pd.D
     labels = np.zeros((height, width), np.uint16 if len(cells) < 2**16 else np.uint32)
     for number, (mask, size) in enumerate(zip(cells.masks, cells.sizes.tolist(), strict=True), 1):
         if size != [height, width]:
-            raise ValueError(
-                f"the mask of cell {number} is of a {size[0]} x {size[1]} px image, "
-                f"not {height} x {width} px (height x width)"
-            )
+            wrong = f"of a {size[0]} x {size[1]} px image, not {height} x {width} px"
+            raise ValueError(f"the mask of cell {number} is {wrong} (height x width)")
         rows, columns = mask.mask.shape
         window = labels[mask.y0 : mask.y0 + rows, mask.x0 : mask.x0 + columns]
         shared = window[mask.mask & (window > 0)]
         if len(shared):
-            raise ValueError(
-                f"cells {shared[0]} and {number} overlap in "
-                f"{np.count_nonzero(shared == shared[0])} px, but a pixel of a label image "
-                "belongs to one cell; call postprocess.resolve_overlaps first"
-            )
+            overlap = f"cells {shared[0]} and {number} overlap in {(shared == shared[0]).sum()} px"
+            rule = "a pixel of a label image belongs to one cell"
+            raise ValueError(f"{overlap}, but {rule}; call postprocess.resolve_overlaps first")
         window[mask.mask] = number
     ids = np.arange(1, len(cells) + 1)
     with np.errstate(invalid="ignore"):  # an empty mask has no centroid
@@ -99,53 +90,35 @@ def geojson(cells: Cells) -> dict[str, Any]:
             continue
         name = CLASS_NAMES[class_id - 1]
         color = [round(255 * part) for part in to_rgb(CLASS_COLORS[name])]
-        properties = {
-            "objectType": "detection",
-            "name": str(number),
-            "classification": {"name": name, "color": color},
-            "measurements": {"score": score, "area_px": area_px},
-        }
+        properties = {"objectType": "detection", "name": str(number)}
+        properties["classification"] = {"name": name, "color": color}
+        properties["measurements"] = {"score": score, "area_px": area_px}
         geometry = shapely.geometry.mapping(outline(mask))
         features.append({"type": "Feature", "geometry": geometry, "properties": properties})
     return {"type": "FeatureCollection", "features": features}
 
 
 def save_cells(cells: Cells, images: list[dict[str, Any]], folder: str | Path) -> list[Path]:
-    """Write each image's cells, and one COCO data set of all.
+    """Write the cells of a COCO data set's ``images``, disjoint in each, and return the files.
 
     ``<image>_cells.tif`` is the label image (deflated TIFF, for napari, Fiji, QuPath),
     ``<image>_cells.csv`` its table, ``<image>_cells.geojson`` the outlines. ``cells.json``, written
-    last, is the COCO data set; its annotations also have ``score`` and ``label``, the id in the
-    label image. Every file is written whole or not at all.
-
-    Args:
-        cells: disjoint within an image.
-        images: of a COCO data set: id, file_name, height, width.
-        folder: that the files are written to.
-
-    Returns:
-        The files.
+    last, is a COCO data set of all; its annotations also have ``score`` and ``label``, the id in
+    the label image. Every file is written whole or not at all.
 
     Raises:
         ValueError: masks as for ``label_image``, cells of an image that is not listed, or two
             images with one name.
     """
     folder = resolve_path(folder)
-    names = {
-        image["id"]: re.sub(r"\.tiff?$", "", Path(image["file_name"]).name, flags=re.IGNORECASE)
-        for image in images
-    }
+    files = {image["id"]: Path(image["file_name"]).name for image in images}
+    names = {key: re.sub(r"\.tiff?$", "", file, flags=re.I) for key, file in files.items()}
     if len(set(names.values())) < len(images):
-        raise ValueError(
-            "two images have the same id or name, so that one's files would replace the other's; "
-            "rename one"
-        )
-    unknown = set(cells.image_ids.tolist()) - names.keys()
-    if unknown:
-        raise ValueError(
-            f"there are detections of image {min(unknown)}, which is not among the "
-            f"{len(images)} images given"
-        )
+        lost = "so that one's files would replace the other's; rename one"
+        raise ValueError(f"two images have the same id or name, {lost}")
+    if unknown := set(cells.image_ids.tolist()) - names.keys():
+        wrong = f"which is not among the {len(images)} images given"
+        raise ValueError(f"there are detections of image {min(unknown)}, {wrong}")
     paths, annotations = [], []
     for image in images:
         found = cells[cells.image_ids == image["id"]]
@@ -156,9 +129,8 @@ def save_cells(cells: Cells, images: list[dict[str, Any]], folder: str | Path) -
         stem = folder / f"{names[image['id']]}_cells"
         tif, csv, outlines = (Path(f"{stem}.{ending}") for ending in ("tif", "csv", "geojson"))
         with replacing(tif) as temporary:
-            tifffile.imwrite(
-                temporary, labels, photometric="minisblack", compression="zlib", metadata=None
-            )
+            deflated = {"photometric": "minisblack", "compression": "zlib", "metadata": None}
+            tifffile.imwrite(temporary, labels, **deflated)
         write_text(csv, table.to_csv(index=False))
         write_json(outlines, geojson(found), indent=None)
         paths += [tif, csv, outlines]

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,9 +33,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel end this process by SIGKILL when its parent, a process id, ends (at once if
-    it is gone already). Linux only; elsewhere it does nothing.
-    """
+    """On Linux, end this process by SIGKILL when its parent (a process id) ends or has ended."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -42,8 +41,8 @@ def end_with(parent: int) -> None:
 
 
 def end_forks_too() -> None:
-    """Have every process that is forked from this one ``end_with`` it. (A DataLoader's worker also
-    checks for its parent's end, but misses an end before its first check.)
+    """Every process forked from this one will ``end_with`` it. (A DataLoader's worker looks for its
+    parent's end, too, but misses an end before its first look.)
     """
     parent = {}
     os.register_at_fork(
@@ -55,12 +54,11 @@ def hold(path: Path) -> TextIO | None:
     """Lock a file until it is closed or its process ends; None if another process has locked it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
-    try:
+    with suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+        return file
+    file.close()
+    return None
 
 
 def gpus() -> list[str]:
@@ -68,12 +66,8 @@ def gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    number = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-    return [str(i) for i in range(number)]
+    listed = subprocess.getoutput("nvidia-smi -L").splitlines()  # or why there are none
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed))]
 
 
 def memory_mb() -> int:
@@ -82,11 +76,9 @@ def memory_mb() -> int:
 
 
 def take_gpu() -> TextIO | None:
-    """Wait for a GPU that no other job uses, and make it the only one that this job sees. Two
-    studies of one user do not share a GPU either; a Slurm job has those that it was given.
-
-    Returns:
-        The GPU's lock, to be closed at the end of the job; None if there is no GPU.
+    """Wait for a GPU that no other job of this user uses (a Slurm job: of those that it was given),
+    and make it the only one that this job sees. Gives its lock, to be closed at the end of the job;
+    None if there is no GPU.
     """
     if not (names := gpus()):
         return None
@@ -107,36 +99,37 @@ def run(
 ) -> str:  # fmt: skip
     """Execute a notebook by papermill, in ``notebooks/``; what went wrong, as a sentence, or "".
 
-    Args:
-        log: where the notebook is written while it runs.
-        output: where its copy is written when every cell has run without an error.
-        parameters: name -> value, for the parameters cell.
-        gpu: wait for a GPU of its own; otherwise the notebook sees none.
-        set_aside: first rename a run folder of this name that has other settings or images.
-        page: HTML file to write: text, tables and figures of the notebook, without the code.
+    The notebook is written to ``log`` while it runs, and copied to ``output`` when every cell has
+    run without an error; ``page`` is an HTML file to write, without the code. With ``gpu``, the job
+    waits for a GPU of its own; otherwise it sees none. With ``set_aside``, a run folder of this
+    name that has other settings or images is renamed before.
     """
     while not (lock := hold(output.with_name(f".{output.stem}.lock"))):
         time.sleep(1)  # Slurm may still run this job of a killed study
-    taken = take_gpu() if gpu else os.environ.update(CUDA_VISIBLE_DEVICES="")
-    if set_aside:
-        _set_aside(parameters)
-    error = _execute(notebook, log, parameters)
-    if not error:
-        if page:
-            _write_page(log, page)
-        shutil.copyfile(log, output)
-    for file in filter(None, (taken, lock)):
-        file.close()
+    if not gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with lock, take_gpu() or nullcontext():
+        if set_aside:
+            _set_aside(parameters)
+        error = _execute(notebook, log, parameters)
+        if page and not error:
+            from nbconvert import HTMLExporter
+
+            hidden = {"exclude_input": True, "exclude_output_prompt": True}
+            html, _ = HTMLExporter(embed_images=True, **hidden).from_filename(str(log))
+            page.write_text(html, encoding="utf-8")
+        if not error:
+            shutil.copyfile(log, output)
     return error
 
 
 def describe_failure(log: Path) -> str:
     """Why a notebook stopped, as a sentence."""
     cells = json.loads(log.read_text(encoding="utf-8"))["cells"]
-    errors = [each for cell in cells for each in cell.get("outputs", []) if "ename" in each]
-    if not errors:
-        return "it was ended from outside, perhaps because memory ran out"
-    return _sentence(errors[0]["ename"], errors[0]["evalue"])
+    for output in itertools.chain.from_iterable(cell.get("outputs", []) for cell in cells):
+        if "ename" in output:
+            return _sentence(output["ename"], output["evalue"])
+    return "it was ended from outside, perhaps because memory ran out"
 
 
 def _sentence(name: str, text: str) -> str:
@@ -146,12 +139,9 @@ def _sentence(name: str, text: str) -> str:
 def _set_aside(parameters: dict[str, Any]) -> None:
     from cellseg_helpers.runs import set_aside_other_run
 
-    try:
-        config = RunConfig.from_dict(parameters)
-    except ValueError:
-        return  # the notebook says what is wrong
-    if old := set_aside_other_run(config):
-        print(f"The run had other settings or images before; it is now {old.name}.", flush=True)
+    with suppress(ValueError):  # of settings; the notebook says what is wrong
+        if old := set_aside_other_run(RunConfig.from_dict(parameters)):
+            print(f"The run had other settings or images before; it is now {old.name}.", flush=True)
 
 
 def _execute(notebook: Path, log: Path, parameters: dict[str, Any]) -> str:
@@ -169,22 +159,14 @@ def _execute(notebook: Path, log: Path, parameters: dict[str, Any]) -> str:
         sockets = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
         options = {"config": Config(KernelManager=sockets), "extra_arguments": kernel}
         options |= {"cwd": ROOT / "notebooks", "progress_bar": False}
+        options["shutdown_kernel"] = "immediate"
         try:
-            papermill.execute_notebook(
-                notebook, log, parameters, shutdown_kernel="immediate", **options
-            )
+            papermill.execute_notebook(notebook, log, parameters, **options)
         except papermill.PapermillExecutionError as error:
             return _sentence(error.ename, error.evalue)
         except Exception as error:
             return _sentence(type(error).__name__, str(error))
     return ""
-
-
-def _write_page(notebook: Path, page: Path) -> None:
-    from nbconvert import HTMLExporter
-
-    exporter = HTMLExporter(embed_images=True, exclude_input=True, exclude_output_prompt=True)
-    page.write_text(exporter.from_filename(str(notebook))[0], encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -198,18 +180,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpu", action="store_true", help="wait for a GPU of its own")
     parser.add_argument("--set-aside", action="store_true", help="rename a run of other settings")
     parser.add_argument("--page", type=Path, help="write an HTML page, without code")
-    given = parser.parse_args(arguments)
+    given = vars(parser.parse_args(arguments))
 
     if parent := os.environ.get("STUDY_PROCESS"):
         end_with(int(parent))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
     parameters: dict[str, Any] = {}
-    for file in given.files:
+    for file in given.pop("files"):
         parameters |= yaml.safe_load(Path(file).read_text()) or {}
-    parameters |= dict(given.raw) | {name: yaml.safe_load(value) for name, value in given.typed}
-    paths = (given.notebook, given.log, given.output)
-    if error := run(*paths, parameters, given.gpu, given.set_aside, given.page):
-        message = f"{given.output.stem} failed: {error} (all of it in {given.log})"
+    parameters |= given.pop("raw")
+    parameters |= {name: yaml.safe_load(value) for name, value in given.pop("typed")}
+    if error := run(**given, parameters=parameters):
+        message = f"{given['output'].stem} failed: {error} (all of it in {given['log']})"
         print(message, file=sys.stderr, flush=True)
     return bool(error)
 
