@@ -37,13 +37,12 @@ def _is_box(value: Any) -> bool:
     return is_list and all(map(_is_number, value)) and min(value[2:]) >= 0
 
 
-def _is_class(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= len(CLASS_NAMES)
-
-
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> its check, what it must be
     "image_id": (lambda value: type(value) is int, "a whole number"),
-    "category_id": (_is_class, f"a whole number, 1 to {len(CLASS_NAMES)}"),
+    "category_id": (
+        lambda value: type(value) is int and 1 <= value <= len(CLASS_NAMES),
+        f"a whole number, 1 to {len(CLASS_NAMES)}",
+    ),
     "score": (lambda value: _is_number(value, 0, 1), "a number between 0 and 1"),
     "bbox": (_is_box, f"four numbers, {SIDES}"),
 }
@@ -117,12 +116,11 @@ def check_results(results: Any, images: Images) -> Checked:
             counts[key][result[key]] += 1
         if not problems:
             faultless.append(result)
-    with_results = len(counts["image_id"].keys() & sizes.keys())
-    summary = {"results": len(results), "images with results": with_results}
-    summary["images without results"] = len(sizes) - with_results
-    of_classes = counts["category_id"]
-    summary |= {name: of_classes[class_id] for class_id, name in enumerate(CLASS_NAMES, 1)}
-    summary |= {"boxes": _kind_of_boxes(faultless)}
+    found = len(counts["image_id"].keys() & sizes.keys())
+    of_images = {"images with results": found, "images without results": len(sizes) - found}
+    of_classes = {name: counts["category_id"][k] for k, name in enumerate(CLASS_NAMES, 1)}
+    boxes = _kind_of_boxes(faultless)
+    summary = {"results": len(results), **of_images, **of_classes, "boxes": boxes}
     sentences = [
         f"{first} (and {len(more):,} more like it)" if more else first
         for first, *more in faults.values()
@@ -140,12 +138,11 @@ def _problems(result: Any, sizes: dict[int, list[int]]) -> dict[str, str]:
     for key, (is_right, must_be) in RULES.items():
         if key in result and not is_right(result[key]):
             problems[key] = f"its {key} is {reprlib.repr(result[key])}; it must be {must_be}"
-    size = None
-    if "image_id" in result and "image_id" not in problems:
-        size = sizes.get(image_id := result["image_id"])
-        if size is None:
-            known = f"the ids are {_first(sorted(sizes))}"
-            problems["unknown image"] = f"there is no test image {image_id}; {known}"
+    is_id = "image_id" in result and "image_id" not in problems
+    size = sizes.get(result["image_id"]) if is_id else None
+    if is_id and size is None:
+        known = f"the ids are {_first(sorted(sizes))}"
+        problems["unknown image"] = f"there is no test image {result['image_id']}; {known}"
     if "segmentation" in result and (problem := mask_problem(result["segmentation"], size)):
         problems[" ".join(problem.split()[:3])] = problem
     return problems
