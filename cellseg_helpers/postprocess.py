@@ -1,12 +1,12 @@
-"""Post-processing of detections: score rules, mask refinement, one mask a cell, one cell a pixel.
-No torch.
+"""Post-processing of detections: change scores, refine masks, keep one detection per cell, and give
+each pixel to one cell. Needs no torch.
 
-Each function takes ``Cells`` and returns ``Cells`` in the same order; a setting out of its range is
-a ``ValueError``. Functions that change masks set the box to the new mask's and drop empty masks.
+Each function takes ``Cells`` and returns ``Cells`` in the same order; a setting out of its range
+raises ``ValueError``. Functions that change masks also update the boxes and drop empty masks.
 
-Refinement (opening to smoothing) takes each mask alone, and what is outside the image as
-background: closing takes no pixel away at the image's edge, and a bay that the edge closes is no
-hole. No mask grows out of its tight box.
+Refinement (``open_masks`` to ``smooth_masks``) treats each mask by itself and everything outside
+the image as background. So closing removes no pixel at the image's edge, and a bay that only the
+edge closes is not a hole. No mask grows beyond its tight box.
 """
 
 import math
@@ -21,10 +21,10 @@ from cellseg_helpers.cells import BoxMask, Cells, mask_iou
 
 
 def adjust_scores_by_size(cells: Cells, factors: Sequence[tuple[float, float]]) -> Cells:
-    """Scores of small boxes times a factor, at most 1.
+    """Multiply the scores of small boxes by a factor; no score becomes larger than 1.
 
-    ``factors`` are (share, factor) pairs: a box of less than ``share`` of its image's area gets the
-    factor of the smallest such share. Shares rise within (0, 1], factors are above 0.
+    ``factors`` are (share, factor) pairs: a box that covers less than ``share`` of its image gets
+    the factor of the smallest such share. Shares rise within (0, 1]; factors are above 0.
     """
     in_pairs = all(np.shape(pair) == (2,) for pair in factors)
     shares, multipliers = np.array(factors if in_pairs else [], float).reshape(-1, 2).T
@@ -35,13 +35,13 @@ def adjust_scores_by_size(cells: Cells, factors: Sequence[tuple[float, float]]) 
             "and whose factors are above 0, as in [(0.01, 1.15), (0.05, 1.10)]"
         )
     box_area_px = (cells.boxes[:, 2:] - cells.boxes[:, :2]).prod(1)
-    pair = np.searchsorted(shares, box_area_px / cells.sizes.prod(1), side="right")
-    scores = cells.scores * np.append(multipliers, 1)[pair]
+    pair_of_box = np.searchsorted(shares, box_area_px / cells.sizes.prod(1), side="right")
+    scores = cells.scores * np.append(multipliers, 1)[pair_of_box]  # larger than every share: 1
     return replace(cells, scores=np.minimum(scores, 1))
 
 
 def apply_class_thresholds(cells: Cells, score_thresholds: Mapping[int, float]) -> Cells:
-    """The cells that score at least their class's threshold (class id -> 0..1).
+    """Keep the cells that score at least the threshold of their class (class id -> 0..1).
 
     Raises:
         ValueError: a threshold out of its range, or cells of a class without one.
@@ -59,17 +59,17 @@ def apply_class_thresholds(cells: Cells, score_thresholds: Mapping[int, float]) 
 
 
 def open_masks(cells: Cells, radius_px: float) -> Cells:
-    """Masks without what is too narrow for a disk of ``radius_px`` (morphological opening).
+    """Remove the parts of masks that are too narrow for a disk (morphological opening).
 
-    The disk holds the pixels at most ``radius_px`` from its centre; 0 changes nothing.
+    The disk holds all pixels within ``radius_px`` of its centre; radius 0 changes nothing.
     """
     disk = _disk(radius_px)
     return _change_masks(cells, lambda mask: ndimage.binary_opening(mask, disk))
 
 
 def close_masks(cells: Cells, radius_px: float) -> Cells:
-    """Masks with gaps and bays filled that ``open_masks``' disk does not enter (morphological
-    closing). No mask loses a pixel.
+    """Fill the gaps and bays of masks that are too narrow for the disk of ``open_masks``
+    (morphological closing). No mask loses a pixel.
     """
     disk = _disk(radius_px)
     margin_px = len(disk) // 2  # the disk must find background around the mask
@@ -77,18 +77,18 @@ def close_masks(cells: Cells, radius_px: float) -> Cells:
 
 
 def fill_holes(cells: Cells) -> Cells:
-    """Masks with the background filled from which no path over pixels' sides leads out."""
+    """Fill the holes of masks: background that is not 4-connected to the outside of the mask."""
     return _change_masks(cells, ndimage.binary_fill_holes)
 
 
 def keep_largest_component(cells: Cells) -> Cells:
-    """Masks cut down to their largest 8-connected component; of equal ones the leftmost stays."""
+    """Reduce masks to their largest 8-connected component; of equally large ones the leftmost."""
     return _change_masks(cells, _largest_component)
 
 
 def smooth_masks(cells: Cells, sigma_px: float) -> Cells:
-    """Masks blurred by a Gaussian (0 outside, cut at 4 ``sigma_px``) and taken where that is at
-    least 0.5. It rounds corners and removes what is narrow; small masks may vanish.
+    """Blur masks by a Gaussian (0 outside, cut off at 4 ``sigma_px``) and keep the pixels of at
+    least 0.5. This rounds corners and removes narrow parts; small masks may vanish.
     """
     _check_length("sigma_px", sigma_px)
     blur = partial(ndimage.gaussian_filter, sigma=sigma_px, output=float, mode="constant")
@@ -96,11 +96,11 @@ def smooth_masks(cells: Cells, sigma_px: float) -> Cells:
 
 
 def mask_nms(cells: Cells, iou_threshold: float) -> Cells:
-    """Non-maximum suppression by masks, across classes. (Mask R-CNN's own is by boxes and within a
-    class, so that one cell may be found as two classes.)
+    """Suppress duplicates by the IoU of masks, across classes. (Mask R-CNN itself compares boxes,
+    and only within a class, so that one cell may be detected as two classes.)
 
-    From the highest score down (of equal scores the earlier first), a cell is dropped if its mask's
-    IoU with one that stays is above ``iou_threshold``. 0 leaves no two that overlap, 1 drops none.
+    From the highest score down (of equal scores the earlier first), a cell is dropped if the IoU of
+    its mask with one that stays is above ``iou_threshold``. 0: none overlap; 1: none are dropped.
     """
     _check_share("iou_threshold", iou_threshold)
     stays = np.ones(len(cells), bool)
@@ -113,12 +113,12 @@ def mask_nms(cells: Cells, iou_threshold: float) -> Cells:
 
 
 def resolve_overlaps(cells: Cells, min_visible_share: float) -> Cells:
-    """Each pixel of an image to one cell, across classes.
+    """Give each pixel of an image to at most one cell, across classes.
 
-    From the highest score down (of equal scores the earlier first), a cell gets the pixels of its
-    mask that no cell before it has, of them the largest 8-connected component (of equal ones the
-    leftmost). If that is less than ``min_visible_share`` of its mask, it is dropped; its pixels and
-    cut off fragments are free for lower scores.
+    From the highest score down (of equal scores the earlier first), a cell gets the largest
+    8-connected component (of equal ones the leftmost) of those pixels of its mask that are still
+    free. If that is less than ``min_visible_share`` of the mask, the cell is dropped. All pixels
+    that it does not get remain free for cells of lower scores.
     """
     _check_share("min_visible_share", min_visible_share)
     changed = {}
@@ -126,13 +126,13 @@ def resolve_overlaps(cells: Cells, min_visible_share: float) -> Cells:
         taken = np.zeros(cells.sizes[rows[0]], bool)
         for row in rows:
             mask, x0, y0 = cells.masks[row]
-            under = taken[y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]]
-            visible = mask & ~under
+            taken_in_box = taken[y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]]  # a view
+            visible = mask & ~taken_in_box
             if (visible != mask).any():
                 visible = _largest_component(visible)
                 visible &= visible.sum() / mask.sum() >= min_visible_share
                 changed[row] = BoxMask.around(visible, x0, y0)
-            under |= visible
+            taken_in_box |= visible
     return cells.with_masks(changed)
 
 
@@ -147,7 +147,7 @@ def _check_length(name: str, value: float) -> None:
 
 
 def _rows_by_image(cells: Cells) -> Iterator[np.ndarray]:
-    """Each image's rows by descending score."""
+    """For each image, the rows of its cells by descending score."""
     order = np.argsort(-cells.scores, kind="stable")
     for image_id in np.unique(cells.image_ids):
         yield order[cells.image_ids[order] == image_id]
@@ -156,7 +156,7 @@ def _rows_by_image(cells: Cells) -> Iterator[np.ndarray]:
 def _change_masks(
     cells: Cells, change: Callable[[np.ndarray], np.ndarray], margin_px: int = 0
 ) -> Cells:
-    """Cells with each mask, in its box and a margin of background, changed."""
+    """Apply ``change`` to each mask in its box, padded by ``margin_px`` of background."""
     changed = {}
     for row, (mask, x0, y0) in enumerate(cells.masks):
         before = np.pad(mask, margin_px)
@@ -167,6 +167,7 @@ def _change_masks(
 
 
 def _disk(radius_px: float) -> np.ndarray:
+    """The pixels within ``radius_px`` of the centre pixel: bool, square."""
     _check_length("radius_px", radius_px)
     reach = math.floor(radius_px)
     offsets = np.mgrid[-reach : reach + 1, -reach : reach + 1]
@@ -174,5 +175,6 @@ def _disk(radius_px: float) -> np.ndarray:
 
 
 def _largest_component(mask: np.ndarray) -> np.ndarray:
+    # ``label`` counts row by row, in the transposed mask thus from left to right
     components, _ = ndimage.label(mask.T, np.ones((3, 3)))
     return (components == np.bincount(components.ravel(), minlength=2)[1:].argmax() + 1).T

@@ -1,8 +1,8 @@
-"""Score thresholds: what each does, which to choose, how optimistic it is to judge a choice on the
-images that made it, and how far scores are probabilities.
+"""Score thresholds: what each of them gives, which to choose, how much better a choice looks on the
+images that it was made on, and how far scores are probabilities.
 
-All functions take the table of ``metrics.match_detections``: a match depends on no lower-scored
-detection, so one matching serves every threshold. No torch.
+All functions take the result of ``metrics.match_detections``. One matching serves every threshold,
+since the match of a detection does not depend on detections with lower scores. Needs no torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,36 +18,37 @@ Thresholds = float | Mapping[str, float]  # one for all classes, or one for each
 
 
 def keep_scores(matches: Matches, score_thresholds: Thresholds) -> Matches:
-    """The matches of the detections that score at least the threshold.
+    """Keep the detections that score at least the threshold; cells matched by others are missed.
 
     Raises:
         ValueError: a class has no threshold.
     """
-    least = dict(zip(matches.class_names, _by_class(matches, score_thresholds), strict=True))
-    found, truths = matches.detections, matches.truths
-    lost = ~(truths["score"] >= truths["class_id"].map(least))
-    columns = {name: truths[name].mask(lost) for name in ("score", "detection")}
-    kept = found[found["score"] >= found["class_id"].map(least)]
-    return matches._replace(detections=kept, truths=truths.assign(**columns))
+    thresholds = _thresholds_by_class(matches, score_thresholds)
+    by_class_id = dict(zip(matches.class_names, thresholds, strict=True))
+    detections, truths = matches.detections, matches.truths
+    missed = ~(truths["score"] >= truths["class_id"].map(by_class_id))
+    columns = {name: truths[name].mask(missed) for name in ("score", "detection")}
+    remaining = detections[detections["score"] >= detections["class_id"].map(by_class_id)]
+    return matches._replace(detections=remaining, truths=truths.assign(**columns))
 
 
 def threshold_table(
     matches: Matches, strategies: Mapping[str, Thresholds], max_dets: int
 ) -> pd.DataFrame:
-    """What the thresholds of each strategy give.
+    """Compute counts and scores with the thresholds of each strategy.
 
     Returns:
-        One row a strategy and class (``all`` first): strategy, class, score_threshold (NaN where
-        the classes' differ), detections, AP50 (by the matches' IoU, at ``max_dets``), tp, fp, fn,
-        precision, recall, F1.
+        One row per strategy and class (``all`` first): strategy, class, score_threshold (NaN for
+        ``all`` if the classes' thresholds differ), detections, AP50 (or another AP, at the matches'
+        IoU threshold; at ``max_dets``), tp, fp, fn, precision, recall, F1.
     """
     tables = []
     for strategy, score_thresholds in strategies.items():
-        thresholds = _by_class(matches, score_thresholds)
+        thresholds = _thresholds_by_class(matches, score_thresholds)
         shared = thresholds[0] if len(set(thresholds)) == 1 else np.nan
-        kept = keep_scores(matches, score_thresholds)
-        averages = pd.Series(average_precision(kept, max_dets=max_dets)[0])
-        counts = count_matches(kept)
+        remaining = keep_scores(matches, score_thresholds)
+        averages = pd.Series(average_precision(remaining, max_dets=max_dets)[0])
+        counts = count_matches(remaining)
         table = pd.DataFrame(counts.values()).rename(columns={"f1": "F1"})
         columns = {"strategy": strategy, "class": list(counts)}
         columns |= {
@@ -60,14 +61,14 @@ def threshold_table(
 
 
 def sweep(matches: Matches, score_thresholds: Sequence[float], max_dets: int) -> pd.DataFrame:
-    """``threshold_table`` of one threshold for all classes after another, without ``strategy``."""
+    """Make the ``threshold_table`` of several thresholds, each one used for all classes."""
     strategies = {f"{threshold:g}": threshold for threshold in score_thresholds}
     return threshold_table(matches, strategies, max_dets).drop(columns="strategy")
 
 
 def count_by_threshold(matches: Matches, score_thresholds: Sequence[float]) -> np.ndarray:
-    """True positives, false positives and false negatives of the detections that score at least
-    each of T thresholds: float64 [3, I, K, T], images and classes as in ``metrics.count_by_image``.
+    """Count true positives, false positives and false negatives at each of T score thresholds:
+    float64 [3, I, K, T], images and classes as in ``metrics.count_by_image``.
     """
     counts = [count_by_image(matches, threshold)[:3] for threshold in score_thresholds]
     return np.stack(counts, axis=-1)
@@ -76,10 +77,10 @@ def count_by_threshold(matches: Matches, score_thresholds: Sequence[float]) -> n
 def choose_thresholds(
     matches: Matches, score_thresholds: Sequence[float], criterion: str = "F1"
 ) -> dict[str, float]:
-    """The best of some thresholds for each class name; of equally good ones the lowest.
+    """Choose the best threshold for each class (by name); of equally good ones the lowest.
 
     ``criterion`` is ``F1`` (a class without a cell gets the threshold that is best for all classes
-    together), or ``count``: the smallest mean over images of |predicted - true number of cells|.
+    together), or ``count``: the smallest mean over images of |predicted - annotated cells|.
 
     Raises:
         ValueError: an unknown criterion, or no threshold.
@@ -93,7 +94,7 @@ def choose_thresholds(
     if criterion == "F1":
         best = _best_f1(counts.sum(1))
     else:
-        _, fp, fn = counts
+        _, fp, fn = counts  # predicted - annotated cells = fp - fn
         best = np.abs(fp - fn).sum(0).argmin(-1)
     return dict(zip(matches.class_names.values(), rising[best].tolist(), strict=True))
 
@@ -105,22 +106,22 @@ def optimism(
     halvings: int,
     seed: int,
 ) -> pd.DataFrame:
-    """How much more F1 class thresholds seem to gain on the images that chose them than they gain
-    on others.
+    """Estimate how much larger the F1 gain of class thresholds is on the images used to choose them
+    than on other images.
 
-    How it works: 1. The images are halved at random many times. 2. On one half, each class gets its
-    threshold of best F1. 3. The gain in F1 over one shared threshold is measured on that half
-    (claimed) and on the other (real). Their difference is the optimism.
+    How it works: 1. The images are halved at random many times. 2. On one half, the threshold of
+    best F1 is chosen for each class. 3. The gain in F1 over one threshold shared by all classes is
+    measured on that half (claimed) and on the other half (real). Their difference is the optimism.
 
     Args:
-        score_thresholds: to choose from.
+        score_thresholds: those to choose from.
         score_threshold: the shared one.
-        halvings: number of random halvings; either half chooses once.
+        halvings: number of random halvings; each half is used once for choosing.
 
     Returns:
-        By class, ``all`` first (its counts added over the classes): claimed, real, optimism (their
-        means over the halvings), low, high (the middle 95 % of the optimism), halvings (choices
-        made where both halves hold the class).
+        One row per class, ``all`` first (counts added over the classes): claimed, real, optimism
+        (means over the halvings), low, high (limits of the middle 95 % of the optimism), halvings
+        (number of choices where both halves hold the class).
 
     Raises:
         ValueError: fewer than two images, no halving, or no threshold.
@@ -134,9 +135,9 @@ def optimism(
     order = np.random.default_rng(seed).permuted(np.tile(np.arange(images), (halvings, 1)), axis=1)
     chooses = np.concatenate([order < images // 2, order >= images // 2])  # [2 * halvings, I]
     counts = count_by_threshold(matches, [*sorted(score_thresholds), score_threshold])
-    choosing, judging = (np.einsum("hi,cikt->chkt", half, counts) for half in (chooses, ~chooses))
+    choosing, others = (np.einsum("hi,cikt->chkt", half, counts) for half in (chooses, ~chooses))
     best = _best_f1(choosing[..., :-1])
-    claimed, real = _gain(choosing, best), _gain(judging, best)
+    claimed, real = _gain(choosing, best), _gain(others, best)
     gains = np.stack([claimed, real, claimed - real], axis=-1)  # [2 * halvings, 1 + K, 3]
     rows = {}
     for k, name in enumerate(("all", *matches.class_names.values())):
@@ -147,8 +148,8 @@ def optimism(
 
 
 def _gain(counts: np.ndarray, best: np.ndarray) -> np.ndarray:
-    """F1 at each class's threshold, by its index ``best`` [H, K], minus F1 at the last threshold,
-    of counts [3, H, K, T]: float64 [H, 1 + K], all classes first; NaN without a cell.
+    """F1 at the class thresholds of index ``best`` [H, K] minus F1 at the last threshold, from
+    counts [3, H, K, T]: float64 [H, 1 + K], all classes together first, NaN without a cell.
     """
     chosen = np.take_along_axis(counts, best[None, ..., None], axis=-1)[..., 0]
     chosen, shared = (
@@ -160,28 +161,29 @@ def _gain(counts: np.ndarray, best: np.ndarray) -> np.ndarray:
 
 
 def separation(matches: Matches) -> pd.DataFrame:
-    """How well scores tell matched from unmatched detections, by class and ``all``.
+    """Measure how well scores separate matched from unmatched detections, by class and ``all``.
 
-    ``AUROC`` is the chance that a matched detection scores above an unmatched one (equal scores
-    count half): 0.5 tells nothing, 1 is perfect (Mann and Whitney's U / (n1 n2)); NaN where one
-    kind is missing.
+    ``AUROC`` is the probability that a matched detection scores above an unmatched one (equal
+    scores count half): 0.5 for scores at random, 1 for perfect separation; NaN if there are no
+    matched or no unmatched detections. It is computed as Mann and Whitney's U / (n1 n2).
     """
     rows = {}
-    for name, found in _classes(matches).items():
-        right, wrong = int(found["matched"].sum()), int((~found["matched"]).sum())
-        above = rankdata(found["score"])[found["matched"]].sum() - right * (right + 1) / 2
-        share = above / (right * wrong) if right and wrong else np.nan
-        rows[name] = {"matched": right, "unmatched": wrong, "AUROC": share}
+    for name, detections in _detections_by_class(matches).items():
+        is_match = detections["matched"]
+        matched, unmatched = int(is_match.sum()), int((~is_match).sum())
+        u = rankdata(detections["score"])[is_match].sum() - matched * (matched + 1) / 2
+        auroc = u / (matched * unmatched) if matched and unmatched else np.nan
+        rows[name] = {"matched": matched, "unmatched": unmatched, "AUROC": auroc}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("class")
 
 
 def reliability(matches: Matches, bins: int = 10) -> pd.DataFrame:
-    """Of the detections in each bin of scores, the share that is matched, by class and ``all``. The
-    bins are of equal width from 0 to 1; an edge belongs to the bin above it.
+    """The share of matched detections in each score bin, for each class and for all classes
+    together (``all``). Bins have equal widths from 0 to 1; an edge belongs to the bin above it.
 
     Returns:
-        One row a class and filled bin: class, bin (its lower edge), detections, mean_score,
-        matched_share.
+        One row for each class and non-empty bin: class, bin (its lower edge), detections,
+        mean_score, matched_share.
 
     Raises:
         ValueError: ``bins`` is under 1.
@@ -192,44 +194,45 @@ def reliability(matches: Matches, bins: int = 10) -> pd.DataFrame:
     columns = {"detections": ("score", "size"), "mean_score": ("score", "mean")}
     columns |= {"matched_share": ("matched", "mean")}
     tables = {}
-    for name, found in _classes(matches).items():
-        lower = edges[np.searchsorted(edges[1:-1], found["score"], side="right")]
-        tables[name] = found.groupby(lower).agg(**columns)
+    for name, detections in _detections_by_class(matches).items():
+        bins_of = np.searchsorted(edges[1:-1], detections["score"], side="right")
+        tables[name] = detections.groupby(edges[bins_of]).agg(**columns)  # score 1: the last bin
     return pd.concat(tables, names=["class", "bin"]).reset_index()
 
 
 def expected_calibration_error(table: pd.DataFrame) -> pd.Series:
-    """Mean distance of score and matched share over the detections, by class, of a table of
-    ``reliability``; 0 = scores are probabilities.
+    """Average |mean_score - matched_share| over the bins of a ``reliability`` table, by class; bins
+    weigh as many as they have detections. 0: scores are probabilities.
 
     Guo et al., "On calibration of modern neural networks", 2017, equation 3.
     """
-    distance = (table["mean_score"] - table["matched_share"]).abs() * table["detections"]
-    groups = table.assign(distance=distance).groupby("class", sort=False)
-    return (groups["distance"].sum() / groups["detections"].sum()).rename("ECE")
+    weighted = (table["mean_score"] - table["matched_share"]).abs() * table["detections"]
+    groups = table.assign(weighted=weighted).groupby("class", sort=False)
+    return (groups["weighted"].sum() / groups["detections"].sum()).rename("ECE")
 
 
 def cell_counts(matches: Matches, score_thresholds: Thresholds) -> pd.DataFrame:
-    """One row an image and class: image_id, class, cells (annotated), predicted (detections of at
-    least the threshold).
+    """Count the cells of each image and class. One row for each: image_id, class, cells
+    (annotated), predicted (detections that score at least the threshold).
     """
     tp, fp, fn = count_by_image(keep_scores(matches, score_thresholds))[:3].astype(int)
-    places = [matches.image_ids, list(matches.class_names.values())]
-    index = pd.MultiIndex.from_product(places, names=["image_id", "class"])
+    levels = [matches.image_ids, list(matches.class_names.values())]
+    index = pd.MultiIndex.from_product(levels, names=["image_id", "class"])
     columns = {"cells": (tp + fn).ravel(), "predicted": (tp + fp).ravel()}
     return pd.DataFrame(columns, index).reset_index()
 
 
 def counting_error(counts: pd.DataFrame) -> pd.DataFrame:
-    """By class of a table of ``cell_counts``: cells, predicted, mean_error (over images, of
-    |predicted - cells|), bias (of predicted - cells).
+    """Summarise a ``cell_counts`` table by class: cells, predicted (sums over images), mean_error
+    (mean of |predicted - cells| over images), bias (mean of predicted - cells).
     """
     difference = counts["predicted"] - counts["cells"]
     table = counts.assign(mean_error=difference.abs(), bias=difference).groupby("class", sort=False)
     return table.agg({"cells": "sum", "predicted": "sum", "mean_error": "mean", "bias": "mean"})
 
 
-def _by_class(matches: Matches, score_thresholds: Thresholds) -> list[float]:
+def _thresholds_by_class(matches: Matches, score_thresholds: Thresholds) -> list[float]:
+    """The threshold of each class, in the order of ``class_names``."""
     names = list(matches.class_names.values())
     if not isinstance(score_thresholds, Mapping):
         return [float(score_thresholds)] * len(names)
@@ -239,14 +242,16 @@ def _by_class(matches: Matches, score_thresholds: Thresholds) -> list[float]:
     return [float(score_thresholds[name]) for name in names]
 
 
-def _classes(matches: Matches) -> dict[str, pd.DataFrame]:
-    found, names = matches.detections, matches.class_names.items()
-    return {"all": found} | {name: found[found["class_id"] == k] for k, name in names}
+def _detections_by_class(matches: Matches) -> dict[str, pd.DataFrame]:
+    groups = {"all": matches.detections}
+    for class_id, name in matches.class_names.items():
+        groups[name] = matches.detections[matches.detections["class_id"] == class_id]
+    return groups
 
 
 def _best_f1(counts: np.ndarray) -> np.ndarray:
-    """Index int [..., K] of each class's threshold of best F1, of counts [3, ..., K, T]; a class
-    without a cell gets the one that is best for all classes together.
+    """The index of the threshold with the best F1 for each class: int [..., K], from counts
+    [3, ..., K, T]. A class without a cell gets the one that is best for all classes together.
     """
     cells = (counts[0] + counts[2])[..., 0]
     for_all = _f1(counts.sum(-2)).argmax(-1)[..., None]
@@ -254,6 +259,6 @@ def _best_f1(counts: np.ndarray) -> np.ndarray:
 
 
 def _f1(counts: np.ndarray) -> np.ndarray:
-    """2 tp / (2 tp + fp + fn), 0 where nothing is counted; tp, fp, fn along the first axis."""
+    """2 tp / (2 tp + fp + fn), or 0 where all counts are 0; the first axis holds tp, fp, fn."""
     tp, fp, fn = counts
     return 2 * tp / np.maximum(2 * tp + fp + fn, 1)
