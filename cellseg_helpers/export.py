@@ -1,7 +1,7 @@
-"""Cells for other programs: label images, tables, outlines for QuPath, and one COCO data set.
+"""Export cells to other programs: label images, tables, outlines for QuPath, and a COCO data set.
 
-Coordinates are in px from the image's top left corner, as in QuPath and Fiji: pixel (0, 0) covers 0
-to 1, its centre is at 0.5. A cell has the same id in all files of its image.
+Coordinates are in px from the top left corner of the image, as in QuPath and Fiji: pixel (0, 0)
+extends from 0 to 1, and its centre is at 0.5. A cell has the same id in all files of its image.
 """
 
 import re
@@ -24,12 +24,13 @@ BOX_COLUMNS = ["x_px", "y_px", "width_px", "height_px"]
 
 
 def label_image(cells: Cells, height: int, width: int) -> tuple[np.ndarray, pd.DataFrame]:
-    """The cells of one image, whose masks are disjoint, as a label image and a table.
+    """Make a label image and a table of one image's cells, whose masks must not overlap.
 
     Returns:
-        uint16 [H, W] (uint32 above 65,535 cells), 0 = background, 1..N = the cells in their order;
-        and one row a cell: id, class_id, class, score, area_px, centroid_x_px, centroid_y_px and
-        the mask's box, x_px, y_px, width_px, height_px. An empty mask has area 0 and no centroid.
+        The label image: uint16 [H, W] (uint32 for more than 65,535 cells), 0 = background, 1..N =
+        the cells in their order. The table, one row per cell: id, class_id, class, score, area_px,
+        centroid_x_px, centroid_y_px, and the mask's box: x_px, y_px, width_px, height_px. An empty
+        mask has area 0 and no centroid.
 
     Raises:
         ValueError: two masks overlap, or a mask is not of this image size.
@@ -45,9 +46,9 @@ def label_image(cells: Cells, height: int, width: int) -> tuple[np.ndarray, pd.D
             raise ValueError(f"the mask of cell {number} is {wrong} (height x width)")
         rows, columns = mask.mask.shape
         window = labels[mask.y0 : mask.y0 + rows, mask.x0 : mask.x0 + columns]
-        shared = window[mask.mask & (window > 0)]
-        if len(shared):
-            overlap = f"cells {shared[0]} and {number} overlap in {(shared == shared[0]).sum()} px"
+        others = window[mask.mask & (window > 0)]
+        if len(others):
+            overlap = f"cells {others[0]} and {number} overlap in {(others == others[0]).sum()} px"
             rule = "a pixel of a label image belongs to one cell"
             raise ValueError(f"{overlap}, but {rule}; call postprocess.resolve_overlaps first")
         window[mask.mask] = number
@@ -64,28 +65,28 @@ def label_image(cells: Cells, height: int, width: int) -> tuple[np.ndarray, pd.D
 
 
 def outline(mask: BoxMask) -> shapely.Polygon | shapely.MultiPolygon:
-    """The outline along the edges of the mask's pixels, so that it has the mask's pixels and area.
+    """Outline a mask along the edges of its pixels: it encloses exactly these pixels.
 
-    A Polygon with its holes, or a MultiPolygon of the pieces that share no pixel's side. Outer
-    rings have a positive area by the shoelace formula, holes a negative one (RFC 7946).
+    Returns a Polygon with holes, or a MultiPolygon if the mask has several 4-connected pieces.
+    Outer rings have a positive area by the shoelace formula, holes a negative one (RFC 7946).
     """
     steps = np.diff(mask.mask.astype(np.int8), axis=1, prepend=0, append=0)
-    y, left = np.nonzero(steps == 1)  # each row's runs of pixels
-    right = np.nonzero(steps == -1)[1]
+    y, left = np.nonzero(steps == 1)  # a run of pixels in a row starts
+    right = np.nonzero(steps == -1)[1]  # and ends
     y, left, right = y + mask.y0, left + mask.x0, right + mask.x0
     runs = shapely.box(left, y, right, y + 1)
     return shapely.orient_polygons(shapely.union_all(runs).simplify(0))
 
 
 def geojson(cells: Cells) -> dict[str, Any]:
-    """The cells of one image as a GeoJSON FeatureCollection, which QuPath imports as detections.
+    """Make a GeoJSON FeatureCollection of one image's cells, which QuPath imports as detections.
 
-    ``name`` is the cell's id, ``measurements`` are its score and area_px; the keys are those that
-    ``QuPathTypeAdapters`` of QuPath's source reads. Empty masks are left out.
+    ``name`` is the cell's id; ``measurements`` are its score and area_px. The keys are those that
+    ``QuPathTypeAdapters`` in QuPath's source code reads. Empty masks are left out.
     """
     features = []
-    columns = (cells.masks, cells.labels, cells.scores.tolist(), cells.area_px.tolist())
-    for number, (mask, class_id, score, area_px) in enumerate(zip(*columns, strict=True), 1):
+    fields = (cells.masks, cells.labels, cells.scores.tolist(), cells.area_px.tolist())
+    for number, (mask, class_id, score, area_px) in enumerate(zip(*fields, strict=True), 1):
         if not area_px:
             continue
         name = CLASS_NAMES[class_id - 1]
@@ -99,16 +100,16 @@ def geojson(cells: Cells) -> dict[str, Any]:
 
 
 def save_cells(cells: Cells, images: list[dict[str, Any]], folder: str | Path) -> list[Path]:
-    """Write the cells of a COCO data set's ``images``, disjoint in each, and return the files.
+    """Write the cells of ``images`` (those of a COCO data set), and return the paths of the files.
 
-    ``<image>_cells.tif`` is the label image (deflated TIFF, for napari, Fiji, QuPath),
-    ``<image>_cells.csv`` its table, ``<image>_cells.geojson`` the outlines. ``cells.json``, written
-    last, is a COCO data set of all; its annotations also have ``score`` and ``label``, the id in
-    the label image. Every file is written whole or not at all.
+    For each image: ``<image>_cells.tif``, the label image (compressed TIFF, for napari, Fiji and
+    QuPath); ``<image>_cells.csv``, its table; ``<image>_cells.geojson``, the outlines. Written
+    last: ``cells.json``, a COCO data set of all cells, whose annotations also have ``score`` and
+    ``label``, the id in the label image. Each file is written completely or not at all.
 
     Raises:
-        ValueError: masks as for ``label_image``, cells of an image that is not listed, or two
-            images with one name.
+        ValueError: masks overlap or have another size than their image, cells are of an image that
+            is not listed, or two images have the same name.
     """
     folder = resolve_path(folder)
     files = {image["id"]: Path(image["file_name"]).name for image in images}
@@ -121,24 +122,24 @@ def save_cells(cells: Cells, images: list[dict[str, Any]], folder: str | Path) -
         raise ValueError(f"there are detections of image {min(unknown)}, {wrong}")
     paths, annotations = [], []
     for image in images:
-        found = cells[cells.image_ids == image["id"]]
+        of_image = cells[cells.image_ids == image["id"]]
         try:
-            labels, table = label_image(found, image["height"], image["width"])
+            labels, table = label_image(of_image, image["height"], image["width"])
         except ValueError as error:
             raise ValueError(f"image {image['file_name']}: {error}") from None
         stem = folder / f"{names[image['id']]}_cells"
         tif, csv, outlines = (Path(f"{stem}.{ending}") for ending in ("tif", "csv", "geojson"))
         with replacing(tif) as temporary:
-            deflated = {"photometric": "minisblack", "compression": "zlib", "metadata": None}
-            tifffile.imwrite(temporary, labels, **deflated)
+            options = {"photometric": "minisblack", "compression": "zlib", "metadata": None}
+            tifffile.imwrite(temporary, labels, **options)
         write_text(csv, table.to_csv(index=False))
-        write_json(outlines, geojson(found), indent=None)
+        write_json(outlines, geojson(of_image), indent=None)
         paths += [tif, csv, outlines]
         boxes = table[BOX_COLUMNS].to_numpy().tolist()
-        rows = zip(found.to_coco(), boxes, table["area_px"].tolist(), strict=True)
+        rows = zip(of_image.to_coco(), boxes, table["area_px"].tolist(), strict=True)
         for label, (row, box, area) in enumerate(rows, 1):
-            measured = {"bbox": box, "area": area, "iscrowd": 0, "label": label}
-            annotations.append({"id": len(annotations) + 1, **row, **measured})
+            of_mask = {"bbox": box, "area": area, "iscrowd": 0, "label": label}
+            annotations.append({"id": len(annotations) + 1, **row, **of_mask})
     categories = [{"id": class_id, "name": name} for class_id, name in enumerate(CLASS_NAMES, 1)]
     data_set = {"images": images, "annotations": annotations, "categories": categories}
     write_json(folder / "cells.json", data_set, indent=None)

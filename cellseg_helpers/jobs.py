@@ -1,10 +1,10 @@
-"""One notebook as a job: papermill, a GPU of its own, and an end with the process that started it.
+"""Run one notebook as a job, by papermill, if asked for on a GPU that no other job uses.
 
     python -m cellseg_helpers.jobs NOTEBOOK LOG OUTPUT [-f FILES] [-r NAME TEXT] [-p NAME VALUE]
 
-The Snakefile calls this command for every notebook of the study. On Linux, nothing outlives a
-killed study: a job ends with Snakemake, its kernel with the job, and the kernel's worker processes
-with the kernel, SIGKILL included.
+The Snakefile calls this command for every notebook of the study. On Linux, no process outlives a
+killed study: a job ends when Snakemake does, its kernel when the job does, and the kernel's worker
+processes when the kernel does, even after SIGKILL.
 """
 
 import argparse
@@ -29,20 +29,20 @@ import yaml
 
 from cellseg_helpers.config import ROOT, RunConfig
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PR_SET_PDEATHSIG = 1  # an option of Linux's prctl: the signal to get when the parent ends
 
 
 def end_with(parent: int) -> None:
-    """On Linux, end this process by SIGKILL when its parent (a process id) ends or has ended."""
+    """On Linux, end this process when its parent (a process id) ends, or now if it has ended."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
+        if os.getppid() != parent:  # it ended before prctl was called
             os._exit(1)
 
 
 def end_forks_too() -> None:
-    """Every process forked from this one will ``end_with`` it. (A DataLoader's worker looks for its
-    parent's end, too, but misses an end before its first look.)
+    """From now on, every forked process ends when this one does (by ``end_with``). A DataLoader
+    worker also watches its parent, but does not notice one that ended before its first check.
     """
     parent = {}
     os.register_at_fork(
@@ -51,7 +51,7 @@ def end_forks_too() -> None:
 
 
 def hold(path: Path) -> TextIO | None:
-    """Lock a file until it is closed or its process ends; None if another process has locked it."""
+    """Lock a file until it is closed or this process ends; None if another process has a lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+")
     with suppress(BlockingIOError):
@@ -62,12 +62,12 @@ def hold(path: Path) -> TextIO | None:
 
 
 def gpus() -> list[str]:
-    """The GPUs for jobs: of ``CUDA_VISIBLE_DEVICES`` if it is set, else all of ``nvidia-smi``."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
-    listed = subprocess.getoutput("nvidia-smi -L").splitlines()  # or why there are none
-    return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed))]
+    """List the GPUs: those in ``CUDA_VISIBLE_DEVICES`` if it is set, else all of ``nvidia-smi``."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    lines = subprocess.getoutput("nvidia-smi -L").splitlines()  # or an error message
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in lines))]
 
 
 def memory_mb() -> int:
@@ -76,18 +76,18 @@ def memory_mb() -> int:
 
 
 def take_gpu() -> TextIO | None:
-    """Wait for a GPU that no other job of this user uses (a Slurm job: of those that it was given),
-    and make it the only one that this job sees. Gives its lock, to be closed at the end of the job;
-    None if there is no GPU.
+    """Wait for a GPU that no other job of this user uses (under Slurm: one that it was given),
+    and make it the only one that this process sees. Returns the lock of the GPU, to be closed at
+    the end of the job, or None if there is no GPU.
     """
     if not (names := gpus()):
         return None
     owner = f"{os.getuid()}-{os.environ.get('SLURM_JOB_ID', '')}"
     for tries in itertools.count():
         for name in names:
-            if taken := hold(Path(tempfile.gettempdir()) / f"cellseg-gpu-{owner}-{name}.lock"):
+            if lock := hold(Path(tempfile.gettempdir()) / f"cellseg-gpu-{owner}-{name}.lock"):
                 os.environ["CUDA_VISIBLE_DEVICES"] = name
-                return taken
+                return lock
         if tries == 0:
             print("All GPUs are in use; this job waits for one.", flush=True)
         time.sleep(1)
@@ -97,12 +97,14 @@ def run(
     notebook: Path, log: Path, output: Path, parameters: dict[str, Any],
     gpu: bool = False, set_aside: bool = False, page: Path | None = None,
 ) -> str:  # fmt: skip
-    """Execute a notebook by papermill, in ``notebooks/``; what went wrong, as a sentence, or "".
+    """Execute a notebook by papermill, in ``notebooks/``.
 
     The notebook is written to ``log`` while it runs, and copied to ``output`` when every cell has
-    run without an error; ``page`` is an HTML file to write, without the code. With ``gpu``, the job
-    waits for a GPU of its own; otherwise it sees none. With ``set_aside``, a run folder of this
-    name that has other settings or images is renamed before.
+    run without an error; ``page`` is an HTML file to write then, without the code. With ``gpu``,
+    the job waits for a free GPU; otherwise it uses none. With ``set_aside``, an existing run folder
+    of this name that has other settings or images is renamed first.
+
+    Returns "", or a sentence on what went wrong.
     """
     while not (lock := hold(output.with_name(f".{output.stem}.lock"))):
         time.sleep(1)  # Slurm may still run this job of a killed study
@@ -115,8 +117,8 @@ def run(
         if page and not error:
             from nbconvert import HTMLExporter
 
-            hidden = {"exclude_input": True, "exclude_output_prompt": True}
-            html, _ = HTMLExporter(embed_images=True, **hidden).from_filename(str(log))
+            without = {"exclude_input": True, "exclude_output_prompt": True}
+            html, _ = HTMLExporter(embed_images=True, **without).from_filename(str(log))
             page.write_text(html, encoding="utf-8")
         if not error:
             shutil.copyfile(log, output)
@@ -124,38 +126,39 @@ def run(
 
 
 def describe_failure(log: Path) -> str:
-    """Why a notebook stopped, as a sentence."""
+    """Say in a sentence why the notebook ``log`` stopped."""
     cells = json.loads(log.read_text(encoding="utf-8"))["cells"]
     for output in itertools.chain.from_iterable(cell.get("outputs", []) for cell in cells):
         if "ename" in output:
-            return _sentence(output["ename"], output["evalue"])
+            return _error_sentence(output["ename"], output["evalue"])
     return "it was ended from outside, perhaps because memory ran out"
 
 
-def _sentence(name: str, text: str) -> str:
+def _error_sentence(name: str, text: str) -> str:
     return textwrap.shorten(f"{name}: {text}" if text.strip() else name, 600, placeholder=" ...")
 
 
 def _set_aside(parameters: dict[str, Any]) -> None:
     from cellseg_helpers.runs import set_aside_other_run
 
-    with suppress(ValueError):  # of settings; the notebook says what is wrong
+    with suppress(ValueError):  # a wrong setting, which the notebook will report
         if old := set_aside_other_run(RunConfig.from_dict(parameters)):
             print(f"The run had other settings or images before; it is now {old.name}.", flush=True)
 
 
 def _execute(notebook: Path, log: Path, parameters: dict[str, Any]) -> str:
-    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema does without; 0.9 s of each job
+    """Execute a notebook, written to ``log``; returns "", or a sentence on what went wrong."""
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema works without; 0.9 s to import
     logging.getLogger("papermill").setLevel(logging.ERROR)  # notebooks check their parameters
     import papermill
     from traitlets.config import Config
 
-    first = "from cellseg_helpers.jobs import end_forks_too, end_with; "
-    first += f"end_with({os.getpid()}); end_forks_too(); del end_forks_too, end_with"
-    kernel = ["--IPKernelApp.log_level=CRITICAL", f"--IPKernelApp.exec_lines={first}"]
+    startup = "from cellseg_helpers.jobs import end_forks_too, end_with; "
+    startup += f"end_with({os.getpid()}); end_forks_too(); del end_forks_too, end_with"
+    kernel = ["--IPKernelApp.log_level=CRITICAL", f"--IPKernelApp.exec_lines={startup}"]
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cellseg-") as folder:
-        # Kernels that start together could choose the same free TCP port; these talk over files.
+        # Kernels that start together could choose the same TCP port, so these use socket files.
         sockets = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
         options = {"config": Config(KernelManager=sockets), "extra_arguments": kernel}
         options |= {"cwd": ROOT / "notebooks", "progress_bar": False}
@@ -163,16 +166,16 @@ def _execute(notebook: Path, log: Path, parameters: dict[str, Any]) -> str:
         try:
             papermill.execute_notebook(notebook, log, parameters, **options)
         except papermill.PapermillExecutionError as error:
-            return _sentence(error.ename, error.evalue)
+            return _error_sentence(error.ename, error.evalue)
         except Exception as error:
-            return _sentence(type(error).__name__, str(error))
+            return _error_sentence(type(error).__name__, str(error))
     return ""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cellseg_helpers.jobs")
-    for path in ("notebook", "log", "output"):
-        parser.add_argument(path, type=Path)
+    for name in ("notebook", "log", "output"):
+        parser.add_argument(name, type=Path)
     pair = {"nargs": 2, "action": "append", "default": []}
     parser.add_argument("-f", dest="files", nargs="+", default=[], help="a later file wins")
     parser.add_argument("-r", dest="raw", metavar=("NAME", "TEXT"), **pair)
@@ -184,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     if parent := os.environ.get("STUDY_PROCESS"):
         end_with(int(parent))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     parameters: dict[str, Any] = {}
     for file in given.pop("files"):
         parameters |= yaml.safe_load(Path(file).read_text()) or {}

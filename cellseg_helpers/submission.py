@@ -1,9 +1,9 @@
-"""The course's submission: ``test-results.json`` in a zip, written and checked.
+"""Write and check the course's submission: a zip file that contains ``test-results.json``.
 
-The file is a list of ``{"image_id", "bbox", "score", "category_id", "segmentation": {"size": [h,
-w], "counts": "<RLE>"}}``. The course's own example has the box's corners (x1, y1, x2, y2) as
-``bbox``; submissions with corners, with x, y, width, height and with no box at all were accepted.
-This module writes x, y, width, height: COCO's result format, which every COCO reader takes.
+The JSON is a list of ``{"image_id", "bbox", "score", "category_id", "segmentation": {"size": [h,
+w], "counts": "<RLE>"}}``. In the course's own example, ``bbox`` has the corners of the box (x1, y1,
+x2, y2); submissions with corners, with x, y, width, height and without ``bbox`` were all accepted.
+This module writes x, y, width, height, as COCO's result format does, which every COCO tool reads.
 """
 
 import json
@@ -29,7 +29,7 @@ Images = list[dict[str, Any]]  # the test images: id, height and width (px) of e
 
 
 def _is_number(value: Any, least: float = -1e9, greatest: float = 1e9) -> bool:
-    return type(value) in (int, float) and least <= value <= greatest  # so NaN is none
+    return type(value) in (int, float) and least <= value <= greatest  # no bool, no NaN
 
 
 def _is_box(value: Any) -> bool:
@@ -37,7 +37,7 @@ def _is_box(value: Any) -> bool:
     return is_list and all(map(_is_number, value)) and min(value[2:]) >= 0
 
 
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> its check, what it must be
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> check, what the value must be
     "image_id": (lambda value: type(value) is int, "a whole number"),
     "category_id": (
         lambda value: type(value) is int and 1 <= value <= len(CLASS_NAMES),
@@ -49,12 +49,12 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {  # key -> its check, wha
 
 
 class Checked(NamedTuple):
-    """What a submission holds. ``faults`` has a sentence for each kind of fault: the first result
-    with it, counted from 0, and how many more there are.
+    """What a check of a submission finds. ``faults`` has one sentence for each type of fault: the
+    first result that has it (counted from 0), and how many more have it.
 
-    ``summary`` has the numbers of results, of images with and without results, and of each class's
-    results; and ``boxes``: "x, y, width, height", "corners", "none", "mixed", or "unclear" where
-    both readings suit the masks equally.
+    ``summary`` has the numbers of results, of images with and without results, and of results of
+    each class. Its ``boxes`` says how the boxes are written: "x, y, width, height", "corners",
+    "none", "mixed", or "unclear" if both readings fit the masks equally well.
     """
 
     faults: list[str]
@@ -62,8 +62,8 @@ class Checked(NamedTuple):
 
 
 def write_submission(cells: Cells, images: Images, folder: str | Path) -> tuple[Path, Path]:
-    """Write detections as ``test-results.json`` and ``test-results.zip``, each whole or not at all,
-    and give these two paths. The same cells give the same bytes.
+    """Write detections as ``test-results.json`` and ``test-results.zip`` and return these paths.
+    Each is written completely or not at all. The same cells give the same bytes.
 
     Raises:
         ValueError: ``check_results`` finds faults; nothing is written.
@@ -81,7 +81,7 @@ def write_submission(cells: Cells, images: Images, folder: str | Path) -> tuple[
 
 
 def check_submission(path: str | Path, images: Images) -> Checked:
-    """Check a ``.json`` or ``.zip`` file, whatever it holds."""
+    """Check a ``.json`` or ``.zip`` file; damaged content is a fault, not an exception."""
     path = resolve_path(path)
     try:
         data = path.read_bytes()
@@ -99,27 +99,28 @@ def check_submission(path: str | Path, images: Images) -> Checked:
 
 
 def check_results(results: Any, images: Images) -> Checked:
-    """``check_submission`` of the content of a file."""
+    """Check the content of ``test-results.json``."""
     if not isinstance(results, list):
         must_be = "must be a list of results: [{...}, {...}]"
         return Checked([f"it holds {reprlib.repr(results)}, but {must_be}"], {})
     sizes = {image["id"]: [image["height"], image["width"]] for image in images}
-    faults: dict[str, list[str]] = {}  # kind -> sentences
+    faults: dict[str, list[str]] = {}  # type of fault -> sentences
     counts, faultless = {"image_id": Counter(), "category_id": Counter()}, []
     for row, result in enumerate(results):
         problems = _problems(result, sizes)
-        right = result.keys() - problems.keys() if isinstance(result, dict) else set()
-        image = f" (image {result['image_id']})" if "image_id" in right else ""
-        for kind, sentence in problems.items():
-            faults.setdefault(kind, []).append(f"result {row}{image}: {sentence}")
-        for key in counts.keys() & right:
+        valid_keys = result.keys() - problems.keys() if isinstance(result, dict) else set()
+        image = f" (image {result['image_id']})" if "image_id" in valid_keys else ""
+        for fault_type, sentence in problems.items():
+            faults.setdefault(fault_type, []).append(f"result {row}{image}: {sentence}")
+        for key in counts.keys() & valid_keys:
             counts[key][result[key]] += 1
         if not problems:
             faultless.append(result)
-    found = len(counts["image_id"].keys() & sizes.keys())
-    of_images = {"images with results": found, "images without results": len(sizes) - found}
+    with_results = len(counts["image_id"].keys() & sizes.keys())
+    of_images = {"images with results": with_results}
+    of_images["images without results"] = len(sizes) - with_results
     of_classes = {name: counts["category_id"][k] for k, name in enumerate(CLASS_NAMES, 1)}
-    boxes = _kind_of_boxes(faultless)
+    boxes = _box_format(faultless)
     summary = {"results": len(results), **of_images, **of_classes, "boxes": boxes}
     sentences = [
         f"{first} (and {len(more):,} more like it)" if more else first
@@ -129,7 +130,7 @@ def check_results(results: Any, images: Images) -> Checked:
 
 
 def _problems(result: Any, sizes: dict[int, list[int]]) -> dict[str, str]:
-    """Kind of fault -> sentence; of a wrong value, the kind is its key."""
+    """The faults of one result: type of fault -> sentence. The type of a wrong value is its key."""
     if not isinstance(result, dict):
         must_be = f"an object with {', '.join(KEYS)}"
         return {"result": f"it is {reprlib.repr(result)}, but must be {must_be}"}
@@ -149,13 +150,15 @@ def _problems(result: Any, sizes: dict[int, list[int]]) -> dict[str, str]:
 
 
 def _first(values: list[Any]) -> str:
-    """The first five, separated by commas; two dots stand for the others."""
+    """The first five values, separated by commas; two dots stand for the others."""
     text = ", ".join(map(str, values[:5]))
     return f"{text}, .." if len(values) > 5 else text
 
 
-def _kind_of_boxes(results: list[dict[str, Any]]) -> str:
-    """``boxes`` of ``Checked.summary``, of results without a fault."""
+def _box_format(results: list[dict[str, Any]]) -> str:
+    """How the boxes of faultless results are written, as in ``Checked.summary``: each box is read
+    both ways, and the reading that has the higher IoU with the box of the mask counts.
+    """
     boxed = [result for result in results if "bbox" in result]
     if not boxed:
         return "none"
@@ -163,17 +166,17 @@ def _kind_of_boxes(results: list[dict[str, Any]]) -> str:
     masks = coco_mask.toBbox([result["segmentation"] for result in boxed])
     sides, masks = (np.hstack([box[:, :2], box[:, :2] + box[:, 2:]]) for box in (boxes, masks))
     as_sides, as_corners = _iou(sides, masks), _iou(boxes, masks)
-    kinds = {SIDES: (as_sides > as_corners).sum(), CORNERS: (as_corners > as_sides).sum()}
-    few = 0.01 * sum(kinds.values())  # a poor mask may suit the wrong reading of its box
-    found = [kind for kind, count in kinds.items() if count > few]
-    if len(boxed) < len(results) or len(found) > 1:
+    votes = {SIDES: (as_sides > as_corners).sum(), CORNERS: (as_corners > as_sides).sum()}
+    few = 0.01 * sum(votes.values())  # a poor mask may fit the wrong reading of its box better
+    formats = [name for name, count in votes.items() if count > few]
+    if len(boxed) < len(results) or len(formats) > 1:
         return "mixed"
-    return found[0] if found else "unclear"
+    return formats[0] if formats else "unclear"
 
 
 def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """float64 [N], of each box and its other, x1, y1, x2, y2 px; 0 where they share nothing."""
+    """The IoU of ``boxes[i]`` with ``others[i]`` (x1, y1, x2, y2) for each i: float64 [N]."""
     start, stop = np.maximum(boxes, others)[:, :2], np.minimum(boxes, others)[:, 2:]
-    shared = (stop - start).clip(0).prod(1)
+    common = (stop - start).clip(0).prod(1)
     areas = [(box[:, 2:] - box[:, :2]).prod(1) for box in (boxes, others)]
-    return np.divide(shared, sum(areas) - shared, out=np.zeros(len(boxes)), where=shared > 0)
+    return np.divide(common, sum(areas) - common, out=np.zeros(len(boxes)), where=common > 0)
