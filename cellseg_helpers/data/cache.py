@@ -1,7 +1,7 @@
 """Decoded images in a cache on disk. numpy, no torch.
 
 Each data set is decoded once, into a folder of ``outputs/cache``, which may be deleted at any time.
-It holds ``index.json`` and one file an image, ``<number>.bin``: the label maps (uint16,
+It holds ``index.json`` and one file per image, ``<number>.bin``: the label maps (uint16,
 little-endian, [K, H, W]), then the image (uint8 [3, H, W]).
 """
 
@@ -26,9 +26,9 @@ from cellseg_helpers.data.faults import DataError, Fault
 from cellseg_helpers.data.labels import find_instances
 
 CACHE = ROOT / "outputs" / "cache"
-LARGEST_ID = np.iinfo(np.uint16).max  # of an instance
+LARGEST_ID = np.iinfo(np.uint16).max  # the largest instance id that a cache file can store
 CACHE_FORMAT = 2  # raise it when what is decoded, or how it is stored, changes
-BYTES_PER_PIXEL = 2 * len(CLASS_NAMES) + 3
+BYTES_PER_PIXEL = 2 * len(CLASS_NAMES) + 3  # uint16 label maps, uint8 RGB
 STALE_HOURS = 12  # an unfinished cache folder this old belongs to a process that died
 
 
@@ -47,11 +47,11 @@ Decoded = tuple[CellImage | None, list[Fault]]  # an image, or what is wrong wit
 class CellDataset:
     """The images of one data set, read from their cache; made by ``hw3.open_dataset``.
 
-    ``dataset[i]`` is a ``CellImage``. Pickling (to DataLoader workers) carries a path, not pixels.
+    ``dataset[i]`` is a ``CellImage``. A pickled copy (in DataLoader workers) opens the same cache.
 
     Attributes:
-        name: of the folder, or ``drawn``, or of a COCO file (``cells/annotations.json``).
-        image_ids: N names, sorted.
+        name: the folder's name, ``drawn``, or a COCO file (``cells/annotations.json``).
+        image_ids: N image ids, sorted.
         patients: N names, None where unknown.
         sizes: int64 [N, 2], height and width, px.
         counts: int64 [N, K], instances per image and class.
@@ -65,7 +65,7 @@ class CellDataset:
             with open(cache / "index.json", "rb") as file:
                 with suppress(OSError):  # a file system without locks
                     fcntl.flock(file, fcntl.LOCK_SH)
-                # The map holds the lock, and so this cache, as long as the data set is in use.
+                # The map holds the lock, which stops ``_remove_old``, while the data set is in use.
                 self._index = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             index = json.loads(self._index[:])
             self.image_ids: list[str] = index["image_ids"]
@@ -78,8 +78,8 @@ class CellDataset:
                 if self._file(i).stat().st_size != BYTES_PER_PIXEL * height * width:
                     raise ValueError(f"{self._file(i)} is not as long as the index says")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            again = "open the data again, which rebuilds it"
-            raise DataError(f"{cache}: the decoded cache is gone or damaged; {again}") from error
+            remedy = "open the data again, which rebuilds it"
+            raise DataError(f"{cache}: the decoded cache is gone or damaged; {remedy}") from error
 
     def _file(self, i: int) -> Path:
         return self._cache / f"{i}.bin"
@@ -88,7 +88,7 @@ class CellDataset:
         return len(self.image_ids)
 
     def __getitem__(self, i: int) -> CellImage:
-        i = range(len(self))[i]
+        i = range(len(self))[i]  # counts negative i from the end, raises IndexError beyond it
         height, width = self.sizes[i].tolist()
         with open(self._file(i), "rb") as file:
             label_maps = np.fromfile(file, "<u2", len(CLASS_NAMES) * height * width)
@@ -109,13 +109,14 @@ def open_cached(
     decode: Callable[[], tuple[Iterable[Decoded], list[Fault]]],
     cache_dir: Path | None = None,
 ) -> CellDataset:
-    """The data set in ``folder`` (or file), from its cache; decoded first, unless a cache of the
-    same state exists.
+    """Open the cache of a data set. Decode the data first if no cache matches their present state.
 
     Args:
+        folder: the data set's folder or COCO file.
         settings: how the data are read; each way has a cache of its own.
-        state: gives size, times ... of all files.
-        decode: gives the images, or their faults, one by one; and the faults of the whole.
+        state: returns what changes when a file does: sizes, times and so on.
+        decode: returns an iterable with each image or its faults, and a list of the faults of the
+            data set as a whole.
         cache_dir: ``CACHE`` by default.
 
     Raises:
@@ -123,33 +124,34 @@ def open_cached(
     """
     cache_dir = cache_dir or CACHE
 
-    def current() -> Path:
+    def current_path() -> Path:
         parts = (str(folder.resolve()), settings, CACHE_FORMAT, CLASS_NAMES), state()
         hashes = (hashlib.sha256(repr(part).encode()).hexdigest()[:16] for part in parts)
         return cache_dir / "-".join(hashes)
 
-    for _ in range(3):
-        cache = current()
+    for _ in range(3):  # tries, since other processes may change files or remove the cache
+        cache = current_path()
         if not cache.exists():
             try:
                 with replacing(cache, folder=True) as temporary:
                     _write(*decode(), temporary)
             except OSError as error:
                 if not cache.exists():  # else another process was first
-                    wrong = f"cannot write the decoded cache in {cache_dir} ({one_line(error)})"
-                    raise DataError(f"{wrong}; make room there, or allow writing") from error
+                    problem = f"cannot write the decoded cache in {cache_dir} ({one_line(error)})"
+                    raise DataError(f"{problem}; make room there, or allow writing") from error
             _remove_old(cache)
-            if cache != current():
+            if cache != current_path():
                 continue
         try:
             return CellDataset(cache, name)
-        except DataError:  # damaged, or just removed by a process that saw newer files
+        except DataError:  # damaged, or just removed by a process that found newer files
             _discard(cache)
-    change = f"its files change while they are read, or no cache can be kept in {cache_dir}"
-    raise DataError(f"{folder}: {change}; run again when they are at rest")
+    problem = f"its files change while they are read, or no cache can be kept in {cache_dir}"
+    raise DataError(f"{folder}: {problem}; run again when they are at rest")
 
 
 def _write(decoded: Iterable[Decoded], faults: list[Fault], folder: Path) -> None:
+    """Write the images that have no fault, then the index, into a new cache folder."""
     faults, faulty = list(faults), {fault.image_id for fault in faults}
     columns: dict[str, list] = {"image_ids": [], "patients": [], "sizes": [], "counts": []}
     digest = hashlib.sha256()
@@ -159,17 +161,18 @@ def _write(decoded: Iterable[Decoded], faults: list[Fault], folder: Path) -> Non
             continue
         image_id, patient, image, label_maps = cell_image
         pixels, labels = image.tobytes(), label_maps.astype("<u2").tobytes()
-        _write_safely(folder / f"{len(columns['image_ids'])}.bin", labels, pixels)
+        _write_to_disk(folder / f"{len(columns['image_ids'])}.bin", labels, pixels)
         digest.update(json.dumps([image_id, *image.shape[1:]]).encode() + pixels + labels)
         counts = np.bincount(find_instances(label_maps).labels, minlength=len(CLASS_NAMES) + 1)
         row = (image_id, patient, image.shape[1:], counts[1:].tolist())
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
     index = {**columns, "fingerprint": digest.hexdigest(), "faults": faults}
-    _write_safely(folder / "index.json", json.dumps(index).encode())
+    _write_to_disk(folder / "index.json", json.dumps(index).encode())
 
 
-def _write_safely(path: Path, *parts: bytes) -> None:
+def _write_to_disk(path: Path, *parts: bytes) -> None:
+    """Write a file and wait until the disk has it, so that a crash leaves no incomplete cache."""
     with open(path, "wb") as file:
         file.writelines(parts)
         file.flush()
@@ -177,19 +180,19 @@ def _write_safely(path: Path, *parts: bytes) -> None:
 
 
 def _remove_old(cache: Path) -> None:
-    """Remove unused caches of the same data in another state, and what dead processes left."""
+    """Remove caches of the same data's older states, unless in use, and unfinished old folders."""
     for old in cache.parent.glob(f"{cache.name.split('-')[0]}-*"):
         if old != cache:
             with suppress(OSError), open(old / "index.json", "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where it is in use
                 _discard(old)
-    for left in cache.parent.glob(".*"):
+    for unfinished in cache.parent.glob(".*"):
         with suppress(OSError):
-            if time.time() - left.stat().st_mtime > STALE_HOURS * 3600:
-                shutil.rmtree(left)
+            if time.time() - unfinished.stat().st_mtime > STALE_HOURS * 3600:
+                shutil.rmtree(unfinished)
 
 
 def _discard(cache: Path) -> None:
-    """Remove a cache folder; nobody sees it half removed."""
+    """Remove a cache folder; renamed first, so that no process opens it half removed."""
     with suppress(OSError):
         shutil.rmtree(cache.rename(cache.with_name(f".{uuid.uuid4().hex}")))

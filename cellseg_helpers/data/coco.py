@@ -1,23 +1,23 @@
-"""COCO data sets, written, read and checked. numpy and pycocotools; ``data.hw3`` reads the pixels.
+"""Writes, checks and reads COCO data sets; ``data.hw3`` reads the pixels. numpy and pycocotools.
 
     python -m cellseg_helpers.data.coco DATA DESTINATION
 
 writes ``DESTINATION/annotations.json`` and the images it lists, ``DESTINATION/images/<image
-id>.tif``. Given as ``data``, that file trains as DATA does: the same images, patients and instances
-in the same order. Test images are not exported.
+id>.tif``. A run with ``data`` set to that file trains as one on DATA does: images, patients and
+instances, and their order, are the same. Test images are not exported.
 
 What is read of a COCO file:
 
 - ``images``: ``id``, ``file_name`` (relative to the file's own folder), ``height``, ``width``, and
-  optionally ``patient``; without it, the patient of a TCGA name. The image id is the file's name
-  without folder and ending.
-- ``categories``: by name, one of ``CLASS_NAMES`` or ``class1`` to ``class4``, in any case. If none
-  has such a name, or none is listed, ``category_id`` 1 to 4 is the class.
+  optionally ``patient`` (otherwise a TCGA file name gives the patient). The image id is the file's
+  name without folder and ending.
+- ``categories``: ``id`` and ``name``, one of ``CLASS_NAMES`` or ``class1`` to ``class4``, in any
+  case. If no category has such a name, ``category_id`` 1 to 4 is the class.
 - ``annotations``: ``id``, ``image_id``, ``category_id`` and ``segmentation``: an RLE with counts as
-  text or as numbers, or polygons, filled by pycocotools' rule; ``bbox`` and ``area`` follow.
+  text or as numbers, or polygons, which pycocotools fills. ``bbox`` and ``area`` are not read.
 
-Where annotations of one class overlap, the pixel goes to the smallest one (of equal ones, the
-first), as in ``tools.monusac``. An annotation that is left without a pixel is a fault.
+Where annotations of one class overlap, the smallest one gets the pixels (of equally large ones, the
+first), as in ``tools.monusac``. An annotation without any pixel left is a fault.
 """
 
 import argparse
@@ -44,18 +44,18 @@ from cellseg_helpers.data.splits import patient_of
 
 CLASS_IDS = {name: k for k, own in enumerate(CLASS_NAMES, 1) for name in (own, f"class{k}")}
 LISTS = "images, annotations, categories"
-OWN = "give each its own"
-# Compressed counts: numbers in groups of 5 bits. "0" to "O" ends a number, "P" to "o" is a group
-# that more follow; six groups are enough for 500 million px.
+GIVE_OWN = "give each its own"
+# Compressed counts, as ``cells.run_lengths`` explains them: "0" to "O" is the last group of a
+# number, "P" to "o" an earlier one; six groups are enough for 500 million px.
 COUNTS = re.compile("([P-o]{0,5}[0-O])+")
 
 
-# Written
+# Writing COCO files
 
 
 def to_coco(cell_images: Iterable[CellImage]) -> dict[str, Any]:
-    """A COCO data set dict of images, numbered from 1, and their instances (masks as RLEs with
-    counts as text). An image's ``file_name`` is its image id, ``patient`` its patient or None.
+    """Images and their instances as a COCO data set (a dict). Image ids count from 1; masks are
+    RLEs whose counts are text; an image's ``file_name`` is its ``CellImage.image_id``.
     """
     images, annotations = [], []
     for number, (image_id, patient, image, label_maps) in enumerate(cell_images, 1):
@@ -67,30 +67,30 @@ def to_coco(cell_images: Iterable[CellImage]) -> dict[str, Any]:
             entry |= {key: row[key] for key in ("category_id", "bbox")}
             segmentation = row["segmentation"]
             annotations.append(entry | {"area": area, "iscrowd": 0, "segmentation": segmentation})
-    categories = [{"id": k, "name": name} for k, name in enumerate(CLASS_NAMES, 1)]
+    categories = [{"id": number, "name": name} for number, name in enumerate(CLASS_NAMES, 1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def export_coco(data: str | Path, destination: str | Path) -> Path:
-    """Write a data set as COCO, whole or not at all; returns the COCO file.
+    """Write a data set as COCO, whole or not at all; returns the COCO file's path.
 
-    Images become RGB uint8 TIFFs (LZW), masks compressed RLEs. Instance ids are not written, but
-    the annotations of a class are in their order.
+    Images become RGB uint8 TIFFs (LZW), masks compressed RLEs. Instance ids are not written, but in
+    each image the annotations of each class are ordered by instance id.
 
     Args:
         data: as for ``hw3.open_dataset``.
         destination: a new or empty folder; a relative path is under the repository's root.
 
     Raises:
-        DataError: data that cannot be used, or a destination that is not empty.
-        OSError: it cannot be written.
+        DataError: the data cannot be used, or the destination is not empty.
+        OSError: the destination cannot be written.
     """
-    from cellseg_helpers.data.hw3 import open_dataset  # which reads COCO files through this module
+    from cellseg_helpers.data.hw3 import open_dataset  # at the top it would be a circular import
 
     destination = resolve_path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        remove = "remove it, or name another destination"
-        raise DataError(f"{destination} exists and is not an empty folder; {remove}")
+        remedy = "remove it, or name another destination"
+        raise DataError(f"{destination} exists and is not an empty folder; {remedy}")
     dataset = open_dataset(data)
     content = to_coco(dataset)
     tiff = {"photometric": "rgb", "compression": "lzw", "predictor": True, "metadata": None}
@@ -107,88 +107,90 @@ def export_coco(data: str | Path, destination: str | Path) -> Path:
     return destination / "annotations.json"
 
 
-# Checked
+# Checking entries of JSON files
 
 
 def mask_problem(segmentation: Any, size: Sequence[int] | None = None) -> str:
-    """What is wrong with a segmentation that must be a compressed RLE with at least one pixel; ""
-    if nothing is. ``size``: height and width of its image, px; None if unknown.
+    """Why a segmentation is no compressed RLE with at least one pixel; "" if it is one. ``size``:
+    height and width of its image, px; None if unknown.
     """
     if not isinstance(segmentation, dict) or not isinstance(segmentation.get("counts"), str):
         rle = 'a compressed RLE, {"size": [height, width], "counts": "text"}'
         return f"its segmentation is {reprlib.repr(segmentation)}; it must be {rle}"
-    own, counts = segmentation.get("size"), segmentation["counts"]
-    is_size = isinstance(own, list) and len(own) == 2
-    if not is_size or not all(type(side) is int and 0 < side < 2**20 for side in own):
-        return f"its mask's size is {reprlib.repr(own)}; it must be [height, width] in px"
-    if size is not None and own != list(size):
-        turned = "; height and width are swapped" if own[::-1] == list(size) else ""
+    mask_size, counts = segmentation.get("size"), segmentation["counts"]
+    is_pair = isinstance(mask_size, list) and len(mask_size) == 2
+    if not is_pair or not all(type(side) is int and 0 < side < 2**20 for side in mask_size):
+        return f"its mask's size is {reprlib.repr(mask_size)}; it must be [height, width] in px"
+    if size is not None and mask_size != list(size):
+        hint = "; height and width are swapped" if mask_size[::-1] == list(size) else ""
         sizes = "its mask is {} x {} px, its image {} x {} px (height x width)"
-        return sizes.format(*own, *size) + turned
+        return sizes.format(*mask_size, *size) + hint
     if not COUNTS.fullmatch(counts):
         return "its counts are damaged: they are no text of a compressed RLE"
     lengths = run_lengths(counts)
-    if lengths.min() < 0 or lengths.sum() != own[0] * own[1]:
-        return _wrong_cover(lengths.tolist(), own[0] * own[1])
+    mask_px = mask_size[0] * mask_size[1]
+    if lengths.min() < 0 or lengths.sum() != mask_px:
+        return _run_lengths_problem(lengths.tolist(), mask_px)
     return "" if lengths[1::2].any() else "its mask has no pixel; leave such results out"
 
 
-def _wrong_cover(lengths: Sequence[int], expected_px: int) -> str:
-    wrong = "one is negative" if min(lengths) < 0 else f"they cover {sum(lengths):,} px"
-    must = f"run lengths must cover the mask's {expected_px:,} px"
-    return f"its counts are damaged: {must}, but {wrong}"
+def _run_lengths_problem(lengths: Sequence[int], expected_px: int) -> str:
+    problem = "one is negative" if min(lengths) < 0 else f"they cover {sum(lengths):,} px"
+    rule = f"run lengths must cover the mask's {expected_px:,} px"
+    return f"its counts are damaged: {rule}, but {problem}"
 
 
+# What the value of a key must be, in words (as in messages), and its test.
 TEXT, WHOLE, EITHER = "text", "a whole number", "a whole number or text"
 SIDE = "a whole number of pixels, 1 or more"
-KINDS = {
+VALUE_TESTS = {
     TEXT: lambda value: isinstance(value, str) and value.strip() != "" and "\0" not in value,
     WHOLE: lambda value: type(value) is int,
-    EITHER: lambda value: KINDS[WHOLE](value) or KINDS[TEXT](value),
+    EITHER: lambda value: VALUE_TESTS[WHOLE](value) or VALUE_TESTS[TEXT](value),
     SIDE: lambda value: type(value) is int and value > 0,
 }
 
 
-def wrong_entry(entry: Any, kinds: Mapping[str, str], **optional: str) -> str:
-    """What is wrong with an entry of a list in a JSON file: a sentence's end ("has no id; ..."), or
-    "". ``kinds`` gives each key that it must have the kind of its value (a key of ``KINDS``),
-    ``optional`` each key that may be missing or null.
+def wrong_entry(entry: Any, required: Mapping[str, str], **optional: str) -> str:
+    """The fault of an entry of a JSON list, worded as the end of a sentence ("has no id; ..."); ""
+    if there is none. ``required``: key -> what its value must be (a key of ``VALUE_TESTS``);
+    ``optional``: the same for keys that may be missing or null.
     """
     if not isinstance(entry, dict):
-        return f"is {_shown(entry)}, but must be an object with {', '.join(kinds)}"
-    if missing := [key for key in kinds if key not in entry]:
-        return f"has no {' and no '.join(missing)}; it needs {', '.join(kinds)}"
-    given = {key: kind for key, kind in optional.items() if entry.get(key) is not None}
-    for key, kind in {**kinds, **given}.items():
-        if not KINDS[kind](entry[key]):
-            return f"has {key} {_shown(entry[key])}, but it must be {kind}"
+        return f"is {_shortened(entry)}, but must be an object with {', '.join(required)}"
+    if missing := [key for key in required if key not in entry]:
+        return f"has no {' and no '.join(missing)}; it needs {', '.join(required)}"
+    given = {key: rule for key, rule in optional.items() if entry.get(key) is not None}
+    for key, rule in {**required, **given}.items():
+        if not VALUE_TESTS[rule](entry[key]):
+            return f"has {key} {_shortened(entry[key])}, but it must be {rule}"
     return ""
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     return repr(str(value)[:40])
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; raises ``DataError`` if it cannot be read."""
+    """The content of a JSON file; raises ``DataError`` if it cannot be read."""
     with as_data_error("it cannot be read as JSON"):
         return json.loads(path.read_bytes())
 
 
-# Read
+# Reading COCO files
 
 
 class CocoAnnotation(NamedTuple):
-    """One annotation, its mask as in the file; ``where`` is "annotations.json, annotation 3"."""
+    """One annotation; its mask is not checked yet."""
 
-    where: str
+    where: str  # for messages: "annotations.json, annotation 3"
     class_id: int
-    segmentation: Any
+    segmentation: Any  # as in the file
     is_crowd: bool
 
 
 class CocoImage(NamedTuple):
-    """One image that the file lists, its annotations in the file's order."""
+    """One image that the file lists, with its annotations in the file's order."""
 
     path: Path
     file_name: str
@@ -203,12 +205,12 @@ class CocoImage(NamedTuple):
 
 
 def read_coco(path: Path) -> tuple[list[CocoImage], list[Fault]]:
-    """The images that a COCO file lists, sorted by image id; and what is wrong with the file as a
-    whole. ``draw_label_maps`` checks the masks.
+    """The images that a COCO file lists, sorted by image id; and the file's faults, except those of
+    masks, which ``draw_label_maps`` checks.
     """
     if not path.exists():
-        give = "give the .json of a COCO data set, or a folder that holds train/"
-        return [], [Fault("", str(path), f"there is no such file; {give}")]
+        remedy = "give the .json of a COCO data set, or a folder that holds train/"
+        return [], [Fault("", str(path), f"there is no such file; {remedy}")]
     images, problems = {}, []
     try:
         content = _read_lists(path)
@@ -222,31 +224,36 @@ def read_coco(path: Path) -> tuple[list[CocoImage], list[Fault]]:
 
 
 def _read_lists(path: Path) -> dict[str, list]:
+    """The content of a COCO file, checked to hold lists of images, annotations and categories."""
     content = read_json(path)
     if not isinstance(content, dict):
-        found = f"it holds no COCO data set but a {type(content).__name__}"
-        raise DataError(f"{found}; give an object with {LISTS}")
+        problem = f"it holds no COCO data set but a {type(content).__name__}"
+        raise DataError(f"{problem}; give an object with {LISTS}")
     content = {"categories": [], **content}
     for name in LISTS.split(", "):
         if name not in content:
             raise DataError(f"it has no {name}; a COCO data set is an object with {LISTS}")
         if not isinstance(content[name], list):
-            found = f"its {name} are no list but a {type(content[name]).__name__}"
-            raise DataError(f"{found}; export it again")
+            problem = f"its {name} are no list but a {type(content[name]).__name__}"
+            raise DataError(f"{problem}; export it again")
     if not content["images"]:
         raise DataError("its list of images is empty; export it again, with images")
     return content
 
 
 def _entries(
-    content: dict[str, list], name: str, problems: list[str], kinds: dict[str, str], **optional: str
+    lists: dict[str, list],
+    name: str,
+    problems: list[str],
+    required: dict[str, str],
+    **optional: str,
 ) -> Iterator[dict[str, Any]]:
-    """The well-formed entries of a list; the others' problems are added to ``problems``."""
+    """Yield the faultless entries of the list ``name``; add the others' faults to ``problems``."""
     ids = set()
-    for row, entry in enumerate(content[name]):
-        problem = wrong_entry(entry, kinds, **optional)
+    for row, entry in enumerate(lists[name]):
+        problem = wrong_entry(entry, required, **optional)
         if not problem and entry["id"] in ids:
-            problem = f"has id {_shown(entry['id'])}, as one before it; {OWN}"
+            problem = f"has id {_shortened(entry['id'])}, as one before it; {GIVE_OWN}"
         if problem:
             problems.append(f"entry {row} of its {name} {problem}")
         else:
@@ -257,19 +264,19 @@ def _entries(
 def _read_images(
     content: dict[str, list], folder: Path, problems: list[str]
 ) -> dict[int | str, CocoImage]:
-    """Images by their number in the file; what is wrong is added to ``problems``."""
-    kinds = {"id": EITHER, "file_name": TEXT, "height": SIDE, "width": SIDE}
+    """Images, still without annotations, by their ``id`` in the file; adds to ``problems``."""
+    required = {"id": EITHER, "file_name": TEXT, "height": SIDE, "width": SIDE}
     images = {}
-    for entry in _entries(content, "images", problems, kinds, patient=TEXT):
-        number, name, height, width = (entry[key] for key in kinds)
+    for entry in _entries(content, "images", problems, required, patient=TEXT):
+        number, name, height, width = (entry[key] for key in required)
         patient = (entry.get("patient") or "").strip() or patient_of(Path(name).stem)
         images[number] = CocoImage(folder / name, name, height, width, patient, [])
     names = Counter(image.image_id.lower() for image in images.values())
-    ending = f"but for folder, ending, upper and lower case; {OWN}, since it is the image id"
+    remedy = f"but for folder, ending, upper and lower case; {GIVE_OWN}, since it is the image id"
     problems += [
-        f"{times} entries of its images have the file name {_shown(name)}, {ending}"
-        for name, times in names.items()
-        if times > 1
+        f"{count} entries of its images have the file name {_shortened(name)}, {remedy}"
+        for name, count in names.items()
+        if count > 1
     ]
     return images
 
@@ -277,33 +284,33 @@ def _read_images(
 def _add_annotations(
     content: dict[str, list], file: str, images: dict[int | str, CocoImage], problems: list[str]
 ) -> None:
-    """Add each annotation to its image, and what is wrong to ``problems``."""
+    """Add each annotation to its image, and faults to ``problems``."""
     all_images_read = not problems
-    kinds = {"id": WHOLE, "name": TEXT}
-    names = {e["id"]: e["name"] for e in _entries(content, "categories", problems, kinds)}
-    class_of = {i: CLASS_IDS.get(name.strip().lower()) for i, name in names.items()}
+    categories = _entries(content, "categories", problems, {"id": WHOLE, "name": TEXT})
+    names = {category["id"]: category["name"] for category in categories}
+    class_of = {number: CLASS_IDS.get(name.strip().lower()) for number, name in names.items()}
     if not any(class_of.values()):
-        class_of = {k: k for k in range(1, len(CLASS_NAMES) + 1)}
+        class_of = {class_id: class_id for class_id in range(1, len(CLASS_NAMES) + 1)}
     unknown_images, unknown_categories = Counter(), Counter()
-    kinds = {"id": WHOLE, "image_id": EITHER, "category_id": WHOLE}
-    for entry in _entries(content, "annotations", problems, kinds):
+    required = {"id": WHOLE, "image_id": EITHER, "category_id": WHOLE}
+    for entry in _entries(content, "annotations", problems, required):
         image, class_id = images.get(entry["image_id"]), class_of.get(entry["category_id"])
         unknown_images[entry["image_id"]] += image is None
         unknown_categories[entry["category_id"]] += class_id is None
         if image and class_id:
             where = f"{file}, annotation {entry['id']}"
-            mask = entry.get("segmentation"), entry.get("iscrowd") not in (0, None)
-            image.annotations.append(CocoAnnotation(where, class_id, *mask))
-    remove = "or remove what it marks"
-    if all_images_read:  # else the id may be a faulty entry's
-        for number, times in (+unknown_images).items():
-            of = f"image_id {_shown(number)} of {_annotations(times)}"
-            problems.append(f"{of} is no image's id; correct it, {remove}")
-    rename = f"name it in categories as one of {', '.join(CLASS_NAMES)}"
-    for category, times in (+unknown_categories).items():
-        name = f" ({_shown(names[category])})" if category in names else ""
-        of = f"category {category}{name} of {_annotations(times)}"
-        problems.append(f"{of} is no class; {rename}, {remove}")
+            mask, is_crowd = entry.get("segmentation"), entry.get("iscrowd") not in (0, None)
+            image.annotations.append(CocoAnnotation(where, class_id, mask, is_crowd))
+    or_remove = "or remove what it marks"
+    if all_images_read:  # otherwise the id may be that of an image whose entry is faulty
+        for number, count in (+unknown_images).items():  # the plus drops counts of 0
+            image_of = f"image_id {_shortened(number)} of {_annotations(count)}"
+            problems.append(f"{image_of} is no image's id; correct it, {or_remove}")
+    remedy = f"name it in categories as one of {', '.join(CLASS_NAMES)}"
+    for category, count in (+unknown_categories).items():
+        name = f" ({_shortened(names[category])})" if category in names else ""
+        category_of = f"category {category}{name} of {_annotations(count)}"
+        problems.append(f"{category_of} is no class; {remedy}, {or_remove}")
 
 
 def _annotations(count: int) -> str:
@@ -311,12 +318,13 @@ def _annotations(count: int) -> str:
 
 
 def draw_label_maps(image: CocoImage, faults: list[Fault]) -> np.ndarray | None:
-    """The annotations of an image as label maps int32 [K, H, W]; the n-th of a class has the id n.
+    """Rasterise an image's annotations as label maps int32 [K, H, W]; the n-th of a class has id n.
 
-    The largest is drawn first, so that smaller ones lie on it. Annotations that cannot be used, and
-    ones that others cover wholly, are added to ``faults``. None if it holds any before drawing.
+    Larger annotations are rasterised first, so that smaller ones lie on top. Annotations that
+    cannot be used, or that others cover completely, are added to ``faults``. Returns None, without
+    rasterising, if ``faults`` is not empty once all annotations have been read.
     """
-    rles, ids, counts = [], [], Counter()  # ids: class and id in its label map, of each annotation
+    rles, ids, counts = [], [], Counter()  # ids: (class id, instance id) of each annotation
     for annotation in image.annotations:
         with adding_fault(faults, image.image_id, annotation.where):
             rles.append(_to_rle(annotation, image.height, image.width))
@@ -324,49 +332,49 @@ def draw_label_maps(image: CocoImage, faults: list[Fault]) -> np.ndarray | None:
         ids.append((annotation.class_id, counts[annotation.class_id]))
     for class_id, count in sorted(counts.items()):
         if count > LARGEST_ID:
-            many = f"it has {count:,} annotations of class {CLASS_NAMES[class_id - 1]}"
-            problem = f"{many}, above {LARGEST_ID:,}; cut the image up"
+            problem = f"it has {count:,} annotations of class {CLASS_NAMES[class_id - 1]}"
+            problem += f", above {LARGEST_ID:,}; cut the image up"
             faults.append(Fault(image.image_id, image.file_name, problem))
     if faults:
         return None
     label_maps = np.zeros((len(CLASS_NAMES), image.height, image.width), np.int32)
-    areas_px = [int(coco_mask.area(rle)) for rle in rles]  # at once, pycocotools takes 255 at most
-    for i in np.argsort(areas_px, kind="stable")[::-1]:
-        mask, x0, y0 = decode_mask(rles[i])
-        class_id, instance_id = ids[i]
+    areas_px = [int(coco_mask.area(rle)) for rle in rles]  # of a list, area() takes 255 at most
+    for row in np.argsort(areas_px, kind="stable")[::-1]:
+        mask, x0, y0 = decode_mask(rles[row])
+        class_id, instance_id = ids[row]
         box = label_maps[class_id - 1, y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]]
         box[mask] = instance_id
     _, *columns = find_boxes(label_maps)
-    drawn = set(zip(*(column.tolist() for column in columns), strict=True))
-    smaller = "annotations of its class that are smaller, or as large, cover all its pixels"
-    covered = f"{smaller}; remove what is there twice"
+    visible = set(zip(*(column.tolist() for column in columns), strict=True))
+    problem = "annotations of its class that are smaller, or as large, cover all its pixels"
+    problem += "; remove what is there twice"
     for annotation, class_and_id in zip(image.annotations, ids, strict=True):
-        if class_and_id not in drawn:
-            faults.append(Fault(image.image_id, annotation.where, covered))
+        if class_and_id not in visible:
+            faults.append(Fault(image.image_id, annotation.where, problem))
     return label_maps
 
 
 def _to_rle(annotation: CocoAnnotation, height: int, width: int) -> dict[str, Any]:
-    """The compressed RLE of an annotation's segmentation; a ``DataError`` if there is none."""
+    """An annotation's segmentation as a compressed RLE; raises ``DataError`` if it cannot be."""
     given = annotation.segmentation
     if annotation.is_crowd:
-        crowd = "it is a crowd (iscrowd 1), which cannot be one instance"
-        raise DataError(f"{crowd}; annotate its cells one by one, or remove it")
+        problem = "it is a crowd (iscrowd 1), which cannot be one instance"
+        raise DataError(f"{problem}; annotate its cells one by one, or remove it")
     if isinstance(given, list):
         polygons = _checked_polygons(given, height, width)
         rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
     elif not isinstance(given, dict) or not {"size", "counts"} <= given.keys():
-        wanted = "an RLE (an object with size and counts) or a list of polygons"
-        raise DataError(f"its segmentation is {_shown(given)}, but must be {wanted}")
+        rule = "an RLE (an object with size and counts) or a list of polygons"
+        raise DataError(f"its segmentation is {_shortened(given)}, but must be {rule}")
     elif isinstance(given["counts"], str):
         rle = given
     else:
         counts = given["counts"]
         if not isinstance(counts, list) or not all(type(n) is int and n >= 0 for n in counts):
-            wanted = "text, or a list of whole numbers from 0 on"
-            raise DataError(f"its RLE's counts are {_shown(counts)}, but must be {wanted}")
+            rule = "text, or a list of whole numbers from 0 on"
+            raise DataError(f"its RLE's counts are {_shortened(counts)}, but must be {rule}")
         if sum(counts) != height * width:
-            raise DataError(_wrong_cover([0, *counts], height * width))
+            raise DataError(_run_lengths_problem([0, *counts], height * width))
         runs = {"size": [height, width], "counts": counts}
         rle = {**coco_mask.frPyObjects(runs, height, width), "size": given["size"]}
     if isinstance(rle["counts"], bytes):
@@ -378,18 +386,18 @@ def _to_rle(annotation: CocoAnnotation, height: int, width: int) -> dict[str, An
 
 def _checked_polygons(polygons: list, height: int, width: int) -> list[list[float]]:
     if not polygons:
-        give = "give at least one polygon, or remove it"
-        raise DataError(f"its segmentation is an empty list; {give}")
-    for polygon in polygons:
+        remedy = "give at least one polygon, or remove it"
+        raise DataError(f"its segmentation is an empty list; {remedy}")
+    for polygon in polygons:  # below, NaN is the one number for which n == n is false
         is_polygon = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
         if not is_polygon or not all(type(n) in (int, float) and n == n for n in polygon):
-            wanted = "a list x, y, x, y, ... of 3 vertices or more, in px"
-            raise DataError(f"its polygon {_shown(polygon)} must be {wanted}")
+            rule = "a list x, y, x, y, ... of 3 vertices or more, in px"
+            raise DataError(f"its polygon {_shortened(polygon)} must be {rule}")
         for values, side in ((polygon[::2], width), (polygon[1::2], height)):
-            # pycocotools walks along every edge, inside the image or not.
+            # The time that pycocotools takes grows with the edges' length, also outside the image.
             if min(values) < -side or max(values) > 2 * side:
                 far = f"reaches far outside its {height} x {width} px image (height x width)"
-                raise DataError(f"its polygon {_shown(polygon)} {far}; correct or remove it")
+                raise DataError(f"its polygon {_shortened(polygon)} {far}; correct or remove it")
     return polygons
 
 

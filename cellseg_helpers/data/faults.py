@@ -1,4 +1,4 @@
-"""What can be wrong with data: ``DataError``, and ``Fault`` where all faults are listed at once."""
+"""``DataError`` for data that cannot be used; ``Fault`` for one entry in a list of all faults."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ class DataError(ValueError):
 
 
 class Fault(NamedTuple):
-    """What is wrong with one file; ``str`` gives it in one line."""
+    """What is wrong with one file; ``str(fault)`` is one line of a message."""
 
-    image_id: str  # "" if the whole data set is concerned
+    image_id: str  # "" if the fault concerns the whole data set
     file: str
     problem: str
 
@@ -24,7 +24,7 @@ class Fault(NamedTuple):
 
 @contextmanager
 def as_data_error(problem: str, remedy: str = "copy or export it again") -> Iterator[None]:
-    """Any error in the block becomes a ``DataError``: decoders raise all kinds on damaged files."""
+    """Turn any error in the block into a ``DataError``: decoders raise many types of errors."""
     try:
         yield
     except DataError:
@@ -35,7 +35,7 @@ def as_data_error(problem: str, remedy: str = "copy or export it again") -> Iter
 
 @contextmanager
 def adding_fault(faults: list[Fault], image_id: str, file: str) -> Iterator[None]:
-    """A ``DataError`` in the block ends it and is added to ``faults``."""
+    """Add a ``DataError`` in the block to ``faults``, and go on after the block."""
     try:
         yield
     except DataError as error:

@@ -16,7 +16,7 @@ class Instances(NamedTuple):
         labels: int64 [N], class ids 1..K.
         ids: int32 [N], the instance's value in its class's label map.
         area_px: int64 [N], pixels of the mask.
-        touches_border: bool [N], the box reaches an edge of the image.
+        touches_border: bool [N], whether the box reaches an edge of the image.
     """
 
     boxes: np.ndarray
@@ -29,14 +29,14 @@ class Instances(NamedTuple):
 def find_boxes(label_maps: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``boxes``, ``labels`` and ``ids`` of ``find_instances``.
 
-    One pass of scipy's ``find_objects`` over each map. The oracle is a mask for each of
-    ``np.unique``'s ids and torchvision's ``masks_to_boxes`` (which ends a box 1 px earlier).
+    One pass of scipy's ``find_objects`` over each map. The tests compare it with torchvision's
+    ``masks_to_boxes`` of one mask per id (whose boxes end 1 px earlier).
     """
     rows = []
     for class_id, label_map in enumerate(label_maps, 1):
-        for instance_id, found in enumerate(ndimage.find_objects(label_map), 1):
-            if found:
-                y, x = found
+        for instance_id, slices in enumerate(ndimage.find_objects(label_map), 1):
+            if slices:  # None: no pixel has this id
+                y, x = slices
                 rows.append((x.start, y.start, x.stop, y.stop, class_id, instance_id))
     table = np.array(rows, np.int64).reshape(-1, 6)
     return table[:, :4].astype(np.float32), table[:, 4], table[:, 5].astype(np.int32)
@@ -50,14 +50,14 @@ def find_instances(label_maps: np.ndarray) -> Instances:
     """
     height, width = label_maps.shape[1:]
     boxes, labels, ids = find_boxes(label_maps)
-    counts = [np.bincount(label_map.ravel()) for label_map in label_maps]
-    areas_px = np.concatenate([count[ids[labels == k]] for k, count in enumerate(counts, 1)])
+    areas_by_id = [np.bincount(label_map.ravel()) for label_map in label_maps]
+    areas_px = np.concatenate([areas[ids[labels == k]] for k, areas in enumerate(areas_by_id, 1)])
     at_border = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == (width, height)).any(1)
     return Instances(boxes, labels, ids, areas_px.astype(np.int64), at_border)
 
 
 def find_cells(label_maps: np.ndarray, image_id: int = 1) -> Cells:
-    """The instances of K label maps (int [K, H, W], 0 = background), by class, then id."""
+    """The instances of K label maps (int [K, H, W]) as ``Cells``, ordered by class, then id."""
     boxes, labels, ids = find_boxes(label_maps)
     rows = np.column_stack([labels - 1, ids, boxes.astype(np.int64)]).tolist()
     masks = [BoxMask(label_maps[k, y1:y2, x1:x2] == i, x1, y1) for k, i, x1, y1, x2, y2 in rows]
@@ -70,7 +70,7 @@ def connected_components(label_map: np.ndarray) -> np.ndarray:
 
 
 def drop_small_instances(label_maps: np.ndarray, min_instance_area_px: int) -> np.ndarray:
-    """Label maps (int [K, H, W]) without instances of fewer pixels; 0 or 1 drops none."""
+    """Label maps (int [K, H, W]) with instances under ``min_instance_area_px`` pixels removed."""
     if min_instance_area_px <= 1:
         return label_maps
     remaining = label_maps.copy()

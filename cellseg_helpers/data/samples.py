@@ -1,4 +1,4 @@
-"""Training samples: crops, joint augmentation of image and label maps, and their targets."""
+"""Training samples: crops, augmented image and label maps together, and their targets."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,18 +16,18 @@ Sample = tuple[Tensor, dict[str, Any]]  # image and target
 
 
 class SampleKey(NamedTuple):
-    """What a training sample is made from: the same key gives the same sample in any process."""
+    """The key of a training sample: with it, every process makes the same sample."""
 
     epoch: int
-    position: int  # in the epoch, over all processes
+    position: int  # in the epoch, counted over all processes
     image_index: int
 
 
 @dataclass(eq=False)
 class EpochSampler(Sampler):
-    """The keys of one epoch, shuffled by (seed, epoch); ``set_epoch`` comes before each."""
+    """This process's keys of one epoch, shuffled; call ``set_epoch`` before each epoch."""
 
-    indices: list[int]
+    indices: list[int]  # of the images to train on
     samples: int  # in an epoch, over all processes
     seed: int
     rank: int = 0
@@ -43,7 +43,7 @@ class EpochSampler(Sampler):
 
     def __iter__(self):
         rng = np.random.default_rng((self.seed, self.epoch))
-        rounds = -(-self.samples // len(self.indices))
+        rounds = -(-self.samples // len(self.indices))  # rounded up
         order = np.concatenate([rng.permutation(self.indices) for _ in range(rounds)])
         for position, image_index in enumerate(order[: self.samples].tolist()):
             if position // self.batch_size % self.world_size == self.rank:
@@ -52,12 +52,11 @@ class EpochSampler(Sampler):
 
 @dataclass(eq=False)
 class TrainingSet(Dataset):
-    """Cropped and augmented samples with their targets; ``[SampleKey]`` gives (image uint8 [3, h,
-    w], target).
+    """Cropped and augmented samples: ``training_set[key]`` is (image uint8 [3, h, w], target).
 
-    A share ``class_balance`` of the samples is drawn by class: first a class, then one of its
-    instances in the training images, all with the same probability; the crop holds its centre. The
-    other samples are crops at a random position in the key's own image.
+    A share ``class_balance`` of the samples is balanced over classes: first a class is chosen, then
+    one of its instances in the training images, each with equal probability; the crop contains the
+    instance's centre. The other samples are crops at a random position in the key's own image.
     """
 
     dataset: CellDataset
@@ -65,7 +64,7 @@ class TrainingSet(Dataset):
     crop_size_px: int  # side, at native resolution; a smaller image is used whole; 0: whole images
     class_balance: float  # in [0, 1]
     augmentation: str  # a name in ``augment.RECIPES``
-    seed: int  # of every random choice, together with the key
+    seed: int  # with the key, it determines every random choice
     drop_cut_cells: bool = False  # as in ``crop``
     boxes_miss_last_pixel: bool = False  # as in ``make_target``
 
@@ -79,20 +78,20 @@ class TrainingSet(Dataset):
         return image, target | {"image_id": image_id, "seed": model_seed}
 
     def draw_crop(self, key: SampleKey) -> tuple[Tensor, Tensor, str, list[int]]:
-        """Before augmentation: image, label maps, image id, seeds of the model and the recipe."""
+        """A crop before augmentation: image, label maps, image id, seeds of model and recipe."""
         rng = np.random.default_rng((self.seed, key.epoch, key.position))
         cell_image, center = self.dataset[key.image_index], None
         if rng.random() < self.class_balance and self.counts.any():
-            cell_image, center = self._draw_instance(rng)
+            cell_image, center = self._choose_instance(rng)
         image, label_maps = crop(cell_image, self.crop_size_px, center, rng, self.drop_cut_cells)
         return image, label_maps, cell_image.image_id, rng.integers(2**63, size=2).tolist()
 
-    def _draw_instance(self, rng: np.random.Generator) -> tuple[CellImage, tuple[int, int]]:
-        """An image and the (row, column) of an instance's centre in it, balanced over classes."""
+    def _choose_instance(self, rng: np.random.Generator) -> tuple[CellImage, tuple[int, int]]:
+        """An instance of a random class: its image and the (row, column) of its centre."""
         class_index = rng.choice(np.flatnonzero(self.counts.sum(0)))
         per_image = self.counts[:, class_index]
-        chosen = rng.choice(len(per_image), p=per_image / per_image.sum())
-        cell_image = self.dataset[self.indices[chosen]]
+        position = rng.choice(len(per_image), p=per_image / per_image.sum())
+        cell_image = self.dataset[self.indices[position]]
         boxes, _, _ = find_boxes(cell_image.label_maps[class_index][None])
         x1, y1, x2, y2 = boxes[rng.integers(len(boxes))]
         return cell_image, (int(y1 + y2) // 2, int(x1 + x2) // 2)
@@ -108,12 +107,13 @@ def crop(
     """A random square crop, copied: image uint8 [3, h, w] and label maps int32 [K, h, w].
 
     Args:
-        size_px: side; 0, or a shorter image side, keeps that side whole.
-        center: (row, column) that the crop must hold, somewhere in its middle half; None: anywhere.
+        size_px: side of the crop; an image side that is shorter is not cut. 0: the whole image.
+        center: (row, column) that lies in the crop, if possible in its middle half; None: the crop
+            lies anywhere.
         drop_cut_cells: instances that reach a side of the crop inside the image become background,
-            as annotators leave out cells at the image's border.
+            just as annotators leave out cells at the image's border.
     """
-    window, cuts = [slice(None)], []
+    window, cuts = [slice(None)], []  # cuts: (axis, line) of the crop's sides inside the image
     for axis, length in enumerate(cell_image.image.shape[1:]):
         side = min(size_px or length, length)
         if center is None:
@@ -122,14 +122,15 @@ def crop(
             start = center[axis] - side // 2 + rng.integers(-(side // 4), side // 4 + 1)
         start = int(np.clip(start, 0, length - side))
         window.append(slice(start, start + side))
-        inner = ((0, start > 0), (-1, start + side < length))  # is this side inside the image?
-        cuts += [(axis, line) for line, is_inside in inner if is_inside]
+        ends = ((0, start > 0), (-1, start + side < length))
+        cuts += [(axis, line) for line, is_inside in ends if is_inside]
     label_maps = cell_image.label_maps[tuple(window)].astype(np.int32)
-    for label_map in label_maps if drop_cut_cells and cuts else ():
-        is_cut = np.zeros(label_map.max() + 1, bool)  # by id
-        for axis, line in cuts:
-            is_cut[label_map.take(line, axis)] = True
-        label_map[is_cut[label_map]] = 0
+    if drop_cut_cells and cuts:
+        for label_map in label_maps:
+            is_cut = np.zeros(label_map.max() + 1, bool)  # by id
+            for axis, line in cuts:
+                is_cut[label_map.take(line, axis)] = True
+            label_map[is_cut[label_map]] = 0
     return torch.from_numpy(cell_image.image[tuple(window)].copy()), torch.from_numpy(label_maps)
 
 
@@ -138,17 +139,17 @@ def make_target(label_maps: Tensor, boxes_miss_last_pixel: bool = False) -> dict
     ids int32 [N], label_maps.
 
     ``boxes_miss_last_pixel`` repeats a common mistake, to measure its effect: a box ends at its
-    cell's last pixel row and column, not behind them, and cells of one row or column are left out.
+    cell's last pixel row and column, not behind them; cells one pixel wide or high are left out.
     """
     boxes, labels, ids = map(torch.from_numpy, find_boxes(label_maps.numpy()))
     if boxes_miss_last_pixel:
         boxes = boxes - torch.tensor([0.0, 0, 1, 1])
-        left = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        boxes, labels, ids = boxes[left], labels[left], ids[left]
+        not_empty = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes, labels, ids = boxes[not_empty], labels[not_empty], ids[not_empty]
     return {"boxes": boxes, "labels": labels, "ids": ids, "label_maps": label_maps}
 
 
 def collate(samples: list[Sample]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """The images and the targets of samples, whose sizes may differ."""
+    """A list of the samples' images, whose sizes may differ, and a list of their targets."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 TCGA_PATIENT = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}")
-CANDIDATES = 500
+CANDIDATES = 500  # random splits, of which the best one is taken
 
 
 class Split(NamedTuple):
-    """Image ids of each side, and whether a patient may stand on both."""
+    """The image ids of each side, and a warning if a patient may be on both sides."""
 
-    kind: str  # "patient", "random" or "all"
+    kind: str  # how it was split: "patient", "random" (by image) or "all" (trains on all images)
     train: list[str]
     validation: list[str]
     warning: str  # "" when no patient can be on both sides
@@ -21,8 +21,8 @@ class Split(NamedTuple):
 
 def patient_of(image_id: str) -> str | None:
     """The TCGA patient in an image's name (``TCGA-xx-xxxx``), or None."""
-    found = TCGA_PATIENT.search(image_id)
-    return found.group() if found else None
+    match = TCGA_PATIENT.search(image_id)
+    return match.group() if match else None
 
 
 def make_split(
@@ -37,21 +37,22 @@ def make_split(
 ) -> Split:
     """Split N images so that the validation side holds about the same share of every class.
 
-    How it works: 1. 500 validation sides are drawn at random, by group (patients, or single images
-    for ``random``). 2. The draws with the most classes on both sides are compared. 3. The one with
-    shares of images and of instances per class nearest to ``validation_fraction`` is taken. With
-    ``folds`` a draw has so many validation sides of as many groups, each group in one of them.
+    How it works: 1. 500 candidates (validation sides) are sampled by group: the images of a patient
+    or, for ``random``, single images. 2. The candidates with the most classes on both sides remain.
+    3. Of these, the one whose shares of the images and of each class's instances are nearest to
+    ``validation_fraction`` is taken. With ``folds``, each candidate divides the groups into
+    ``folds`` validation sides of equal size (to within one group).
 
     Args:
         counts: int [N, K], instances per image and class.
         patients: names, None where unknown.
-        kind: ``patient`` (no patient on both sides), ``random`` (by image), ``auto``: by patient
-            where every image's is known, or ``all``: the validation side of ``auto``, and every
-            image on the training side.
-        validation_fraction: share of the groups, in (0, 1); at least one group stands on each side.
-        folds: 0, or the number of validation sides for cross-validation; ``validation_fraction`` is
-            not used then.
-        fold: which of them validates, 0 to ``folds`` - 1.
+        kind: ``patient``: no patient is on both sides; ``random``: by image; ``auto``: ``patient``
+            if the patients of all images are known and there are two or more, else ``random``;
+            ``all``: as ``auto``, but every image is also on the training side.
+        validation_fraction: share of the groups, in (0, 1); at least one group is on each side.
+        folds: 0, or the number of validation sides for cross-validation, which replaces
+            ``validation_fraction``.
+        fold: the validation side to use, 0 to ``folds`` - 1.
 
     Raises:
         ValueError: an unknown kind, an unknown patient under ``patient``, fewer than two groups, or
@@ -77,33 +78,34 @@ def make_split(
     groups = np.array(patients if kind == "patient" else image_ids, dtype=str)
     names, group_of = np.unique(groups, return_inverse=True)
     if len(names) < max(folds, 2):
-        what = "patients" if kind == "patient" else "images"
-        least = f"{folds} {what}, one a fold" if folds > 2 else f"two {what}"
+        unit = "patients" if kind == "patient" else "images"
+        least = f"{folds} {unit}, one a fold" if folds > 2 else f"two {unit}"
         raise ValueError(f"split {kind!r} needs at least {least}, found {len(names)}")
 
     size = min(max(round(validation_fraction * len(names)), 1), len(names) - 1)
-    weights = np.column_stack([np.ones(len(image_ids)), counts])
-    per_group = np.stack([np.bincount(group_of, column, len(names)) for column in weights.T], 1)
+    contents = np.column_stack([np.ones(len(image_ids)), counts])  # images, instances per class
+    per_group = np.stack([np.bincount(group_of, column, len(names)) for column in contents.T], 1)
     shares = per_group / np.maximum(per_group.sum(0), 1)
     present = per_group.sum(0) > 0
 
     rng = np.random.default_rng(seed)
     if folds:
-        parts = [rng.permutation(len(names)) % folds for _ in range(CANDIDATES)]
-        draws = [[np.flatnonzero(part == number) for number in range(folds)] for part in parts]
+        folds_of = [rng.permutation(len(names)) % folds for _ in range(CANDIDATES)]
+        candidates = [[np.flatnonzero(of == k) for k in range(folds)] for of in folds_of]
     else:
-        draws = [[rng.choice(len(names), size, replace=False)] for _ in range(CANDIDATES)]
-    held = np.array([[shares[groups].sum(0) for groups in draw] for draw in draws])[..., present]
+        candidates = [[rng.choice(len(names), size, replace=False)] for _ in range(CANDIDATES)]
+    held = [[shares[groups].sum(0) for groups in candidate] for candidate in candidates]
+    held = np.array(held)[..., present]  # shares [candidate, fold, images and classes]
     one_sided = ((held == 0) | np.isclose(held, 1)).sum((1, 2))
     aim = 1 / folds if folds else validation_fraction
     best = np.lexsort((np.abs(held - aim).sum((1, 2)), one_sided))[0]
-    held_out = np.isin(group_of, draws[best][fold])
+    held_out = np.isin(group_of, candidates[best][fold])
     sides = [list(compress(image_ids, side)) for side in (~held_out, held_out)]
-    return Split(kind, *sides, "" if kind == "patient" else _mixing(patients, held_out))
+    return Split(kind, *sides, "" if kind == "patient" else _patient_warning(patients, held_out))
 
 
-def _mixing(patients: list[str | None], held_out: np.ndarray) -> str:
-    """A warning where a patient's images are, or may be, on both sides of a random split."""
+def _patient_warning(patients: list[str | None], held_out: np.ndarray) -> str:
+    """A warning if a patient's images are, or may be, on both sides of a random split."""
     train, validation = (set(compress(patients, side)) - {None} for side in (~held_out, held_out))
     shared = sorted(train & validation)
     if shared:
