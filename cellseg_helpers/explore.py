@@ -16,17 +16,17 @@ from cellseg_helpers.data.cache import CellDataset, CellImage
 from cellseg_helpers.data.labels import find_instances
 from cellseg_helpers.metrics import Matches
 
-BACKGROUND_IOU = 0.1  # a detection of less IoU lies on no annotated cell (TIDE's value)
+BACKGROUND_IOU = 0.1  # below this IoU with all annotated cells, a detection is on background (TIDE)
 
 
 def interact(draw: Callable[..., Figure], **controls: ValueWidget) -> VBox:
-    """A figure, which ``draw`` makes of the controls' values (by name), below these controls; drawn
-    again whenever one of them changes.
+    """Show controls with a figure below them. ``draw`` makes the figure from the controls' values
+    (by name), and makes it again after each change.
 
-    ``ipywidgets.interact`` would do, but its Output widget sends messages to the kernel, and
-    papermill then sometimes waits for ever.
+    ``ipywidgets.interact`` would do the same, but its Output widget sends messages to the kernel,
+    which sometimes makes papermill wait forever.
     """
-    picture = Image(format="png", layout=Layout(align_self="flex-start"))  # not stretched
+    picture = Image(format="png", layout=Layout(align_self="flex-start"))  # or it is stretched
 
     def redraw(_=None) -> None:
         png = io.BytesIO()
@@ -47,22 +47,22 @@ def threshold_slider(
     matches: Matches,
     score_threshold: float,
 ) -> VBox:
-    """``plots.found_and_missed`` with sliders for the score threshold (first ``score_threshold``)
-    and the image; image ``n`` of the cells is ``images[n - 1]``.
+    """Show ``plots.found_and_missed`` with sliders for the score threshold (which starts at
+    ``score_threshold``) and the image. The image with id ``n`` is ``images[n - 1]``.
     """
 
     def draw(threshold: float, number: int) -> Figure:
         image = images[number - 1]
         return plots.found_and_missed(image, number, truth, detections, matches, threshold)
 
-    share = {"min": 0, "max": 1, "step": 0.05, "description": "score ≥"}
-    threshold = FloatSlider(score_threshold, continuous_update=False, **share)
+    options = {"min": 0, "max": 1, "step": 0.05, "description": "score ≥"}
+    threshold = FloatSlider(score_threshold, continuous_update=False, **options)
     number = IntSlider(1, 1, len(images), continuous_update=False, description="image")
     return interact(draw, threshold=threshold, number=number)
 
 
 def choose_image(dataset: CellDataset, image_number: int = -1) -> int:
-    """The index of an image to show: ``image_number``, or for -1 that of the image with the most
+    """Choose the index of an image to show: ``image_number``, or for -1 the image with the most
     classes (of several, the one with the most cells).
 
     Raises:
@@ -76,29 +76,30 @@ def choose_image(dataset: CellDataset, image_number: int = -1) -> int:
 
 
 def instance_table(dataset: CellDataset) -> pd.DataFrame:
-    """One row an annotated cell: image_id, patient, class, area_px, size_px (the square root of
-    area_px), touches_border.
+    """List the annotated cells, one per row: image_id, patient, class, area_px, size_px (the square
+    root of area_px), touches_border.
     """
-    parts = []
+    tables = []
     for image in dataset:
-        found = find_instances(image.label_maps)
-        names, area_px = np.array(CLASS_NAMES)[found.labels - 1], found.area_px
+        instances = find_instances(image.label_maps)
+        names, area_px = np.array(CLASS_NAMES)[instances.labels - 1], instances.area_px
         columns = {"image_id": image.image_id, "patient": image.patient, "class": names}
         columns |= {"area_px": area_px, "size_px": np.sqrt(area_px)}
-        columns["touches_border"] = found.touches_border
-        parts.append(pd.DataFrame(columns))
-    return pd.concat(parts, ignore_index=True)
+        columns["touches_border"] = instances.touches_border
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
 
 
 def class_summary(instances: pd.DataFrame, anchor_sizes: Sequence[float]) -> pd.DataFrame:
-    """Per class of an ``instance_table``: cells, images, size in px (5th percentile, median, 95th),
-    the anchor size (px) nearest to the median by ratio, and how many cells touch the border.
+    """Summarise an ``instance_table`` by class: numbers of cells and images; 5th percentile, median
+    and 95th percentile of the size; the anchor size with the ratio to the median nearest to 1; and
+    the number of cells that touch the border.
     """
     groups = instances.groupby(pd.Categorical(instances["class"], CLASS_NAMES), observed=False)
     table = groups.agg(cells=("size_px", "size"), images=("image_id", "nunique"))
     for name, share in {"5%": 0.05, "median": 0.5, "95%": 0.95}.items():
         table[f"size_{name}_px"] = groups["size_px"].quantile(share)
-    ratios = np.divide.outer(table["size_median_px"].to_numpy(), anchor_sizes)
+    ratios = np.divide.outer(table["size_median_px"].to_numpy(), anchor_sizes)  # [classes, anchors]
     nearest = np.take(anchor_sizes, np.abs(np.log(ratios)).argmin(axis=1))
     table["nearest_anchor_px"] = pd.Series(nearest, table.index).where(table["cells"] > 0)
     table["touch_border"] = groups["touches_border"].sum()
@@ -106,7 +107,7 @@ def class_summary(instances: pd.DataFrame, anchor_sizes: Sequence[float]) -> pd.
 
 
 def patient_summary(dataset: CellDataset) -> pd.DataFrame:
-    """Per patient: images, cells, and cells of each class; empty where no patient is known."""
+    """Count images, cells, and cells of each class by patient; unknown patients are left out."""
     table = pd.DataFrame(dataset.counts, columns=list(CLASS_NAMES))
     table.insert(0, "images", 1)
     table.insert(1, "cells", dataset.counts.sum(1))
@@ -114,7 +115,7 @@ def patient_summary(dataset: CellDataset) -> pd.DataFrame:
 
 
 def describe_split(split: Mapping[str, Any]) -> str:
-    """One sentence: the kind of split, its numbers of images, and its warning."""
+    """Describe a split in a sentence: its rule, its numbers of images, and its warning, if any."""
     rules = {"patient": "no patient on both sides", "all": "every image is trained on"}
     rule = rules.get(split["kind"], "by image")
     sides = f"{len(split['train'])} training and {len(split['validation'])} validation images"
@@ -123,44 +124,45 @@ def describe_split(split: Mapping[str, Any]) -> str:
 
 
 def affected_detections(matches: Matches, rows: Sequence[int], count: int) -> pd.DataFrame:
-    """The ``count`` highest-scored of some detections, for ``plots.crops``: class, score and kind
-    (right or wrong), indexed by the detection's row.
+    """List the ``count`` highest-scored of the detections in ``rows``, for ``plots.crops``: class,
+    score and kind (right or wrong), indexed by the detection's row.
     """
-    found = matches.detections.loc[list(rows)].nlargest(count, "score")
-    kind = np.where(found["matched"], "right", "wrong")
-    columns = {"class": found["class_id"].map(matches.class_names), "kind": kind}
-    return found[["score"]].assign(**columns)
+    chosen = matches.detections.loc[list(rows)].nlargest(count, "score")
+    right_or_wrong = np.where(chosen["matched"], "right", "wrong")
+    columns = {"class": chosen["class_id"].map(matches.class_names), "kind": right_or_wrong}
+    return chosen[["score"]].assign(**columns)
 
 
 def confident_mistakes(
     truth: dict[str, Any], detections: Cells, matches: Matches, count: int
 ) -> pd.DataFrame:
-    """The ``count`` highest-scored detections that match no annotated cell, and what is wrong.
+    """List the ``count`` highest-scored detections that match no annotated cell, and what is wrong.
 
-    ``kind``: ``found twice`` (a higher-scored detection matches the cell), ``wrong class`` (on a
-    cell of another class), ``poor outline`` (IoU with some cell between 0.1 and the threshold) or
-    ``no annotated cell``. ``matches`` are those of ``truth``, a COCO data set, and ``detections``.
+    ``matches`` must be those of ``detections`` with ``truth``, a COCO data set.
 
     Returns:
-        Indexed by the detection's row: image, class, score, kind, iou (with a cell of its class),
-        iou_other_class, at_border (the mask ends within 2 px of the image's edge).
+        Indexed by the detection's row: image, class, score, kind, iou (highest with a cell of its
+        class), iou_other_class, at_border (the mask ends within 2 px of the image's edge). ``kind``
+        is ``found twice`` (a higher-scored detection matches the cell), ``wrong class`` (on a cell
+        of another class), ``poor outline`` (the highest IoU is between 0.1 and the threshold) or
+        ``no annotated cell``.
     """
     wrong = matches.detections[~matches.detections["matched"]].nlargest(count, "score")
     cells = Cells.from_coco(truth["annotations"])
     iou_other_class = np.zeros(len(wrong))
-    for place, found in enumerate(wrong.itertuples()):
-        others = cells[(cells.image_ids == found.image_id) & (cells.labels != found.class_id)]
-        iou_other_class[place] = mask_iou(detections[[found.Index]], others).max(initial=0)
-    iou, least = wrong["iou"].to_numpy(), matches.iou_threshold
-    largest = np.maximum(iou, iou_other_class)
-    kinds = ["found twice", "wrong class", "poor outline"]
-    is_kind = [iou >= least, largest >= least, largest >= BACKGROUND_IOU]
+    for i, row in enumerate(wrong.itertuples()):
+        others = cells[(cells.image_ids == row.image_id) & (cells.labels != row.class_id)]
+        iou_other_class[i] = mask_iou(detections[[row.Index]], others).max(initial=0)
+    iou, threshold = wrong["iou"].to_numpy(), matches.iou_threshold
+    highest_iou = np.maximum(iou, iou_other_class)
+    mistakes = ["found twice", "wrong class", "poor outline"]  # the first that applies
+    applies = [iou >= threshold, highest_iou >= threshold, highest_iou >= BACKGROUND_IOU]
     names = {image["id"]: image["file_name"][:8] for image in truth["images"]}
     columns = {
         "image": wrong["image_id"].map(names),
         "class": wrong["class_id"].map(matches.class_names),
         "score": wrong["score"],
-        "kind": np.select(is_kind, kinds, "no annotated cell"),
+        "kind": np.select(applies, mistakes, "no annotated cell"),
         "iou": iou,
         "iou_other_class": iou_other_class,
         "at_border": near_border(detections[wrong.index], BORDER_MARGIN_PX, by="mask"),

@@ -1,7 +1,7 @@
 """Figures of images, cells, detections and scores.
 
-Each function returns a closed ``Figure``, at least 900 px wide; ``show`` displays it in a notebook.
-seaborn is imported where it draws: its import takes up to a second, which no training should pay.
+Each figure is returned closed and at least 900 px wide; ``show`` displays it in a notebook.
+seaborn is imported only where it is used: the import takes up to a second, and training needs none.
 """
 
 import io
@@ -29,19 +29,20 @@ from cellseg_helpers.data.cache import CellImage
 from cellseg_helpers.data.labels import find_cells
 from cellseg_helpers.metrics import Counts, Matches, count_matches
 
-# Of Okabe and Ito's palette for colour-blind readers, what shows on stained tissue and on white.
+# Okabe and Ito's colours for colour-blind readers; these stand out on stained tissue and on white.
 CLASS_COLORS = dict(zip(CLASS_NAMES, ("#E69F00", "#56B4E9", "#009E73", "#D55E00"), strict=True))
 ALL_COLORS = {"all": "0.1", **CLASS_COLORS}
 BLUE, RED, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # also Okabe and Ito's
 WIDTH_IN, DPI = 9.6, 100
-VIEW_PX = 320  # side of what is shown of a large image
-GALLERY_PX = 96  # side of what the gallery of augmentations shows
-WINDOW_PX = 64  # least side of the crop around a detection
-REDRAW_S = 30
+VIEW_PX = 320  # of a large image, a square of this side is shown
+GALLERY_PX = 96  # side of the square that ``recipe_gallery`` shows
+WINDOW_PX = 64  # smallest side of the crop around a detection
+REDRAW_S = 30  # shortest time between two updates of a live figure
 DASHED = (0, (2, 1.5))
-BESIDE = {"frameon": False, "loc": "center left", "bbox_to_anchor": (1, 0.5)}  # of a legend
+# options of a legend on the right of the axes
+BESIDE = {"frameon": False, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
 MARKS = "os^DvP*X"
-FEWEST_IN_BIN = 10  # detections that make a point of the reliability diagram
+FEWEST_IN_BIN = 10  # bins with fewer detections are not shown in the reliability diagram
 LOSS_LABELS = {
     "loss_objectness": "RPN objectness", "loss_rpn_box_reg": "RPN boxes",
     "loss_classifier": "classes", "loss_box_reg": "boxes", "loss_mask": "masks",
@@ -49,18 +50,18 @@ LOSS_LABELS = {
 
 
 def show(figure: Figure, alt: str) -> None:
-    """Display a figure in a notebook, with a text for readers who cannot see it.
+    """Display a figure in a notebook, with a text ``alt`` for readers who cannot see it.
 
     The PNG is reduced to 256 colours, those of the classes among them: to a third of its size.
     """
     from IPython.display import display
 
-    drawn, png = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, bbox_inches="tight")
-    image, palette = Image.open(drawn).convert("RGB"), Image.new("P", (1, 1))
+    full_colour, png = io.BytesIO(), io.BytesIO()
+    figure.savefig(full_colour, bbox_inches="tight")
+    image, palette = Image.open(full_colour).convert("RGB"), Image.new("P", (1, 1))
     own = to_rgba_array([BLUE, RED, GREEN, PURPLE, *CLASS_COLORS.values()])[:, :3]
-    common = image.quantize(256 - len(own)).getpalette()
-    palette.putpalette(common + np.rint(255 * own).astype(int).ravel().tolist())
+    of_image = image.quantize(256 - len(own)).getpalette()
+    palette.putpalette(of_image + np.rint(255 * own).astype(int).ravel().tolist())
     image.quantize(palette=palette, dither=Image.Dither.NONE).save(png, "PNG")
     bundle = {"image/png": png.getvalue(), "text/plain": repr(figure)}
     display(bundle, raw=True, metadata={"image/png": {"alt": alt}})
@@ -70,7 +71,8 @@ def show(figure: Figure, alt: str) -> None:
 
 
 def image_beside_instances(cell_image: CellImage, *class_names: str) -> Figure:
-    """An image beside its instances, one colour each: one panel for each class name or ``all``.
+    """Show an image and, for each class name (or ``all``), a panel with its instances, each in
+    another colour.
 
     Raises:
         ValueError: an unknown class name.
@@ -88,9 +90,9 @@ def image_beside_instances(cell_image: CellImage, *class_names: str) -> Figure:
 
 
 def colour_instances(cells: Cells, height: int, width: int) -> np.ndarray:
-    """Cells on black, float64 [3, H, W], 0..1; cells that follow one another get distant hues."""
+    """Paint cells on black, consecutive ones in very different colours: float64 [3, H, W], 0..1."""
     number = np.arange(len(cells))
-    hue = number * 0.618034 % 1  # the golden ratio: no two hues are alike
+    hue = number * 0.618034 % 1  # steps of the golden ratio: no hue repeats
     hsv = np.stack([hue, 0.55 + 0.4 * (number % 2), 1 - 0.25 * (number % 3 == 2)], axis=1)
     picture = np.zeros((height, width, 3))
     for (mask, x0, y0), colour in zip(cells.masks, hsv_to_rgb(hsv), strict=True):
@@ -104,25 +106,25 @@ def truth_beside_predictions(
     predictions: Sequence[Cells],
     score_threshold: float,
 ) -> Figure:
-    """One row an image: the image, its annotated cells, its detections of at least
-    ``score_threshold``. ``truths`` and ``predictions`` have the cells of each image.
+    """Show each image in a row: the image, its annotated cells (of ``truths``), and its detections
+    (of ``predictions``) that score at least ``score_threshold``.
     """
     panels: list[tuple] = []
-    for (name, _, image, _), truth, found in zip(cell_images, truths, predictions, strict=True):
-        found = found[found.scores >= score_threshold]
-        title = f"{len(found)} predicted, score ≥ {score_threshold:g}"
+    for (name, _, image, _), truth, detected in zip(cell_images, truths, predictions, strict=True):
+        shown = detected[detected.scores >= score_threshold]
+        title = f"{len(shown)} predicted, score ≥ {score_threshold:g}"
         panels += [(image, name[:8]), (image, f"{len(truth)} annotated", truth)]
-        panels.append((image, title, found))
+        panels.append((image, title, shown))
     return _image_panels(panels, 3, 3.4)[0]
 
 
 def contact_sheet(
     images: Sequence[np.ndarray], names: Sequence[str], detections: Sequence[Cells]
 ) -> Figure:
-    """Images (uint8 [3, H, W] each, of any sizes), four in a row, with the detections of each."""
+    """Show images (uint8 [3, H, W], of any sizes) with their detections, four images in a row."""
     panels = [
-        (image, f"{name[:8]}: {len(found)} cells", found)
-        for image, name, found in zip(images, names, detections, strict=True)
+        (image, f"{name[:8]}: {len(detected)} cells", detected)
+        for image, name, detected in zip(images, names, detections, strict=True)
     ]
     return _image_panels(panels, 4, 2.8)[0]
 
@@ -130,15 +132,15 @@ def contact_sheet(
 def crops(
     table: pd.DataFrame, cell_images: Sequence[CellImage], truth: Cells, detections: Cells
 ) -> Figure:
-    """A crop around each of some detections (solid), with the annotated cells (dashed).
+    """Show a crop around each detection in ``table`` (solid), with the annotated cells (dashed).
 
-    ``table`` has their class, score and kind, indexed by their row in ``detections``, as
-    ``explore.confident_mistakes`` gives; image ``n`` of the cells is ``cell_images[n - 1]``.
+    ``table`` has the columns class, score and kind; its index is the row in ``detections``, as in
+    ``explore.confident_mistakes``. The image with id ``n`` is ``cell_images[n - 1]``.
     """
     panels = []
-    for row, class_name, score, kind in table[["class", "score", "kind"]].itertuples():
+    for row, class_name, score, mistake in table[["class", "score", "kind"]].itertuples():
         number = detections.image_ids[row]
-        title = f"{class_name} {score:.2f}\n{kind}"
+        title = f"{class_name} {score:.2f}\n{mistake}"
         annotated = truth[truth.image_ids == number]
         panels.append((cell_images[number - 1].image, title, Cells.empty(), annotated))
     fig, axes = _image_panels(panels, 4, 2.9)
@@ -158,11 +160,11 @@ def found_and_missed(
     matches: Matches,
     score_threshold: float,
 ) -> Figure:
-    """One image at a score threshold: annotated cells (missed ones dashed) beside detections (wrong
-    ones dashed). The title gives precision, recall and F1 of all images.
+    """Show one image at a score threshold: annotated cells (missed ones dashed) beside detections
+    (wrong ones dashed). The title gives precision, recall and F1 over all images.
 
     ``truth`` and ``detections`` are those of all images, in the order of ``matches``; ``number`` is
-    the image's id in them. Detections below ``score_threshold`` do not count.
+    the image's id in them. Detections below ``score_threshold`` are left out.
     """
     missed = ~(matches.truths["score"] >= score_threshold).to_numpy()
     wrong = ~matches.detections["matched"].to_numpy()
@@ -183,9 +185,9 @@ def found_and_missed(
 
 
 def border_strip(cell_image: CellImage, truth: Cells, at_border: Cells, title: str) -> Figure:
-    """The annotated cells of an image beside its detections near the border, under ``title``.
+    """Show an image's annotated cells beside its detections at the border; ``title`` names these.
 
-    Of a large image a window of ``VIEW_PX`` around the highest-scored of these detections is shown.
+    Of a large image, only ``VIEW_PX`` around the highest-scored of these detections are shown.
     """
     panels = [
         (cell_image.image, f"{cell_image.image_id[:8]}: {len(truth)} annotated", truth),
@@ -200,13 +202,13 @@ def border_strip(cell_image: CellImage, truth: Cells, at_border: Cells, title: s
 def before_and_after(
     cell_image: CellImage, before: Cells, labels: np.ndarray, class_names: Sequence[str]
 ) -> Figure:
-    """An image, its detections as predicted (they may overlap), and the final label image, coloured
-    by class. Of a large image the middle ``VIEW_PX`` are shown.
+    """Show an image, its detections ``before`` post-processing (they may overlap), and the final
+    label image, coloured by class. Of a large image, the middle ``VIEW_PX`` are shown.
 
-    ``before`` are the detections; ``labels`` is the label image, uint [H, W], 0 = background, 1..N
-    = the cells, whose classes are ``class_names``.
+    ``labels`` is the label image, uint [H, W]: 0 = background, 1..N = the cells, whose classes are
+    ``class_names``.
     """
-    from skimage.segmentation import find_boundaries  # takes 0.1 s, which no other figure needs
+    from skimage.segmentation import find_boundaries  # imported here, since it takes 0.1 s
 
     colours = to_rgba_array(["black", *(CLASS_COLORS[name] for name in class_names)])[:, :3]
     picture = colours[np.where(find_boundaries(labels, mode="inner"), 0, labels)]
@@ -221,8 +223,8 @@ def before_and_after(
 
 
 def recipe_gallery(cell_image: CellImage, recipes: Mapping[str, Sequence], seed: int) -> Figure:
-    """One column a recipe (name -> steps, as ``augment.RECIPES``): the middle of an image in three
-    random augmentations, with its cells. The rows have the seeds ``seed``, ``seed + 1``, ...
+    """Show the middle of an image, with its cells, in three random augmentations: one column per
+    recipe (name -> steps, as in ``augment.RECIPES``), rows with seeds ``seed``, ``seed + 1``, ...
     """
     import torch
 
@@ -233,19 +235,19 @@ def recipe_gallery(cell_image: CellImage, recipes: Mapping[str, Sequence], seed:
     pixels = (cell_image.image[window], cell_image.label_maps[window])
     image, label_maps = (torch.from_numpy(part.copy()) for part in pixels)
     panels = []
-    for draw in range(3):
+    for row in range(3):
         for name, recipe in recipes.items():
-            changed, moved = augment(image, label_maps, recipe, seed + draw)
-            title = "" if draw else textwrap.fill(name.replace("_", " "), 12)
-            panels.append((changed.numpy(), title, find_cells(moved.numpy())))
+            new_image, new_maps = augment(image, label_maps, recipe, seed + row)
+            title = "" if row else textwrap.fill(name.replace("_", " "), 12)
+            panels.append((new_image.numpy(), title, find_cells(new_maps.numpy())))
     fig, axes = _image_panels(panels, len(recipes), 1.45)
-    for draw, ax in enumerate(axes[:: len(recipes)], 1):
-        ax.set_ylabel(f"draw {draw}")
+    for row, ax in enumerate(axes[:: len(recipes)], 1):
+        ax.set_ylabel(f"draw {row}")
     return fig
 
 
 def outlines(mask: BoxMask) -> list[np.ndarray]:
-    """The closed outlines of a mask, each float64 [n, 2] of x, y px; pixel centres are whole."""
+    """Find the closed outlines of a mask, each float64 [n, 2]: x, y px, whole at pixel centres."""
     lines = find_contours(np.pad(mask.mask, 1).astype(float), 0.5)
     return [line[:, ::-1] - 1 + (mask.x0, mask.y0) for line in lines]
 
@@ -254,20 +256,22 @@ def outlines(mask: BoxMask) -> list[np.ndarray]:
 
 
 def seldom(draw: Callable[[pd.DataFrame], None]) -> Callable[[pd.DataFrame], None]:
-    """``draw``, called at most every ``REDRAW_S`` seconds: a figure can take as long as a step."""
-    drawn = -math.inf
+    """Throttle ``draw``: of the calls of the result, those sooner than ``REDRAW_S`` seconds after
+    the last one passed on are ignored. (A figure can take as long as a training step.)
+    """
+    last_call_s = -math.inf
 
-    def call(history: pd.DataFrame) -> None:
-        nonlocal drawn
-        if time.monotonic() - drawn > REDRAW_S:
+    def throttled(history: pd.DataFrame) -> None:
+        nonlocal last_call_s
+        if time.monotonic() - last_call_s > REDRAW_S:
             draw(history)
-            drawn = time.monotonic()
+            last_call_s = time.monotonic()
 
-    return call
+    return throttled
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
-    """Training and validation loss and validation AP50 by epoch, of a run's ``history``."""
+    """Plot training loss, validation loss and validation AP50 by epoch, from a run's history."""
     fig, (left, right) = new_figure(1, 2, 3.4, sharex=True)
     validated = history.dropna(subset="validation_loss")
     draw_by_epoch(left, history, "loss", BLUE, label="training")
@@ -280,7 +284,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
 
 
 def loss_parts(history: pd.DataFrame) -> Figure:
-    """The five training losses by epoch, of a run's ``history``."""
+    """Plot the five training losses by epoch, from a run's history."""
     fig, ax = new_figure(1, 1, 3.4)
     colours = (BLUE, RED, GREEN, PURPLE, "0.1")
     for (name, label), colour, mark in zip(LOSS_LABELS.items(), colours, MARKS, strict=False):
@@ -294,18 +298,19 @@ def loss_parts(history: pd.DataFrame) -> Figure:
 
 
 def precision_recall(curves: pd.DataFrame, counts: dict[float, dict[str, Counts]]) -> Figure:
-    """The precision-recall curve of each class (of ``metrics.precision_recall_curves``), and its
-    points at some score thresholds; a point may lie below its curve, which is COCO's envelope.
+    """Plot the precision-recall curve of each class (from ``metrics.precision_recall_curves``) and
+    its points at some score thresholds.
 
-    ``counts``: score threshold -> counts of ``metrics.count_matches``; at most ``len(MARKS)``.
+    ``counts``: score threshold -> ``metrics.count_matches``; at most ``len(MARKS)``. A point may
+    lie below the curve, in which precision is, as in COCO, the highest at this recall or beyond.
     """
     fig, ax = new_figure(1, 1, 4.6)
     averages = curves.groupby("class", sort=False)["precision"].mean()
     for name, average in averages.dropna().items():
         color = CLASS_COLORS[name]
-        reached = curves[(curves["class"] == name) & (curves["precision"] > 0)]
+        curve = curves[(curves["class"] == name) & (curves["precision"] > 0)]
         label = f"{name}: {average:.2f}"
-        ax.plot(reached["recall"], reached["precision"], color=color, label=label)
+        ax.plot(curve["recall"], curve["precision"], color=color, label=label)
         for mark, count in zip(MARKS, counts.values(), strict=False):
             point = (count[name].recall, count[name].precision)
             ax.plot(*point, mark, color=color, markeredgecolor="0.1")
@@ -318,12 +323,12 @@ def precision_recall(curves: pd.DataFrame, counts: dict[float, dict[str, Counts]
 
 
 def score_histograms(matches: Matches) -> Figure:
-    """Scores of each class's detections: those that match a cell (blue), on top others (grey)."""
+    """Plot stacked histograms of scores by class: matched detections (blue) and others (grey)."""
     fig, axes = new_figure(2, 2, 5.6, sharex=True)
     labels = {"matches an annotated cell": BLUE, "matches none": "0.75"}
     for ax, (class_id, name) in zip(axes.flat, matches.class_names.items(), strict=True):
-        found = matches.detections[matches.detections["class_id"] == class_id]
-        parts = [found.loc[found["matched"] == is_match, "score"] for is_match in (True, False)]
+        rows = matches.detections[matches.detections["class_id"] == class_id]
+        parts = [rows.loc[rows["matched"] == is_match, "score"] for is_match in (True, False)]
         ax.hist(parts, np.linspace(0, 1, 41), stacked=True, color=list(labels.values()))
         ax.set_title(f"{name}: {len(parts[0])} matched, {len(parts[1])} not")
         ax.set(xlim=(0, 1), ylim=(0, max(1, ax.get_ylim()[1])), ylabel="detections")
@@ -335,9 +340,9 @@ def score_histograms(matches: Matches) -> Figure:
 
 
 def threshold_sweep(table: pd.DataFrame) -> Figure:
-    """AP, precision, recall and F1 over the score threshold, of a table of ``thresholds.sweep``."""
-    average = next(column for column in table if column.startswith("AP"))
-    rows = table.melt(["class", "score_threshold"], [average, "precision", "recall", "F1"])
+    """Plot AP, precision, recall and F1 over the score threshold, from ``thresholds.sweep``."""
+    ap_column = next(column for column in table if column.startswith("AP"))
+    rows = table.melt(["class", "score_threshold"], [ap_column, "precision", "recall", "F1"])
     panels = {"col": "variable", "col_wrap": 2, "height": 2.7, "aspect": 1.6}
     lines = {"kind": "line", "hue": "class", "palette": ALL_COLORS, "marker": "o", "markersize": 4}
     grid = _relplot(rows, x="score_threshold", y="value", **panels, **lines)
@@ -346,12 +351,12 @@ def threshold_sweep(table: pd.DataFrame) -> Figure:
 
 
 def reliability_diagram(table: pd.DataFrame, errors: pd.Series) -> Figure:
-    """Matched share over score, by class, and the number of detections of each point; bins with
-    fewer than ``FEWEST_IN_BIN`` detections are left out.
+    """Plot the share of matched detections over their score for each class, and below it how many
+    detections each point stands for; bins with fewer than ``FEWEST_IN_BIN`` are left out.
 
     Args:
-        table: of ``thresholds.reliability``.
-        errors: expected calibration error by class, for the legend.
+        table: from ``thresholds.reliability``.
+        errors: expected calibration error of each class, for the legend.
     """
     fig, (ax, below) = new_figure(2, 1, 5.6, sharex=True, height_ratios=(3, 1))
     ax.plot([0, 1], [0, 1], ":", color="0.6", label="if scores were probabilities")
@@ -372,9 +377,8 @@ def reliability_diagram(table: pd.DataFrame, errors: pd.Series) -> Figure:
 
 
 def predicted_against_true_counts(counts: dict[str, pd.DataFrame]) -> Figure:
-    """Predicted over annotated cells of each image, one panel a class; the dotted line is equality.
-
-    ``counts``: name of a way to choose the threshold -> table of ``thresholds.cell_counts``.
+    """Plot predicted over annotated cells of each image, one panel per class, with a dotted line
+    where both are equal. ``counts``: how thresholds were chosen -> ``thresholds.cell_counts``.
     """
     rows = pd.concat(counts, names=["threshold"]).reset_index("threshold")
     free_axes = {"sharex": False, "sharey": False}
@@ -394,18 +398,18 @@ def predicted_against_true_counts(counts: dict[str, pd.DataFrame]) -> Figure:
 def sizes_against_anchors(
     sizes: Mapping[str, pd.Series], anchors: Mapping[str, Sequence[float]], columns: int = 2
 ) -> Figure:
-    """Histograms of the cells' sizes, with a line at each anchor size.
+    """Plot histograms of cell sizes, with a line at each anchor size.
 
     Args:
         sizes: title (or class name) -> size of each cell, px: the square root of its area.
-        anchors: label -> sizes of up to two sets of anchors, px.
-        columns: panels side by side.
+        anchors: label -> anchor sizes, px; at most two sets.
+        columns: number of panels side by side.
     """
     rows = math.ceil(len(sizes) / columns)
     fig, axes = new_figure(rows, columns, 2.2 * rows + 0.6, sharex=True, squeeze=False)
     styles = dict(zip(anchors, ({"color": BLUE}, {"color": RED, "ls": "--"}), strict=False))
-    every = np.concatenate([*sizes.values(), *anchors.values()])
-    bins = np.geomspace(every.min() / 1.1, every.max() * 1.1, 45)
+    all_sizes = np.concatenate([*sizes.values(), *anchors.values()])
+    bins = np.geomspace(all_sizes.min() / 1.1, all_sizes.max() * 1.1, 45)
     for ax, (title, values) in zip(axes.flat, sizes.items(), strict=False):
         ax.hist(values, bins, color=CLASS_COLORS.get(title, "0.75"))
         for label, style in styles.items():
@@ -422,8 +426,8 @@ def sizes_against_anchors(
 
 
 def border_contact(contacts: dict[str, pd.DataFrame]) -> Figure:
-    """Cells at the border over the number expected by chance, by class, with the interval of chance
-    (grey); one panel for each title and its table of ``borders.border_contact``.
+    """Plot the number of cells at the border divided by the number expected by chance, by class,
+    over its 95 % interval by chance (grey). ``contacts``: title -> ``borders.border_contact``.
     """
     fig, axes = new_figure(1, len(contacts), 3.4, sharey=True, squeeze=False)
     for ax, (title, table) in zip(axes[0], contacts.items(), strict=True):
@@ -448,10 +452,10 @@ def border_contact(contacts: dict[str, pd.DataFrame]) -> Figure:
 
 
 def new_figure(rows: int, columns: int, height_in: float, **options: Any) -> tuple[Figure, Any]:
-    """``plt.subplots`` of the notebooks' width, closed."""
+    """Make ``plt.subplots`` of the notebooks' width, closed so that no notebook shows it twice."""
     size = (WIDTH_IN, height_in)
     fig, axes = plt.subplots(rows, columns, figsize=size, dpi=DPI, layout="constrained", **options)
-    fig.add_artist(Line2D([0, 1], [0, 0], alpha=0))  # a notebook's crop leaves the width as it is
+    fig.add_artist(Line2D([0, 1], [0, 0], alpha=0))  # keeps the width under bbox_inches="tight"
     plt.close(fig)
     return fig, axes
 
@@ -459,7 +463,7 @@ def new_figure(rows: int, columns: int, height_in: float, **options: Any) -> tup
 def draw_by_epoch(
     ax: Axes, table: pd.DataFrame, column: str, color: str, marker: str = "o", **style: Any
 ) -> None:
-    """A line of a column over ``epoch``, with marks if the epochs are few."""
+    """Draw a line of a column over ``epoch``, with markers for fewer than 25 rows."""
     marker = marker if len(table) < 25 else ""
     ax.plot(table["epoch"], table[column], color=color, marker=marker, markersize=4, **style)
     ax.set_xlabel("epoch")
@@ -467,7 +471,7 @@ def draw_by_epoch(
 
 
 def _relplot(rows: pd.DataFrame, **options: Any) -> Any:
-    """seaborn's grid of panels, its figure closed."""
+    """Make seaborn's ``relplot`` and close its figure."""
     import seaborn as sns
 
     grid = sns.relplot(rows, **options).set_titles("{col_name}")
@@ -479,8 +483,8 @@ def _relplot(rows: pd.DataFrame, **options: Any) -> Any:
 def _image_panels(
     panels: Sequence[tuple], columns: int, row_height_in: float
 ) -> tuple[Figure, list[Axes]]:
-    """Images in rows. A panel is an image, a title and, to be outlined in the colours of their
-    classes, cells and other cells whose outlines are dashed.
+    """Show images in rows. A panel is a tuple: image, title, and optionally cells to outline (in
+    the colours of their classes) and cells to outline with dashes.
     """
     rows = max(1, math.ceil(len(panels) / columns))
     fig, axes = new_figure(rows, columns, row_height_in * rows + 0.5, squeeze=False)
@@ -497,6 +501,7 @@ def _image_panels(
 
 
 def _outline(ax: Axes, cells: Cells, linewidth: float = 1.3, linestyle: Any = "-") -> None:
+    """Outline cells in the colours of their classes; the limits of the axes stay as they are."""
     for class_id, name in enumerate(CLASS_NAMES, 1):
         masks = cells[cells.labels == class_id].masks
         lines = [line for mask in masks for line in outlines(mask)]
@@ -505,13 +510,13 @@ def _outline(ax: Axes, cells: Cells, linewidth: float = 1.3, linestyle: Any = "-
 
 
 def _view(axes: Sequence[Axes], centre: np.ndarray, cell_image: CellImage) -> None:
-    """Show at most ``VIEW_PX`` around ``centre`` (x, y px) of an image, without leaving it."""
-    size = np.array(cell_image.image.shape[:0:-1])
+    """Limit axes to ``VIEW_PX`` around ``centre`` (x, y px), or less, without leaving the image."""
+    size = np.array(cell_image.image.shape[:0:-1])  # width, height
     start = np.clip(centre - VIEW_PX / 2, 0, np.maximum(size - VIEW_PX, 0)) - 0.5
     (left, top), (right, bottom) = start, np.minimum(start + VIEW_PX, size - 0.5)
     for ax in axes:
         ax.set(xlim=(left, right), ylim=(bottom, top))
 
 
-def _legend(fig: Figure, handles: list[Any]) -> None:
+def _legend(fig: Figure, handles: list[Any]) -> None:  # in one row below the panels
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
