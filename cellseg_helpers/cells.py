@@ -1,7 +1,7 @@
-"""``Cells``: the one type for cells, found by a model or annotated. numpy and pycocotools.
+"""``Cells``: the one type for cells, detected or annotated. numpy and pycocotools.
 
-A cell is a box, a class, a score and a mask, stored in its tight box. Run-length encodings (RLE)
-exist only in files (``Cells.from_coco``, ``Cells.to_coco``) and where COCO's tools ask for them.
+A cell has a box, a class, a score and a mask, which is stored in its tight box. Run-length
+encodings (RLE) are used only in files (``Cells.from_coco``, ``to_coco``) and for COCO's tools.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
-CLASS_NAMES = ("epithelial", "lymphocyte", "neutrophil", "macrophage")  # class_id k: [k - 1]
+CLASS_NAMES = ("epithelial", "lymphocyte", "neutrophil", "macrophage")  # of class ids 1..4
 
 
 class BoxMask(NamedTuple):
     """A binary mask in its tight box.
 
     Attributes:
-        mask: bool [h, w]; every side of it has a pixel. Shape (0, 0) where the mask is empty.
+        mask: bool [h, w]; each of its four sides holds a True. An empty mask has the shape (0, 0).
         x0, y0: column and row of its top left pixel in the image.
     """
 
@@ -28,7 +28,7 @@ class BoxMask(NamedTuple):
 
     @classmethod
     def around(cls, mask: np.ndarray, x0: int = 0, y0: int = 0) -> "BoxMask":
-        """The tight mask of ``mask``, bool [h, w] with its top left pixel at (x0, y0).
+        """Cut a mask, bool [h, w] with its top left pixel at (x0, y0), to its tight box.
 
         >>> BoxMask.around(np.array([[0, 0, 0], [0, 1, 1]], bool), x0=10, y0=20)
         BoxMask(mask=array([[ True,  True]]), x0=11, y0=21)
@@ -44,14 +44,14 @@ class BoxMask(NamedTuple):
 class Cells:
     """N cells of one or more images.
 
-    ``len(cells)`` is N, ``cells[rows]`` selects by a mask, by indices or by a slice.
+    ``len(cells)`` is N. ``cells[rows]`` selects rows by a boolean array, indices or a slice.
 
     Attributes:
         image_ids: int64 [N].
         sizes: int64 [N, 2], height and width of each cell's image, px.
         labels: int64 [N], class ids 1..K.
         scores: float64 [N], 0..1; 1 for annotated cells.
-        boxes: float64 [N, 4], x1, y1, x2, y2 px: the model's box, or the mask's.
+        boxes: float64 [N, 4], x1, y1, x2, y2 px: the model's box or the mask's tight box.
         masks: N masks, each inside its image.
     """
 
@@ -66,14 +66,14 @@ class Cells:
         return len(self.labels)
 
     def __getitem__(self, rows: np.ndarray | Sequence[int] | slice) -> "Cells":
-        rows = rows if isinstance(rows, slice) or len(rows) else slice(0)
+        rows = rows if isinstance(rows, slice) or len(rows) else slice(0)  # numpy wants N bools
         index = np.arange(len(self))[rows]
         arrays = (self.image_ids, self.sizes, self.labels, self.scores, self.boxes)
         return Cells(*(array[index] for array in arrays), [self.masks[row] for row in index])
 
     @classmethod
     def concatenate(cls, parts: Iterable["Cells"]) -> "Cells":
-        """All cells of some parts, in their order."""
+        """All cells of several ``Cells``, in the given order."""
         parts = [cls.empty(), *parts]
         names = ("image_ids", "sizes", "labels", "scores", "boxes")
         arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
@@ -94,7 +94,7 @@ class Cells:
         boxes: np.ndarray | None = None,
         image_id: int = 1,
     ) -> "Cells":
-        """The cells of one image; without ``scores`` 1 each, without ``boxes`` the masks' own."""
+        """The cells of one image. ``scores`` are 1 by default, ``boxes`` the masks' tight boxes."""
         cells = cls(
             image_ids=np.full(len(masks), image_id, np.int64),
             sizes=np.full((len(masks), 2), (height, width), np.int64),
@@ -107,13 +107,13 @@ class Cells:
 
     @classmethod
     def from_coco(cls, rows: Sequence[Mapping[str, Any]]) -> "Cells":
-        """COCO results or annotations whose masks are RLEs (``segmentation``: size, counts).
+        """Read COCO results or annotations whose masks are RLEs (``segmentation``: size, counts).
 
-        Without a ``bbox`` the mask's box is taken, without a ``score`` 1.
+        A missing ``bbox`` becomes the mask's tight box, a missing ``score`` 1.
         """
         masks = [decode_mask(row["segmentation"]) for row in rows]
-        own_boxes = [(mask.x0, mask.y0, *mask.mask.shape[::-1]) for mask in masks]
-        boxes = [row.get("bbox", own) for row, own in zip(rows, own_boxes, strict=True)]
+        tight_boxes = [(mask.x0, mask.y0, *mask.mask.shape[::-1]) for mask in masks]
+        boxes = [row.get("bbox", tight) for row, tight in zip(rows, tight_boxes, strict=True)]
         boxes = np.array(boxes, np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         return cls(
@@ -126,48 +126,48 @@ class Cells:
         )
 
     def to_coco(self) -> list[dict[str, Any]]:
-        """COCO results; a ``bbox`` is x, y, width, height px, a ``segmentation`` an RLE."""
-        sides = np.hstack([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]])
-        columns = (self.image_ids, sides, self.scores, self.labels)
+        """Convert to COCO results: ``bbox`` is x, y, width, height px, ``segmentation`` an RLE."""
+        bboxes = np.hstack([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]])
+        columns = (self.image_ids, bboxes, self.scores, self.labels)
         rows = zip(*(column.tolist() for column in columns), self.to_rles(), strict=True)
         names = ("image_id", "bbox", "score", "category_id", "segmentation")
         return [dict(zip(names, row, strict=True)) for row in rows]
 
     def to_rles(self) -> list[dict[str, Any]]:
-        """The masks' run-length encodings."""
+        """COCO's run-length encodings of the masks."""
         pairs = zip(self.masks, self.sizes.tolist(), strict=True)
         return [encode_mask(mask, *size) for mask, size in pairs]
 
     @property
     def area_px(self) -> np.ndarray:
-        """int64 [N], pixels of each mask."""
+        """The number of pixels of each mask: int64 [N]."""
         return np.array([np.count_nonzero(mask.mask) for mask in self.masks], np.int64)
 
     @property
     def mask_boxes(self) -> np.ndarray:
-        """int64 [N, 4], the masks' tight boxes x1, y1, x2, y2 px; all 0 for an empty mask."""
+        """The masks' tight boxes x1, y1, x2, y2 px, all 0 for an empty mask: int64 [N, 4]."""
         corners = [(x, y, x + mask.shape[1], y + mask.shape[0]) for mask, x, y in self.masks]
         return np.array(corners, np.int64).reshape(-1, 4)
 
     def with_masks(self, masks: Mapping[int, BoxMask]) -> "Cells":
-        """The cells with some masks, and the boxes of these rows, replaced; then without the cells
-        whose mask is empty.
+        """A copy with the masks of some rows replaced (``masks``: by row), and these rows' boxes by
+        the new masks' tight boxes; cells whose mask is empty are dropped.
         """
         changed = replace(self, masks=[masks.get(row, old) for row, old in enumerate(self.masks)])
-        is_new = np.isin(np.arange(len(self)), list(masks))
-        boxes = np.where(is_new[:, None], changed.mask_boxes, self.boxes)
+        is_changed = np.isin(np.arange(len(self)), list(masks))
+        boxes = np.where(is_changed[:, None], changed.mask_boxes, self.boxes)
         return replace(changed, boxes=boxes)[changed.area_px > 0]
 
 
 def mask_iou(cells: Cells, others: Cells) -> np.ndarray:
-    """Mask IoU of each cell with each of others, all of one image: float64 [N, M]."""
+    """Mask IoU of each of N cells with each of M others, all of one image: float64 [N, M]."""
     iou = coco_mask.iou(cells.to_rles(), others.to_rles(), [0] * len(others))
     return np.reshape(iou, (len(cells), len(others)))
 
 
 def encode_mask(mask: BoxMask, height: int, width: int) -> dict[str, Any]:
-    """COCO's run-length encoding of a mask in an otherwise empty image: the bytes of
-    ``pycocotools.mask.encode``, its oracle, without an array of the image's size.
+    """COCO's run-length encoding of a mask in an image that is otherwise empty. The tests compare
+    it with ``pycocotools.mask.encode``, which needs an array of the image's size.
 
     Returns:
         ``{"size": [height, width], "counts": str}``.
@@ -184,7 +184,8 @@ def encode_mask(mask: BoxMask, height: int, width: int) -> dict[str, Any]:
             f"a {rows} x {columns} px mask at x {x0}, y {y0} reaches outside its "
             f"{height} x {width} px image"
         )
-    line = np.zeros(columns * height + 2, bool)  # the box's columns, and a pixel at either end
+    # The image's columns at the box, one below the other, with a False at either end.
+    line = np.zeros(columns * height + 2, bool)
     line[1:-1].reshape(columns, height)[:, y0 : y0 + rows] = mask.mask.T
     changes = np.flatnonzero(line[1:] != line[:-1]) + x0 * height
     lengths = np.diff(np.concatenate([[0], changes, [height * width]]))
@@ -194,9 +195,9 @@ def encode_mask(mask: BoxMask, height: int, width: int) -> dict[str, Any]:
 
 
 def decode_mask(rle: Mapping[str, Any]) -> BoxMask:
-    """The mask of an RLE (``size``; ``counts``, str or bytes, well formed) in its tight box.
+    """The mask of a valid RLE (``size``; ``counts``, str or bytes) in its tight box.
 
-    Only the box's columns are decoded; the oracle is ``pycocotools.mask.decode``.
+    Decodes only the box's columns. The tests compare it with ``pycocotools.mask.decode``.
 
     >>> decode_mask({"size": [5, 6], "counts": "6230009"})[1:]
     (1, 1)
@@ -212,9 +213,10 @@ def decode_mask(rle: Mapping[str, Any]) -> BoxMask:
 def run_lengths(counts: str | bytes) -> np.ndarray:
     """The run lengths in COCO's compressed counts: int64 [R], background and mask in turn.
 
-    Each number stands in groups of 5 bits, lowest first, as characters from "0" on; bit 32 says
-    that more groups follow, bit 16 of the last that the number is negative. From the fourth on,
-    a number is the difference to the one two before it (``rleFrString`` of the COCO API).
+    Each number is written in groups of 5 bits, lowest first, each group as one character:
+    ``chr(48 + group)``. Adding 32 to a group says that another follows; 16 set in the last group
+    says that the number is negative. From the fourth run on, the number is the run's length minus
+    that of the run two before (``rleFrString`` of the COCO API).
 
     >>> run_lengths("6230009").tolist()
     [6, 2, 3, 2, 3, 2, 12]

@@ -1,8 +1,9 @@
 """The named augmentation recipes. A step that moves cells moves image and label maps together.
 
-Images are sampled bilinearly, label maps by nearest neighbour, so ids are never mixed (and exact
-below 2^24). No transform folds or tears a cell; pieces may come off only where a cell is a pixel or
-two thin, or cut by the image's edge. All randomness comes from torch's default generator.
+Images are sampled bilinearly, label maps by nearest neighbour: ids are never mixed (they pass
+through float32, which is exact below 2^24). No transform folds or tears a cell; a cell can fall
+into pieces only where it is a pixel or two thin or meets the image's edge. All random numbers come
+from torch's default generator.
 """
 
 import math
@@ -17,22 +18,22 @@ BILINEAR, NEAREST = v2.InterpolationMode.BILINEAR, v2.InterpolationMode.NEAREST_
 
 
 class QuarterTurn(v2.Transform):
-    """A turn by 0, 90, 180 or 270 degrees, equally likely: tissue has no upright direction."""
+    """A turn by 0, 90, 180 or 270 degrees, equally likely: no direction in tissue is "up"."""
 
     def make_params(self, flat_inputs):
         return {"turns": int(torch.randint(4, ()))}
 
     def transform(self, inpt, params):
-        turned = torch.rot90(inpt, params["turns"], (-2, -1)).contiguous()  # faster to work on
+        turned = torch.rot90(inpt, params["turns"], (-2, -1)).contiguous()  # later steps are faster
         return tv_tensors.wrap(turned, like=inpt)
 
 
 class OnWhite(v2.Transform):
-    """A transform with white, unlabelled pixels where it samples outside the image.
+    """Applies ``inner``; pixels from outside the image become white and unlabelled.
 
-    White is the bare glass of a slide; mirrored tissue would show cells without labels. The inner
-    transform gets the image's negative, outside which it samples 0, the negative of white:
-    torchvision's ``fill`` would leave a grey line along the edge.
+    White is the bare glass of a slide; mirrored tissue would show cells without labels. ``inner``
+    fills with 0. So it gets the image's negative, in which 0 means white. (torchvision's ``fill``
+    would leave a grey line along the edge.)
     """
 
     def __init__(self, inner: v2.Transform):
@@ -47,12 +48,12 @@ class OnWhite(v2.Transform):
 class ResizedCrop(v2.Transform):
     """A crop at a random position, stretched back to the size of the image.
 
-    torchvision's ``RandomResizedCrop`` has one fixed output size, draws the crop's shape without
+    torchvision's ``RandomResizedCrop`` has one fixed output size, chooses the crop's shape without
     regard to the image's, and samples masks half a pixel off.
 
     Args:
-        area: range of the crop's share of the image's area, drawn uniformly; up to 1.
-        ratio: range of the crop's width over height, relative to the image's, drawn uniformly on a
+        area: range of the crop's area as a share of the image's, sampled uniformly; up to 1.
+        ratio: range of the crop's width / height, divided by the image's, sampled uniformly on a
             log scale. A side longer than the image's is cut to it; area and ratio stay in their
             ranges if ``ratio`` contains 1.
     """
@@ -65,7 +66,7 @@ class ResizedCrop(v2.Transform):
         size = v2.query_size(flat_inputs)
         area, ratio = _uniform(*self.area), math.exp(_uniform(*map(math.log, self.ratio)))
         shares = zip((area / ratio, area * ratio), size, strict=True)
-        height, width = (max(round(min(math.sqrt(s), 1) * length), 1) for s, length in shares)
+        height, width = (max(round(min(math.sqrt(share), 1) * side), 1) for share, side in shares)
         top = int(torch.randint(size[0] - height + 1, ()))
         left = int(torch.randint(size[1] - width + 1, ()))
         return {"top": top, "left": left, "height": height, "width": width, "size": list(size)}
@@ -77,7 +78,10 @@ class ResizedCrop(v2.Transform):
 
 
 class Displacement(v2.Transform):
-    """Samples each pixel ``displacement`` away: float [1, H, W, 2], x and y in half sides."""
+    """Base class: takes each pixel from where the parameter ``displacement`` points.
+
+    ``displacement``: float [1, H, W, 2], x and y in halves of the image's sides.
+    """
 
     def transform(self, inpt, params):
         return v2.functional.elastic(inpt, params["displacement"])
@@ -86,17 +90,17 @@ class Displacement(v2.Transform):
 class ElasticDistortion(Displacement):
     """A smooth random displacement: cubic B-splines over a grid of control points.
 
-    It is one to one, so that no cell is folded or torn, as long as no control point moves by 0.48
-    of the grid's spacing or more (Choi and Lee, Injectivity conditions of 2D and 3D uniform cubic
+    It is one to one, so that no cell is folded or torn, if every control point moves by less than
+    0.48 of the grid's spacing (Choi and Lee, Injectivity conditions of 2D and 3D uniform cubic
     B-spline functions, Graphical Models 62, 2000).
 
     Args:
-        displacement_px: largest move of a control point in x and in y, drawn uniformly; the root
-            mean square of the pixels' moves is a quarter of it in each.
-        spacing_px: of the control points.
+        displacement_px: a control point moves by up to this in x and in y, sampled uniformly; the
+            root mean square of the pixels' moves in x (or y) is a quarter of it.
+        spacing_px: distance of neighbouring control points.
 
     Raises:
-        ValueError: a displacement that could fold.
+        ValueError: ``displacement_px`` is so large that cells could fold.
     """
 
     def __init__(self, displacement_px: float, spacing_px: int):
@@ -114,20 +118,20 @@ class ElasticDistortion(Displacement):
         return {"displacement": (rows @ moves @ columns.T).permute(1, 2, 0)[None] / sides}
 
     def _weights(self, length: int) -> Tensor:
-        """Share of each control point in each pixel's move on one axis: float [pixels, points]."""
+        """The weight of each control point in each pixel's move on one axis: [pixels, points]."""
         points = torch.arange((length - 1) // self.spacing_px + 4)
         distance = (torch.arange(length)[:, None] / self.spacing_px + 1 - points).abs()
         return ((2 - distance).clamp(0) ** 3 - 4 * (1 - distance).clamp(0) ** 3) / 6
 
 
 class GridDistortion(Displacement):
-    """Columns and rows of a grid stretched or squeezed, with the image's edges fixed, as
-    albumentations' ``GridDistortion`` (normalised).
+    """Stretches or squeezes each column and row of a grid; the image's edges stay where they are.
+    Same as albumentations' ``GridDistortion`` (normalised).
 
     Args:
         steps: number of columns, and of rows.
-        limit: below 1. The width of each is multiplied by a factor in 1 +- ``limit``, drawn
-            uniformly; then all are scaled to fit the image.
+        limit: below 1. Each width (height) is multiplied by a factor sampled uniformly from 1 +-
+            ``limit``; then all are scaled to fit the image.
     """
 
     def __init__(self, steps: int, limit: float):
@@ -140,6 +144,7 @@ class GridDistortion(Displacement):
         return {"displacement": torch.stack(torch.broadcast_tensors(x, y[:, None]), -1)[None]}
 
     def _shifts(self, length: int) -> Tensor:
+        """The displacement of each pixel on one axis, linear between the grid's lines."""
         widths = 1 + (2 * torch.rand(self.steps) - 1) * self.limit
         ends = widths.cumsum(0) / widths.sum()
         moves = nn.functional.pad(ends[:-1] - torch.arange(1, self.steps) / self.steps, (1, 1))
@@ -150,9 +155,9 @@ class GridDistortion(Displacement):
 
 
 class GaussianNoise(v2.Transform):
-    """Normal noise on each channel of each pixel, ``std`` on a scale of 0 to 1.
+    """Adds normal noise to each channel of each pixel; ``std`` is on a scale of 0 to 1.
 
-    torchvision's ``GaussianNoise`` rounds on uint8 towards 0, which turns a standard deviation of
+    On uint8 torchvision's ``GaussianNoise`` rounds towards 0, which turns a standard deviation of
     0.02 into 0.0185.
     """
 
@@ -168,7 +173,7 @@ class GaussianNoise(v2.Transform):
 
 
 class Gamma(v2.Transform):
-    """Intensities on a scale of 0 to 1, raised to a power drawn uniformly from a range."""
+    """Raises intensities (on a scale of 0 to 1) to a power sampled uniformly from a range."""
 
     def __init__(self, low: float, high: float):
         super().__init__()
@@ -187,7 +192,7 @@ def _uniform(low: float, high: float) -> float:
 
 
 def _with(p: float, *transforms: v2.Transform) -> v2.RandomApply:
-    """With probability ``p`` one of the transforms, all equally likely."""
+    """Applies, with probability ``p``, one of the transforms, each equally likely."""
     one = transforms[0] if len(transforms) == 1 else v2.RandomChoice(transforms)
     return v2.RandomApply([one], p)
 
@@ -197,16 +202,16 @@ BASIC = [*FLIPS, _with(0.5, QuarterTurn())]
 ROTATION = OnWhite(v2.RandomRotation((-15, 15), BILINEAR, fill=None))
 ZOOM = OnWhite(v2.RandomAffine(0, scale=(0.85, 1.15), interpolation=BILINEAR, fill=None))
 
-# The numbers of a ColorJitter are its ranges of brightness, contrast, saturation and hue.
+# The arguments of ColorJitter are the ranges of brightness, contrast, saturation and hue.
 RECIPES = {
     "none": [],
     "flips": FLIPS,
     "flips_turns_stain": [FLIPS[0], QuarterTurn(), _with(0.8, v2.ColorJitter(0.2, 0.2, 0.2, 0.04))],
-    # Published are only the kinds of steps and the 15 degrees. The probabilities are torchvision's
-    # defaults; the strengths of the colour changes are our choice, moderate ones.
+    # Only the sorts of steps and the 15 degrees are published. The probabilities are torchvision's
+    # defaults; the colour changes are our choice, of moderate strength.
     "flip_colour_rotation": [FLIPS[0], v2.ColorJitter(0.2, 0.2, 0.2, 0.05), ROTATION],
-    # As published, but for the colour jitter: its numbers are taken in the order of the names, and
-    # its probability is not legible; 0.3 is the most frequent one in the published table.
+    # As published, except for two guesses at the colour jitter: its numbers are taken in the order
+    # of the names, and its illegible probability as 0.3, the most frequent one in that table.
     "joint_full": [
         v2.RandomHorizontalFlip(p=0.5),
         v2.RandomVerticalFlip(p=0.3),
@@ -218,11 +223,11 @@ RECIPES = {
         _with(0.2, v2.GaussianBlur(3, sigma=(0.1, 1.0))),
         _with(0.3, Gamma(0.8, 1.2)),
     ],
-    # Only the steps are published, no numbers. Probabilities, and ranges that carry over, are
-    # albumentations' defaults: p 0.5 for each step, or for one of several; quarter turns by 0
-    # included; brightness, contrast, saturation +-0.2; hue +-20 of 180; 5 grid steps +-0.3; the
-    # blur of kernels of 3 to 7 px. Its elastic default (alpha 1, sigma 50) moves nothing visibly,
-    # so ours has the size of cells.
+    # Only the steps are published, no numbers. The numbers are albumentations' defaults where they
+    # can be used: probability 0.5 for each step, or for one of several; quarter turns include 0;
+    # brightness, contrast, saturation +-0.2; hue +-20 of 180; 5 grid steps +-0.3; the blur of
+    # kernels of 3 to 7 px. Its default elastic step (alpha 1, sigma 50) has no visible effect;
+    # ours deforms at the scale of cells.
     "basic": BASIC,
     "full": [
         *BASIC,
@@ -236,9 +241,9 @@ RECIPES = {
 def augment(
     image: Tensor, label_maps: Tensor, recipe: Sequence[v2.Transform], seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Image and label maps after a recipe's steps, drawn by ``seed`` alone; torch's generator is
-    left as it was. A quarter turn may swap the sides. The oracle is torchvision on a mask of each
-    instance (``tests/test_oracles.py``).
+    """Apply a recipe's steps to an image and its label maps. All random choices depend on ``seed``
+    alone, and torch's generator is left as it was. A quarter turn may swap the sides. The tests
+    compare the label maps with torchvision's transforms of one mask per instance.
 
     Args:
         image: uint8 [3, H, W]; at least 4 px a side if the recipe blurs.

@@ -1,16 +1,16 @@
-"""Drawn H&E-like tissue in the HW3 layout: the embedded default data set.
+"""Draws synthetic H&E-like tissue in the HW3 layout: the built-in default data set.
 
-A picture is drawn as amounts of three stains (haematoxylin, eosin, red blood cells), which become
-light by Beer-Lambert's law, I = white * 10 ** -(amounts @ stain vectors) (Ruifrok and Johnston,
+An image is drawn as amounts of three stains (haematoxylin, eosin, red blood cells). Beer-Lambert's
+law converts them to light: I = white * 10 ** -(amounts @ stain vectors) (Ruifrok and Johnston,
 "Quantification of histochemical staining by color deconvolution", 2001). The vectors of the first
-two are the reference of Macenko et al., "A method for normalizing histology slides for quantitative
-analysis", 2009: real slides lie nearer to them than to the older ones, whose eosin hardly absorbs
-blue. Each patient has its own shade and strength.
+two are the reference vectors of Macenko et al., "A method for normalizing histology slides for
+quantitative analysis", 2009. (Real slides are closer to them than to the vectors of 2001, whose
+eosin hardly absorbs blue.) Each patient has its own shades and strengths of the stains.
 
-No two instances share a pixel, also across classes: a cell lies beneath those drawn before it.
-Cells that reach the image border are drawn but not annotated (unless asked for), as in the course
-data; such a cell uses up an id, so ids have gaps. All arithmetic is in float64, so that the last
-bits in which processors differ do not reach a pixel.
+No two instances share a pixel, even across classes: a new cell lies beneath those drawn before it.
+As in the course data, cells that reach the image border are drawn but not annotated by default;
+such a cell uses up an id, so ids have gaps. All arithmetic is in float64: the last bits, in which
+processors differ, do not change a pixel.
 """
 
 import csv
@@ -30,7 +30,7 @@ from cellseg_helpers.config import replacing
 
 Array, Rng = np.ndarray, np.random.Generator
 
-VERSION = 2  # raise it when the same seed draws something else
+VERSION = 2  # raise it when the same seed gives other images
 # Optical density of R, G and B for one unit of haematoxylin, eosin, red blood cells.
 STAINS = np.array([[0.563, 0.720, 0.406], [0.216, 0.801, 0.558], [0.06, 0.72, 0.69]])
 TRAIN_PATIENTS, TEST_PATIENTS = 8, 2
@@ -39,14 +39,14 @@ _write = partial(tifffile.imwrite, compression="lzw", metadata=None)
 
 
 class Tissue(NamedTuple):
-    """What an image holds: objects per 100 x 100 px, and shares (0..1) of the ground."""
+    """What an image shows: objects per 100 x 100 px, and shares (0..1) of the background."""
 
-    cells: tuple[float, float, float, float]  # of each class
-    spindles: float
-    red_cells: float
-    nests: float  # epithelium
-    lumen: float  # empty glass
-    margin_px: int  # how far outside the image cells are centred; below 0: only inside, so far in
+    cells: tuple[float, float, float, float]  # objects of each class
+    spindles: float  # objects
+    red_cells: float  # objects
+    nests: float  # share of epithelium
+    lumen: float  # share of empty glass
+    margin_px: int  # centres lie up to this far outside the image (below 0: at least so far inside)
 
 
 TISSUES = {
@@ -56,7 +56,7 @@ TISSUES = {
     "neutrophils": Tissue((0.0, 0.5, 5.0, 0.0), 0.3, 8.0, 0.0, 0.4, -4),
     "macrophages": Tissue((0.3, 1.0, 0.0, 3.6), 0.3, 1.0, 0.0, 0.5, -20),
 }
-# Each patient has one of each.
+# The tissues of a patient's images, in turn.
 KINDS = ("epithelium", "lymphoid", "neutrophils", "epithelium", "macrophages", "mixed")
 
 
@@ -79,11 +79,12 @@ def _noise(rng: Rng, shape: tuple[int, ...], sigma: float) -> Array:
 
 
 def _edge(depth: Array, softness_px: float) -> Array:
+    """0 outside an outline, 1 inside, with a ramp ``softness_px`` wide across it."""
     return np.clip(depth / softness_px + 0.5, 0, 1)
 
 
 def _outline(rng: Rng, radius_px: float, elongation: float, roughness: float) -> Array:
-    """Depth below the outline of a wavy ellipse, in px, positive inside: float [h, w]."""
+    """The depth of each pixel inside a wavy ellipse, px, negative outside: float [h, w]."""
     reach = int(radius_px * np.sqrt(elongation) * (1 + 3 * roughness)) + 4
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     angle = rng.uniform(0, np.pi)
@@ -97,21 +98,22 @@ def _outline(rng: Rng, radius_px: float, elongation: float, roughness: float) ->
 
 
 def _discs(shape: tuple[int, ...], centres: Array, radii_px: Array) -> Array:
-    """Depth below the union of discs, in px; centres [n, 2] are y, x from the window's middle."""
+    """As ``_outline`` for a union of discs; centres y, x [n, 2] are from the window's middle."""
     y, x = np.indices(shape) - (np.array(shape)[:, None, None] - 1) / 2
     discs = zip(centres, radii_px, strict=True)
     return np.max([radius - np.hypot(y - cy, x - cx) for (cy, cx), radius in discs], axis=0)
 
 
 def _on_arc(rng: Rng, n: int, distance_px: float, spacing: float) -> Array:
-    """n points y, x [n, 2] on an arc around (0, 0), ``spacing`` radians apart."""
+    """n points y, x [n, 2] on an arc around (0, 0), ``spacing`` radians apart; random start."""
     angles = rng.uniform(0, 2 * np.pi) + spacing * np.arange(n)
     return distance_px * np.stack([np.sin(angles), np.cos(angles)], 1)
 
 
 def _stamp(depth: Array, haematoxylin, eosin, red=0.0, softness_px=1.5, halo=0.0) -> Stamp:
-    """An object from its depth below its outline and its amounts of stain, numbers or [h, w];
-    ``halo`` (0..1) is how pale the ground around it is, from which it has shrunk away.
+    """An object, from its depth inside its outline and its amounts of stain, numbers or [h, w].
+    ``halo`` (0..1): how pale the gap is that it has left around itself by shrinking. In the
+    functions below h and e are amounts of haematoxylin and eosin.
     """
     amounts = np.stack(np.broadcast_arrays(haematoxylin, eosin, red, depth)[:3])
     opacity = np.maximum(0.95 * _edge(depth, softness_px), halo * _edge(depth + 2, 2.0))
@@ -185,14 +187,14 @@ def _debris(rng: Rng) -> Stamp:
 
 
 CELLS = (_epithelial, _lymphocyte, _neutrophil, _macrophage)
-LEAST_VISIBLE = (0.99, 0.985, 0.97, 0.92)  # share of a cell that earlier ones must leave in sight
+LEAST_VISIBLE = (0.99, 0.985, 0.97, 0.92)  # share of a cell that must not be covered, by class
 
 
 def _ground(rng: Rng, shape: tuple[int, int], tissue: Tissue) -> tuple[Array, Array, Array]:
-    """Stroma with fibres: amounts float [3, H, W], shares of epithelium and of lumen [H, W]."""
+    """The background: amounts of stains [3, H, W], shares of epithelium and of lumen [H, W]."""
     noise = partial(_noise, rng, shape)
 
-    def patches(field: Array, share: float, softness: float) -> Array:
+    def patches(field: Array, share: float, softness: float) -> Array:  # 1 where field is highest
         return _edge(field - np.quantile(field, 1 - share), softness)
 
     nests = patches(noise(28), tissue.nests, 0.2)
@@ -213,17 +215,17 @@ def _ground(rng: Rng, shape: tuple[int, int], tissue: Tissue) -> tuple[Array, Ar
 
 
 def _part_cells(rng: Rng, amounts: Array, taken: Array, centres: Array) -> None:
-    """Pale seams between the territories of neighbouring cells, where the tissue has shrunk."""
+    """Draw pale seams halfway between neighbouring cells, where the tissue has shrunk."""
     if len(centres) < 2:
         return
     pixels = np.nonzero(~taken)
     near, far = spatial.cKDTree(centres).query(np.stack(pixels, 1), k=2)[0].T
-    middle = np.exp(-(((far - near) / rng.uniform(1.5, 3.5)) ** 2))
-    amounts[:, *pixels] *= 1 - middle * (far < 34) * rng.uniform(0.1, 0.7)
+    seam = np.exp(-(((far - near) / rng.uniform(1.5, 3.5)) ** 2))
+    amounts[:, *pixels] *= 1 - seam * (far < 34) * rng.uniform(0.1, 0.7)
 
 
 def _scatter(rng: Rng, weight: Array, per_100px: float, margin_px: int) -> tuple[Array, int]:
-    """Candidate centres y, x [n, 2], more where ``weight`` is high; how many objects to draw."""
+    """Candidate centres y, x [n, 2], denser where ``weight`` is high; and the number of objects."""
     size = np.array(weight.shape)
     margin = np.maximum(margin_px, -size // 3)
     count = int(rng.poisson(per_100px * np.prod(size + 2 * margin) / 1e4))
@@ -235,9 +237,9 @@ def _scatter(rng: Rng, weight: Array, per_100px: float, margin_px: int) -> tuple
 def _draw(
     amounts: Array, taken: Array, stamp: Stamp, y: int, x: int, least_visible: float
 ) -> tuple[tuple[slice, slice], Array, bool] | None:
-    """Blend a stamp around (y, x) beneath the cells drawn before, unless too little of it would be
-    seen. Returns None, or its window in the image, the visible mask in that window, and whether the
-    object reaches the image border.
+    """Blend a stamp around (y, x) beneath the cells drawn before. Returns its window in the image,
+    the visible mask in that window, and whether the object reaches the image border. If less than
+    the share ``least_visible`` of it would be visible, returns None and draws nothing.
     """
     size, sides = np.array(taken.shape), np.array(stamp.mask.shape)
     start = (y, x) - sides // 2
@@ -267,9 +269,9 @@ def draw_tissue(
     """Draw one image, uint8 [3, H, W] RGB, and its label maps, int32 [4, H, W].
 
     Args:
-        kind: what it shows, a key of ``TISSUES``.
+        kind: the tissue, a key of ``TISSUES``.
         stains: float [3, 3], as ``STAINS``.
-        annotate_border_cells: whether the label maps hold cells that reach the image border.
+        annotate_border_cells: whether the label maps include cells that reach the image border.
 
     Raises:
         ValueError: an unknown kind.
@@ -281,39 +283,39 @@ def draw_tissue(
     taken = np.zeros((height, width), bool)
     label_maps = np.zeros((4, height, width), np.int32)
     stroma = 1 - 0.8 * nests
-    homes = nests * (1 - lumen), stroma * (1 - 0.5 * lumen), stroma, stroma
+    weights = nests * (1 - lumen), stroma * (1 - 0.5 * lumen), stroma, stroma  # by class
     all_centres = []
-    for index in (3, 0, 2, 1):
+    for index in (3, 0, 2, 1):  # large cells first: later ones are drawn around them
         instance_id = 0
-        centres, count = _scatter(rng, homes[index], tissue.cells[index], tissue.margin_px)
+        centres, count = _scatter(rng, weights[index], tissue.cells[index], tissue.margin_px)
         for y, x in centres:
             if instance_id == count:
                 break
             if taken[np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)]:
                 continue
-            seen = _draw(amounts, taken, CELLS[index](rng), y, x, LEAST_VISIBLE[index])
-            if seen:
-                window, visible, cut = seen
+            cell = _draw(amounts, taken, CELLS[index](rng), y, x, LEAST_VISIBLE[index])
+            if cell:
+                window, visible, reaches_border = cell
                 instance_id += 1
                 taken[window] |= visible
                 all_centres.append((y, x))
-                if annotate_border_cells or not cut:
+                if annotate_border_cells or not reaches_border:
                     label_maps[index][window][visible] = instance_id
     _part_cells(rng, amounts, taken, np.array(all_centres))
     red_cells = tissue.red_cells * rng.exponential()
-    for make_stamp, per_100px, home in (
+    for make_stamp, per_100px, weight in (
         (_spindle, tissue.spindles, stroma),
         (_red_cell, red_cells, 1 - nests),
         (_debris, 0.6, stroma),
     ):
-        centres, count = _scatter(rng, home, per_100px, 10)
+        centres, count = _scatter(rng, weight, per_100px, 10)
         for y, x in centres[:count]:
             _draw(amounts, taken, make_stamp(rng), y, x, 0.5)
     return _expose(rng, amounts, stains), label_maps
 
 
 def _expose(rng: Rng, amounts: Array, stains: Array) -> Array:
-    """Stain -> light, through a lens out of focus, onto a noisy sensor: uint8 [3, H, W]."""
+    """Photograph the stains: light, blurred by the lens, on a noisy sensor; uint8 [3, H, W]."""
     light = 10.0 ** -np.tensordot(stains.T, np.clip(amounts, 0, None), 1)
     light = ndimage.gaussian_filter(light, (0, *[rng.uniform(0.5, 1.1)] * 2))
     light = light * rng.uniform(240, 254, (3, 1, 1))
@@ -329,15 +331,15 @@ def draw_dataset(
     image_size_px: tuple[int, int] = (160, 288),
     annotate_border_cells: bool = False,
 ) -> None:
-    """Draw a data set in the HW3 layout, whole or not at all; a folder that holds this very drawing
-    is left as it is. ``drawn.json`` in the folder holds the arguments.
+    """Draw a data set in the HW3 layout, whole or not at all. Its ``drawn.json`` holds the
+    arguments; a folder that was drawn with the same ones is left as it is.
 
     Args:
-        folder: to write, absent or empty.
-        num_train: images with masks, of eight patients.
-        num_test: images without, of two other patients.
-        seed: the same seed draws the same bytes.
-        image_size_px: least and greatest side; images of macrophages are then made a third larger.
+        folder: a new or empty folder.
+        num_train: number of images with masks, of eight patients.
+        num_test: number of images without masks, of two other patients.
+        seed: the same seed gives the same bytes.
+        image_size_px: least and greatest side; for macrophages, sides are then multiplied by 1.3.
 
     Raises:
         ValueError: no training image, or images under 64 px.
@@ -365,13 +367,13 @@ def draw_dataset(
 
 
 def discard_older_drawing(folder: Path) -> None:
-    """Remove a drawing of another version of this module; leave anything else alone."""
+    """Remove a data set drawn by another version of this module; leave anything else alone."""
     if _drawing(folder).get("version", VERSION) != VERSION:
         shutil.rmtree(folder)
 
 
 def _drawing(folder: Path) -> dict[str, Any]:
-    """What ``drawn.json`` of a folder says; nothing where it cannot be read."""
+    """The content of a folder's ``drawn.json``; empty if it cannot be read."""
     try:
         drawing = json.loads((folder / "drawn.json").read_text())
     except (OSError, ValueError):
@@ -380,12 +382,13 @@ def _drawing(folder: Path) -> dict[str, Any]:
 
 
 def _holds(folder: Path, drawing: dict[str, Any]) -> bool:
+    """Whether a folder holds the data set; raises an error if it holds something else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if _drawing(folder) != drawing:
         other = "other settings, another version of it, or other files"
-        name = "remove that folder or name another one"
-        raise FileExistsError(f"{folder} holds something other than this drawing ({other}); {name}")
+        problem = f"{folder} holds something other than this drawing ({other})"
+        raise FileExistsError(f"{problem}; remove that folder or name another one")
     return True
 
 
@@ -397,14 +400,15 @@ def _write_images(
     image_size_px: Sequence[int],
     annotate_border_cells: bool,
 ) -> None:
+    """Draw the images of ``draw_dataset`` into a folder, with their masks and lists."""
     (folder / "test_release").mkdir()
     patients, tests = [("image_id", "patient")], []
     for index in range(num_train + num_test):
-        turn, group, first = index, TRAIN_PATIENTS, 0
+        number, patients_of_part, first = index, TRAIN_PATIENTS, 0
         if index >= num_train:
-            turn, group, first = index - num_train, TEST_PATIENTS, TRAIN_PATIENTS
-        rounds, place = divmod(turn, group)
-        patient, kind = first + place, KINDS[(rounds + place) % len(KINDS)]
+            number, patients_of_part, first = index - num_train, TEST_PATIENTS, TRAIN_PATIENTS
+        turn, member = divmod(number, patients_of_part)
+        patient, kind = first + member, KINDS[(turn + member) % len(KINDS)]
         rng = np.random.default_rng([seed, index])
         stains = _staining(np.random.default_rng([seed, patient, 0]))
         stains = stains * rng.lognormal(0, [[0.1], [0.2], [0.1]])
@@ -412,22 +416,22 @@ def _write_images(
         sides = rng.integers(image_size_px[0], image_size_px[1] + 1, 2)
         height, width = (round(scale * side) for side in sides)
         label_maps = np.zeros(0)
-        while not label_maps.any():  # no image of the course is without a cell
-            drawn = draw_tissue(rng, height, width, kind, stains, annotate_border_cells)
-            image, label_maps = drawn[0].transpose(1, 2, 0), drawn[1]
+        while not label_maps.any():  # every image of the course data shows a cell
+            image, label_maps = draw_tissue(rng, height, width, kind, stains, annotate_border_cells)
+        image = image.transpose(1, 2, 0)
         name = str(uuid.uuid5(uuid.NAMESPACE_OID, f"drawn tissue {seed} {index}"))
         if index >= num_train:
-            file = {"file_name": f"{name}.tif", "id": turn + 1, "height": height, "width": width}
+            file = {"file_name": f"{name}.tif", "id": number + 1, "height": height, "width": width}
             _write(folder / "test_release" / file["file_name"], image, photometric="rgb")
             tests.append(file)
             continue
-        to = folder / "train" / name
-        to.mkdir(parents=True)
+        image_folder = folder / "train" / name
+        image_folder.mkdir(parents=True)
         rgba = np.concatenate([image, np.full_like(image[..., :1], 255)], 2)
-        _write(to / "image.tif", rgba, photometric="rgb", extrasamples=["unassalpha"])
+        _write(image_folder / "image.tif", rgba, photometric="rgb", extrasamples=["unassalpha"])
         for class_id, label_map in enumerate(label_maps.astype(np.float64), 1):
             if label_map.any():
-                _write(to / f"class{class_id}.tif", label_map, photometric="minisblack")
+                _write(image_folder / f"class{class_id}.tif", label_map, photometric="minisblack")
         patients.append((name, f"drawn-{patient}"))
     (folder / "test_image_name_to_ids.json").write_text(json.dumps(tests, indent=1))
     with open(folder / "patients.csv", "w", newline="") as file:
@@ -435,6 +439,6 @@ def _write_images(
 
 
 def _staining(rng: Rng) -> Array:
-    """One laboratory's shade and strength of each stain, float [3, 3]."""
+    """One laboratory's stains, varied in shade and strength: float [3, 3], as ``STAINS``."""
     stains = STAINS + rng.normal(0, [[0.04, 0.03, 0.03], [0.06, 0.06, 0.08], [0.03, 0.04, 0.04]])
     return np.clip(stains, 0.03, None) * rng.lognormal(0, [[0.22], [0.45], [0.15]])
