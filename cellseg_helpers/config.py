@@ -1,7 +1,7 @@
-"""Every setting of a run as one flat, checked record, and the check of each notebook's parameters.
+"""``RunConfig``: all settings of a run, checked; and the check of any notebook's parameters.
 
-Dataclasses, not pydantic: importing pydantic and building this record with it adds 0.11 s to every
-notebook, job and worker.
+It is a dataclass, not a pydantic model: importing pydantic and building the model would add 0.11 s
+to the start of every notebook, job and worker.
 """
 
 import difflib
@@ -19,9 +19,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_PART_OF_A_RUN = ("run_name", "num_workers", "keep_checkpoint")
-CHECKED = "_parameters_checked"  # a notebook's global once its parameters are checked
+CHECKED = "_parameters_checked"  # set in a notebook's globals by the check of its parameters
 
-# A type, what its values must also be, and the test of that.
+# Types with a condition: the type, the condition in words (for the message), and its test.
 Count = Annotated[int, "must not be negative", lambda value: value >= 0]
 Positive = Annotated[int, "must be above 0", lambda value: value > 0]
 Layers = Annotated[int, "a backbone has 5 layers", lambda value: 0 <= value <= 5]
@@ -31,10 +31,11 @@ Stride = Annotated[int, "must be 2 or 4", lambda value: value in (2, 4)]
 Share = Annotated[float, "must lie between 0 and 1", lambda value: 0 <= value <= 1]
 OpenShare = Annotated[float, "must lie strictly between 0 and 1", lambda value: 0 < value < 1]
 Threshold = Annotated[float, "must be above 0 and at most 1", lambda value: 0 < value <= 1]
-SOME = "needs at least one number, all above 0"
-Numbers = Annotated[tuple[float, ...], SOME, lambda value: min(value, default=0) > 0]
+NEEDS_NUMBERS = "needs at least one number, all above 0"
+Numbers = Annotated[tuple[float, ...], NEEDS_NUMBERS, lambda value: min(value, default=0) > 0]
+NumbersOrAuto = tuple[float, ...] | Literal["auto"]
 Anchors = Annotated[
-    tuple[float, ...] | Literal["auto"], SOME, lambda v: v == "auto" or min(v, default=0) > 0
+    NumbersOrAuto, NEEDS_NUMBERS, lambda value: value == "auto" or min(value, default=0) > 0
 ]
 
 Scale = Literal["quick", "sample", "full"]
@@ -61,102 +62,102 @@ Precision = Literal["auto", "32", "bf16-mixed", "16-mixed"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run's settings: the names of 02's parameters cell, of the YAML files and of
-    ``settings.json``. Defaults are the quick scale on drawn tissue; torchvision's names where it
-    has one. A unit is in the name or the comment.
+    """The settings of one run. The same names are used in the parameters cell of
+    ``02_train.ipynb``, in the YAML files and in ``settings.json``; where torchvision has a name for
+    a setting, it is used. The defaults train at quick scale on the drawn tissue.
 
     Raises:
-        ValueError: a value that no run could use; it says what is allowed.
+        ValueError: a value that no run could use; the message says what is allowed.
     """
 
     run_name: str = ""  # folder under outputs/runs; "" makes a name from the settings
     scale: Scale = "quick"  # quick, sample or full: a label in every row of the run's tables
 
     # Data
-    data: str = "drawn"  # folder in the HW3 layout, COCO .json file, or "drawn": embedded tissue
-    instance_reading: Reading = "pixel_values"  # or "connected_components" of a class's pixels
-    truth_reading: Reading = "pixel_values"  # the same, for the cells that scores count
-    min_instance_area_px: Count = 0  # smaller instances are left out of training; 0 = none
+    data: str = "drawn"  # folder in the HW3 layout, COCO .json file, or "drawn": synthetic tissue
+    instance_reading: Reading = "pixel_values"  # one cell per value, or "connected_components"
+    truth_reading: Reading = "pixel_values"  # the same for the annotations used in scoring
+    min_instance_area_px: Count = 0  # smaller instances are left out of training; 0 = keep all
     skip_faulty_images: bool = False  # leave faulty images out instead of stopping
-    split: Split = "auto"  # patient, random (by image), auto (patient if all are known), all
+    split: Split = "auto"  # patient, random, auto (by patient if known), all (all images train)
     validation_fraction: OpenShare = 0.25  # share of the patients (or images) in validation
-    folds: Count = 0  # validation sides of a cross-validation; 0 = one, of validation_fraction
-    fold: Count = 0  # the one that validates, from 0
-    split_seed: Count = 0  # of the draw of the split
+    folds: Count = 0  # folds of a cross-validation; 0 = one split by validation_fraction
+    fold: Count = 0  # the fold that validates, counted from 0
+    split_seed: Count = 0  # of the random split
 
     # Crops and augmentation
     crop_size_px: Count = 192  # side of the training crops, at native resolution; 0 = whole images
-    class_balance: Share = 0.7  # share of the crops drawn around a cell of an evenly drawn class
-    drop_cut_cells: bool = True  # cells that a crop cuts are no targets
+    class_balance: Share = 0.7  # share of the crops around a random cell of a random class
+    drop_cut_cells: bool = True  # cells cut by a crop's edge are no targets
     augmentation: Augmentation = "flips"  # none, flips, flips_turns_stain or one of augment.RECIPES
-    boxes_miss_last_pixel: bool = False  # boxes end at a cell's last pixel, not behind it
+    boxes_miss_last_pixel: bool = False  # boxes end one pixel early: a common mistake
 
     # Model
     backbone: Backbone = "resnet18"  # a ResNet or ResNeXt of torchvision, or resnet50_fpn_v2
     neck: Neck = "fpn"  # fpn: a pyramid of five levels; none: one feature map at stride 16
-    attention: Attention = "none"  # or "cbam" after each stage of the body
-    stem_stride: Stride = 4  # px between neighbours on the body's first map; 2: twice as fine maps
+    attention: Attention = "none"  # or "cbam" after each stage of the ResNet
+    stem_stride: Stride = 4  # of the first feature map, px; 2 makes all maps twice as fine
     heads: Heads = "auto"  # torchvision's v1 or v2; auto: v2 for resnet50_fpn_v2, else v1
-    head_width: Positive = 256  # channels of pyramid, RPN, mask head; a quarter of the box head's
+    head_width: Positive = 256  # channels of pyramid, RPN, mask head; the box head has 4 x as many
     weights: str = "none"  # none, imagenet, coco, or the path of a .safetensors or .pth file
-    trainable_backbone_layers: Layers = 3  # of 5, from the end; only loaded layers are ever frozen
-    normalization: Normalization = "imagenet"  # or "data": statistics of the training images
+    trainable_backbone_layers: Layers = 3  # the last n of 5; layers at random weights always train
+    normalization: Normalization = "imagenet"  # or "data" (training images); see channel_statistics
     min_size: Count = 0  # px, an image's shorter side after resizing; 0 = native size
-    max_size: Count = 0  # px, its longest side after resizing; 0 = native size
-    anchor_sizes: Anchors = (8, 16, 32, 64, 128)  # px, one or two a level; auto: fit the data
-    anchor_ratios: Numbers = (0.5, 1, 2)  # height / width, all at every level
+    max_size: Count = 0  # px, its longer side after resizing, at most; 0 = native size
+    anchor_sizes: Anchors = (8, 16, 32, 64, 128)  # px, 1 or 2 per level; auto: fitted to the data
+    anchor_ratios: Numbers = (0.5, 1, 2)  # height / width; each at every level
 
     # Model: region proposals
-    rpn_pre_nms_top_n_train: Positive = 1000  # proposals a level before their NMS, in training
+    rpn_pre_nms_top_n_train: Positive = 1000  # proposals per level before NMS, in training
     rpn_pre_nms_top_n_test: Positive = 1000  # the same in prediction
-    rpn_post_nms_top_n_train: Positive = 500  # proposals an image after their NMS, in training
+    rpn_post_nms_top_n_train: Positive = 500  # proposals per image after NMS, in training
     rpn_post_nms_top_n_test: Positive = 1000  # the same in prediction
-    rpn_nms_thresh: Share = 0.7  # IoU above which NMS drops the lower-scored of two proposals
-    rpn_fg_iou_thresh: Share = 0.7  # IoU with a cell from which an anchor counts as that cell
-    rpn_bg_iou_thresh: Share = 0.3  # IoU below which it counts as background
-    rpn_batch_size_per_image: Positive = 256  # anchors sampled an image for the RPN's losses
+    rpn_nms_thresh: Share = 0.7  # above this IoU NMS drops the lower-scored of two proposals
+    rpn_fg_iou_thresh: Share = 0.7  # least IoU of a positive anchor with its cell
+    rpn_bg_iou_thresh: Share = 0.3  # an anchor whose IoUs are all lower is background
+    rpn_batch_size_per_image: Positive = 256  # anchors sampled per image for the RPN's losses
 
     # Model: boxes and masks
-    box_score_thresh: Share = 0.05  # detections of a lower score are dropped
-    box_nms_thresh: Share = 0.5  # IoU above which NMS drops the lower-scored of a class's boxes
-    box_fg_iou_thresh: Share = 0.5  # IoU with a cell from which a proposal counts as that cell
-    box_bg_iou_thresh: Share = 0.5  # IoU below which it counts as background
-    box_batch_size_per_image: Positive = 128  # proposals sampled an image for the box losses
+    box_score_thresh: Share = 0.05  # detections with a lower score are dropped
+    box_nms_thresh: Share = 0.5  # above this IoU NMS drops the lower-scored of two boxes of a class
+    box_fg_iou_thresh: Share = 0.5  # least IoU of a positive proposal with its cell
+    box_bg_iou_thresh: Share = 0.5  # a proposal whose IoUs are all lower is background
+    box_batch_size_per_image: Positive = 128  # proposals sampled per image for the box losses
     mask_geometry: MaskGeometry = "torchvision"  # or exact: pixels are sampled at their centres
-    mask_batch_size_per_image: Count = 4  # of them in the mask loss, cells only; 0 = all cells
-    detections_per_image: Positive = 300  # at most, in each image (or tile): the highest-scored
+    mask_batch_size_per_image: Count = 4  # positives per image in the mask loss; 0 = all
+    detections_per_image: Positive = 300  # at most, per image (or tile): those scored highest
 
     # Training
     epochs: Positive = 3  # each of steps_per_epoch optimizer steps
-    steps_per_epoch: Count = 66  # 0 = once over the training images
-    validation_every_epochs: Positive = 1  # validates after every so many epochs, and at the end
-    validation_updates_norms: bool = False  # the norms also learn from the validation images
+    steps_per_epoch: Count = 66  # optimizer steps; 0 = one pass over the training images
+    validation_every_epochs: Positive = 1  # validate after every n-th epoch and after the last
+    validation_updates_norms: bool = False  # batch norms learn from validation images: a mistake
     keep_every_epoch: bool = False  # save the weights of every epoch
-    keep_checkpoint: bool = True  # a finished run has last.pt, three times the weights' size
-    batch_size: Positive = 2  # crops a step and device
+    keep_checkpoint: bool = True  # keep last.pt after the end; it is 3 x the weights' size
+    batch_size: Positive = 2  # crops per step and device
     optimizer: Optimizer = "adamw"  # adam, adamw or sgd
     learning_rate: Rate = 5e-4  # after the warm-up
-    min_learning_rate: Amount = 0.0  # at the end of the cosine and plateau schedules
-    momentum: Share = 0.9  # of sgd
+    min_learning_rate: Amount = 0.0  # lowest rate of the cosine and plateau schedules
+    momentum: Share = 0.9  # of sgd only
     weight_decay: Amount = 1e-4  # of every optimizer
-    scheduler: Scheduler = "cosine"  # none, cosine (by step), plateau (by epoch, on monitor)
+    scheduler: Scheduler = "cosine"  # none, cosine (each step), plateau (each epoch, by monitor)
     warmup_steps: Count = 20  # linear rise of the learning rate; 0 = starts at the full rate
-    monitor: Monitor = "validation_ap50"  # or validation_loss, loss: for best epoch and plateau
+    monitor: Monitor = "validation_ap50"  # or validation_loss, loss; for best epoch, plateau, stop
     plateau_factor: OpenShare = 0.1  # the plateau schedule multiplies the learning rate by it
-    plateau_patience: Positive = 3  # epochs without improvement before it does
+    plateau_patience: Positive = 3  # epochs without improvement before the rate is lowered
     early_stopping_patience: Count = 0  # epochs without improvement that end the run; 0 = never
     gradient_clip_norm: Amount = 10.0  # largest norm of the gradient; 0 = no clipping
-    precision: Precision = "auto"  # 32, bf16-mixed, 16-mixed (GPU); auto: bf16-mixed if it is fast
+    precision: Precision = "auto"  # 32, bf16-mixed, 16-mixed (GPU); auto: bf16-mixed where fast
     accelerator: Accelerator = "auto"  # cpu, cuda; auto: a GPU if the machine has one
-    devices: Positive = 1  # processes, one a device; more than 1 only outside notebooks
+    devices: Positive = 1  # processes, one per device; above 1 only outside notebooks
     num_workers: Count = 0  # processes that prepare crops; 0 = the training process does
     seed: Count = 0  # of weights, crops and augmentation
 
     # Prediction and scores
-    tile_size_px: Count = 0  # side of the tiles that an image is predicted in; 0 = the whole image
+    tile_size_px: Count = 0  # side of the tiles in prediction; 0 = the whole image at once
     tile_overlap_px: Count = 64  # of neighbouring tiles; best a little more than a large cell
-    test_time_augmentation: bool = False  # joins three scales, each also mirrored: 7 x the time
-    mask_threshold: Threshold = 0.5  # probability from which a pixel belongs to a cell
+    test_time_augmentation: bool = False  # six views: 3 scales, each also mirrored; 7 x the time
+    mask_threshold: Threshold = 0.5  # a pixel of at least this probability belongs to the cell
     score_threshold: Share = 0.5  # for precision, recall, F1 and figures, not for AP
     iou_threshold: Threshold = 0.5  # mask IoU of a match, for precision, recall and F1
 
@@ -168,7 +169,7 @@ class RunConfig:
             raise ValueError(problem)
 
     def _problems(self) -> Iterator[str]:
-        """Sentences on values that do not go together."""
+        """Yield a sentence for each problem that the type of one field does not catch."""
         if any(character in self.run_name for character in "/\\") or self.run_name in (".", ".."):
             yield f"run_name {self.run_name!r} must be a plain folder name"
         if self.folds == 1 or self.fold >= max(self.folds, 1):
@@ -196,11 +197,11 @@ class RunConfig:
             yield "stem_stride 2 needs neck 'fpn'"
         if self.neck == "none" and self.backbone == "resnet50_fpn_v2":
             yield "neck 'none' needs a backbone without a pyramid, such as 'resnet50'"
-        small, large = self.min_size, self.max_size
-        if bool(small) != bool(large) or large < small:
+        shorter, longer = self.min_size, self.max_size
+        if bool(shorter) != bool(longer) or longer < shorter:
             yield (
-                f"min_size is {small} and max_size {large}; give both, min_size <= max_size, or 0 "
-                "for both to keep the images' own size"
+                f"min_size is {shorter} and max_size {longer}; give both, min_size <= max_size, "
+                "or 0 for both to keep the images' own size"
             )
         side, overlap = self.tile_size_px, self.tile_overlap_px
         if side and not 0 < overlap < side:
@@ -209,7 +210,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
-        """A config from names and values; the others have their defaults.
+        """A config with these settings; all others have their defaults.
 
         Raises:
             ValueError: an unknown name (with the nearest known one), or a value out of range.
@@ -219,8 +220,8 @@ class RunConfig:
 
     @classmethod
     def from_yaml(cls, *paths: str | Path) -> "RunConfig":
-        """A config from parameter files; a later file wins. YAML 1.1 reads ``1e-4`` as text: write
-        ``1.0e-4``.
+        """A config from parameter files; a later file overrides earlier ones. YAML 1.1 reads
+        ``1e-4`` as text: write ``1.0e-4``.
         """
         import yaml
 
@@ -232,22 +233,22 @@ class RunConfig:
             except (OSError, yaml.YAMLError) as error:
                 raise ValueError(f"{file} cannot be read: {one_line(error, 1000)}") from None
             if not isinstance(values, dict):
-                found = type(values).__name__
-                raise ValueError(f"{file} must hold `name: value` lines, not a {found}")
+                its_type = type(values).__name__
+                raise ValueError(f"{file} must hold `name: value` lines, not a {its_type}")
             merged |= values
         return cls.from_dict(merged)
 
     @classmethod
     def from_notebook(cls, namespace: dict[str, Any]) -> "RunConfig":
-        """The named config of a notebook whose parameters are a run's settings, checked as by
-        ``from_dict``; call it with ``globals()`` right after the parameters cell.
+        """The config, with a run name, of a notebook whose parameters are a run's settings,
+        checked as by ``from_dict``. Call it with ``globals()`` right after the parameters cell.
         """
-        config = cls.from_dict(_parameters(namespace, cls.__dataclass_fields__)).named()
+        config = cls.from_dict(_candidate_parameters(namespace, cls.__dataclass_fields__)).named()
         namespace[CHECKED] = True
         return config
 
     def named(self) -> "RunConfig":
-        """The same settings with a ``run_name``: if it is empty, one made from the settings.
+        """The same settings with a ``run_name``; an empty one is replaced by one made from them.
 
         >>> RunConfig(backbone="resnet34").named().run_name
         'quick-resnet34-13c19621'
@@ -261,12 +262,12 @@ class RunConfig:
         return replace(self, run_name=f"{self.scale}-{self.backbone}-{digest}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain names and values, lists for tuples: as ``settings.json`` and YAML hold them."""
+        """The settings as ``settings.json`` and YAML hold them: with lists instead of tuples."""
         values = vars(self).items()
         return {name: list(value) if type(value) is tuple else value for name, value in values}
 
     def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """The settings that differ in two runs: name -> (value in ``other``, value in this one)."""
+        """The settings that differ between two runs: name -> (value in ``other``, in this one)."""
         mine = self.to_dict()
         return {
             name: (other.get(name), mine.get(name))
@@ -275,25 +276,25 @@ class RunConfig:
         }
 
 
-def check_parameters(namespace: dict[str, Any], **kinds: Any) -> dict[str, Any]:
+def check_parameters(namespace: dict[str, Any], **wanted: Any) -> dict[str, Any]:
     """A notebook's own parameters, checked; call it with ``globals()`` right after their cell.
 
     Args:
         namespace: every plain value in it counts as a parameter.
-        kinds: name -> type. (type, least, greatest) also bounds the number, or each number of a
-            list; (list, least, greatest, length) its length, too. A parameter that is a setting of
-            ``RunConfig`` must also be in that one's range.
+        wanted: name -> type, or (type, least, greatest) for a number, or for a list of numbers,
+            within bounds, or (list, least, greatest, length) for a list of that length. A parameter
+            named like a setting of ``RunConfig`` must also be allowed as that setting.
 
     Raises:
         ValueError: an unknown name (with the nearest known one), a missing one, or a value out of
             type or range.
     """
-    found = _parameters(namespace, kinds)
-    _refuse_unknown(found, kinds, f"this notebook has {', '.join(kinds)}")
-    for name in kinds:
-        if name not in found:
+    values = _candidate_parameters(namespace, wanted)
+    _refuse_unknown(values, wanted, f"this notebook has {', '.join(wanted)}")
+    for name in wanted:
+        if name not in values:
             raise ValueError(f"parameter {name!r} has no value; the parameters cell must set it")
-    checked = {name: _checked(name, found[name], kind) for name, kind in kinds.items()}
+    checked = {name: _checked(name, values[name], wanted[name]) for name in wanted}
     shared = checked.keys() & RunConfig.__dataclass_fields__.keys()
     RunConfig(**{name: checked[name] for name in shared})
     namespace[CHECKED] = True
@@ -301,14 +302,14 @@ def check_parameters(namespace: dict[str, Any], **kinds: Any) -> dict[str, Any]:
 
 
 def resolve_path(path: str | Path) -> Path:
-    """An absolute path; a relative one is under the repository's root, not the working folder."""
+    """The absolute path; a relative one starts at the repository's root, not the working folder."""
     return ROOT / Path(path).expanduser()
 
 
 @contextmanager
 def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
-    """A temporary file, or empty folder, beside ``path``. It becomes ``path``, a file with its
-    bytes on disk, when the block ends; after an error ``path`` is as it was before.
+    """Give a temporary file, or empty folder, that becomes ``path`` when the block ends; a file's
+    bytes are on disk before. After an error ``path`` is as it was before.
 
     Raises:
         OSError: it cannot be written, or a folder that is not empty is in the way of ``folder``.
@@ -326,79 +327,82 @@ def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
 
 
 def one_line(error: Exception, limit: int = 120) -> str:
-    """What an error says, in one line of at most ``limit`` characters."""
+    """An error's message in one line of at most ``limit`` characters."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(text.split())[:limit]
 
 
-def _parameters(namespace: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The plain values of a notebook. Once they are checked, a live kernel also holds later cells'
-    results: then only names that are nearly a parameter's count.
+def _candidate_parameters(namespace: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The values in a notebook's namespace that can be meant as parameters: before the check, all
+    plain values. If the cell is run again in a live kernel, results of later cells are there too;
+    then only values named like a known parameter (a resembling name is reported as a typo).
     """
 
     def is_parameter(name: str, value: Any) -> bool:
         if name.startswith("_") or name in ("In", "Out", "exit", "quit") or callable(value):
             return False
-        is_near = CHECKED not in namespace or difflib.get_close_matches(name, known, 1, 0.8)
-        return bool(is_near) and not isinstance(value, types.ModuleType)
+        may_be_meant = CHECKED not in namespace or difflib.get_close_matches(name, known, 1, 0.8)
+        return bool(may_be_meant) and not isinstance(value, types.ModuleType)
 
     return {name: value for name, value in namespace.items() if is_parameter(name, value)}
 
 
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as ``kind`` if nothing is lost (an int for a float, a list for a tuple).
+def _checked(name: str, value: Any, wanted: Any) -> Any:
+    """``value`` in the type ``wanted``; an int becomes a float, a list a tuple, where wanted.
 
     Args:
-        kind: a type; or, as in ``check_parameters``, a tuple of it and its bounds.
+        wanted: a type; or, as in ``check_parameters``, a tuple of a type and its bounds.
 
     Raises:
-        ValueError: another type, not one of the choices, or out of range.
+        ValueError: a value of another type, not one of the choices, or out of range.
     """
     is_int = isinstance(value, int) and not isinstance(value, bool)
-    kind = _bounded(*kind) if isinstance(kind, tuple) else kind
-    if get_origin(kind) is Union:
-        numbers, words = get_args(kind)
-        kind = words if value in get_args(words) else numbers
-    if get_origin(kind) is Annotated:
-        kind, words, holds = get_args(kind)
-        value = _checked(name, value, kind)
+    wanted = _bounded(*wanted) if isinstance(wanted, tuple) else wanted
+    if get_origin(wanted) is Union:
+        numbers, choices = get_args(wanted)
+        wanted = choices if value in get_args(choices) else numbers
+    if get_origin(wanted) is Annotated:
+        wanted, condition, holds = get_args(wanted)
+        value = _checked(name, value, wanted)
         if not holds(value):
             shown = list(value) if isinstance(value, tuple) else value
-            raise ValueError(f"{name} is {shown}, but {words}")
-    elif get_origin(kind) is Literal:
-        choices, value = get_args(kind), str(value) if is_int else value  # YAML reads 32 as int
+            raise ValueError(f"{name} is {shown}, but {condition}")
+    elif get_origin(wanted) is Literal:
+        choices, value = get_args(wanted), str(value) if is_int else value  # YAML reads 32 as int
         if value not in choices:
             hint = _did_you_mean(value, choices)
             raise ValueError(f"unknown {name} {value!r}; one of {', '.join(choices)}{hint}")
-    elif get_origin(kind) is tuple:
+    elif get_origin(wanted) is tuple:
         if not isinstance(value, (list, tuple)):
             advice = "such as [8, 16, 32]; -p cannot pass lists, -y and -f can"
             raise ValueError(f"{name} is {value!r}, but must be a list, {advice}")
-        value = tuple(_checked(name, item, get_args(kind)[0]) for item in value)
-    elif kind is float and is_int:
+        value = tuple(_checked(name, item, get_args(wanted)[0]) for item in value)
+    elif wanted is float and is_int:
         value = float(value)
-    elif not isinstance(value, kind) or (kind is int and not is_int):
-        is_text = kind is float and isinstance(value, str)
+    elif not isinstance(value, wanted) or (wanted is int and not is_int):
+        is_text = wanted is float and isinstance(value, str)
         hint = "; YAML reads 1e-4 as text, write 1.0e-4" if is_text else ""
-        raise ValueError(f"{name} is {value!r}, but must be of type {kind.__name__}{hint}")
-    elif kind is float and not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, but must be of type {wanted.__name__}{hint}")
+    elif wanted is float and not math.isfinite(value):
         raise ValueError(f"{name} is {value}, but must be a finite number")
     return value
 
 
-def _bounded(kind: type, least: float, greatest: float, length: int = 0) -> Any:
-    """The type of a number, or of a list of ``length`` (0: one or more) numbers, within bounds."""
-    verb = f"hold {length or 'one or more'} numbers, each" if kind is list else "lie"
+def _bounded(base: type, least: float, greatest: float, length: int = 0) -> Any:
+    """A type for numbers in [least, greatest], or lists of ``length`` (0: one or more) of them."""
+    wording = f"hold {length or 'one or more'} numbers, each" if base is list else "lie"
 
     def holds(value: Any) -> bool:
-        numbers = value if kind is list else [value]
-        fits = [type(number) in (int, float) and least <= number <= greatest for number in numbers]
-        return all(fits) and len(fits) == (length or max(len(fits), 1))
+        numbers = value if base is list else [value]
+        right_length = len(numbers) == length if length else len(numbers) > 0
+        are_numbers = all(type(number) in (int, float) for number in numbers)  # not bool
+        return right_length and are_numbers and all(least <= n <= greatest for n in numbers)
 
-    return Annotated[kind, f"must {verb} between {least:g} and {greatest:g}", holds]
+    return Annotated[base, f"must {wording} between {least:g} and {greatest:g}", holds]
 
 
 def _refuse_unknown(names: Collection[str], known: Collection[str], otherwise: str) -> None:
+    """Raise a ValueError for an unknown name, with the nearest known one or else ``otherwise``."""
     for name in names:
         if name not in known:
             hint = _did_you_mean(name, known) or f"; {otherwise}"
@@ -406,5 +410,6 @@ def _refuse_unknown(names: Collection[str], known: Collection[str], otherwise: s
 
 
 def _did_you_mean(name: Any, known: Collection[str]) -> str:
+    """The end of a message that names the nearest known name; "" if none is near."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

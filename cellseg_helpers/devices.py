@@ -12,9 +12,11 @@ from lightning_fabric.plugins import MixedPrecision, Precision
 
 from cellseg_helpers.config import RunConfig
 
-CHECKPOINT_EVERY_S = 60  # at least, and after every validated epoch (see engine)
-KEPT = f"the last epoch's checkpoint is kept, or one from less than {CHECKPOINT_EVERY_S} s before"
-NO_MEMORY = (
+CHECKPOINT_EVERY_S = 60  # or sooner: after every validated epoch (see engine)
+LAST_CHECKPOINT = (
+    f"the last epoch's checkpoint is kept, or one from less than {CHECKPOINT_EVERY_S} s before"
+)
+NO_MEMORY = (  # what messages of errors say when memory is lacking
     "allocate memory", "Unable to allocate", "out of memory", "ALLOC_FAILED",
     "killed by signal: Killed", "killed by signal: Bus error",
 )  # fmt: skip
@@ -25,16 +27,16 @@ class TrainingError(RuntimeError):
 
 
 def accelerator_of(config: RunConfig) -> str:
-    """``cpu`` or ``cuda``: what ``auto`` is on this machine."""
+    """The accelerator of a run, ``cpu`` or ``cuda``; ``auto`` is a GPU if the machine has one."""
     if config.accelerator != "auto":
         return config.accelerator
     return "cuda" if torch.cuda.device_count() else "cpu"
 
 
 def resolve_precision(config: RunConfig) -> str:
-    """The precision of a run on this machine: ``auto`` is bf16-mixed on a GPU or CPU (AMX) that has
-    bfloat16 matrix units, else 32. With AVX-512's bfloat16 instructions alone, a CPU trains faster
-    in 32 bit (measured on one of Intel's, ``bench/README.md``).
+    """The precision of a run on this machine. ``auto`` is bf16-mixed on a GPU or CPU (AMX) with
+    units for bfloat16 matrices, else 32: a CPU that has only AVX-512's bfloat16 instructions trains
+    faster in 32 bits (measured on one of Intel's, ``bench/README.md``).
     """
     if config.precision != "auto":
         return config.precision
@@ -55,8 +57,8 @@ class AutocastPrecision(MixedPrecision):
 
 
 def make_fabric(config: RunConfig) -> Fabric:
-    """The devices, processes and precision of a run; several devices start one process each (not
-    from a notebook).
+    """A Fabric with a run's devices, processes and precision. It starts one process per device if
+    there are several (not possible in a notebook).
 
     Raises:
         ValueError: a device or precision that this machine does not have.
@@ -64,9 +66,9 @@ def make_fabric(config: RunConfig) -> Fabric:
     config = replace(config, accelerator=accelerator_of(config))  # refuses 16-mixed on a CPU
     gpus, precision = torch.cuda.device_count(), resolve_precision(config)
     if config.accelerator == "cuda" and gpus < config.devices:
-        found = f"this machine has {gpus} GPUs that torch can use"
+        available = f"this machine has {gpus} GPUs that torch can use"
         advice = "lower it, or accelerator 'cpu'"
-        raise ValueError(f"devices is {config.devices}, but {found}; {advice}")
+        raise ValueError(f"devices is {config.devices}, but {available}; {advice}")
     mixed = precision != "32"
     plugin = AutocastPrecision(precision, config.accelerator) if mixed else Precision()
     processes = {"devices": config.devices, "strategy": "ddp" if config.devices > 1 else "auto"}
@@ -76,7 +78,7 @@ def make_fabric(config: RunConfig) -> Fabric:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process held so far: torch's tensors on a GPU, else resident."""
+    """This process's peak memory so far: of torch's tensors on a GPU, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -84,15 +86,15 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @contextmanager
 def explaining_errors() -> Iterator[None]:
-    """Turn errors of torch that a setting can remedy into a ``TrainingError`` that names it."""
+    """Turn an error of torch that a setting can prevent into a ``TrainingError`` that names it."""
     try:
         yield
     except (MemoryError, RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        if isinstance(error, MemoryError) or any(phrase in str(error) for phrase in NO_MEMORY):
             raise TrainingError(
                 "out of memory; lower batch_size, crop_size_px (or max_size), "
                 "box_batch_size_per_image, rpn_post_nms_top_n_train, num_workers or, in "
-                f"prediction, tile_size_px, or use precision 'bf16-mixed'; {KEPT}"
+                f"prediction, tile_size_px, or use precision 'bf16-mixed'; {LAST_CHECKPOINT}"
             ) from None
         if "Expected more than 1 value per channel when training" in str(error):
             cause = "the batch norms (its deepest feature map has one pixel)"

@@ -1,7 +1,7 @@
-"""``fit``: train a run from its settings, on one or several devices. A run that was stopped goes on
+"""``fit``: train a run from its settings, on one or several devices. A run that was stopped resumes
 from its last checkpoint.
 
-Several devices: ``torchrun --nproc_per_node 2 -m cellseg_helpers.engine params/full.yaml``.
+With several devices: ``torchrun --nproc_per_node 2 -m cellseg_helpers.engine params/full.yaml``.
 """
 
 import math
@@ -39,7 +39,7 @@ from cellseg_helpers.model.build import build_model, count_parameters
 from cellseg_helpers.model.views import with_views
 from cellseg_helpers.runs import save_checkpoint, save_weights, start_run, write_json, write_text
 
-History = list[dict[str, Any]]  # one row an epoch: the columns of history.csv
+History = list[dict[str, Any]]  # one row per epoch, with the columns of history.csv
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 
 
@@ -47,13 +47,12 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
     """Train a run, validate it every ``validation_every_epochs`` and save the best epoch.
 
     On the CPU the same settings give the same numbers, bit for bit, with any number of workers, and
-    also if the run was killed and called again: every random choice is drawn from the seed, the
-    epoch and the sample's position in it.
+    also if the run was killed and started again: every random choice depends only on the seed, the
+    epoch and the sample's position in the epoch.
 
-    How it works: 1. The data are read and split, and the run folder is made (see ``runs``). 2.
-    Model, optimizer, schedules and batches are built; a checkpoint in the folder is loaded into
-    them. 3. Each epoch trains on ``steps_per_epoch`` batches, validates, and saves what it found
-    and a checkpoint.
+    How it works: 1. Read and split the data and make the run folder (see ``runs``). 2. Build model,
+    optimizer, schedules and batches; if the folder has a checkpoint, load it into them. 3. In each
+    epoch, train on ``steps_per_epoch`` batches, validate, and save the results and a checkpoint.
 
     Args:
         config: the run's settings.
@@ -70,10 +69,10 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
     config = replace(config.named(), precision=devices.resolve_precision(config))
     fabric = make_fabric(config)
     torch.manual_seed(config.seed)
-    dataset, scored = open_data(config)
-    train, validation, split = split_dataset(scored, config)
+    dataset, truth_dataset = open_data(config)
+    train, validation, split = split_dataset(truth_dataset, config)
     config = with_anchors(config, dataset, train)
-    truth = to_coco(scored[i] for i in validation)
+    truth = to_coco(truth_dataset[i] for i in validation)
     with fabric.rank_zero_first():
         run_dir = start_run(config, dataset.fingerprint, split, truth)
     if (run_dir / "finished.json").exists() and not (run_dir / "last.pt").exists():
@@ -83,9 +82,10 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
     if config.normalization == "data":
         model.transform.learn_statistics(*image_statistics(dataset, train))
     optimizer = make_optimizer(model, config)
-    per_step, rank = config.batch_size * fabric.world_size, (fabric.global_rank, fabric.world_size)
-    steps = config.steps_per_epoch or math.ceil(len(train) / per_step)
-    sampler = EpochSampler(train, steps * per_step, config.seed, *rank, config.batch_size)
+    rank = (fabric.global_rank, fabric.world_size)
+    step_crops = config.batch_size * fabric.world_size
+    steps = config.steps_per_epoch or math.ceil(len(train) / step_crops)
+    sampler = EpochSampler(train, steps * step_crops, config.seed, *rank, config.batch_size)
     loader = make_loader(make_samples(dataset, train, config), config, sampler)
     schedule, plateau = make_schedulers(optimizer, config, steps)
     model, optimizer = fabric.setup(model, optimizer)
@@ -94,27 +94,27 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
     history = runs.resume(parts, run_dir, config)
 
     saved_at = time.perf_counter()
-    is_main = fabric.is_global_zero  # of several processes, the one that saves and shows
+    is_main = fabric.is_global_zero  # only one process saves files and shows the progress
     done, total = len(history) * steps, config.epochs * steps
-    bar = {"unit": "step", "mininterval": 1, "disable": not is_main}
-    progress = tqdm(desc="training", total=total, initial=done, **bar)
+    bar_options = {"unit": "step", "mininterval": 1, "disable": not is_main}
+    progress = tqdm(desc="training", total=total, initial=done, **bar_options)
     for epoch in range(len(history), config.epochs):
         if stopped_early(history, config):
             break
         is_last = epoch + 1 == config.epochs
         validates = is_last or (epoch + 1) % config.validation_every_epochs == 0
-        before = history[-1] if history else {"train_minutes": 0.0, "cpu_minutes": 0.0}
+        previous = history[-1] if history else {"train_minutes": 0.0, "cpu_minutes": 0.0}
         sampler.set_epoch(epoch)
         with explaining_errors():
-            clock, cpu = time.perf_counter(), time.process_time()
+            started, cpu_started = time.perf_counter(), time.process_time()
             losses = train_epoch(fabric, model, optimizer, schedule, loader, config, progress)
             row = {
                 "epoch": epoch + 1,
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "loss": sum(losses.values()),
                 **losses,
-                "train_minutes": before["train_minutes"] + (time.perf_counter() - clock) / 60,
-                "cpu_minutes": before["cpu_minutes"] + (time.process_time() - cpu) / 60,
+                "train_minutes": previous["train_minutes"] + (time.perf_counter() - started) / 60,
+                "cpu_minutes": previous["cpu_minutes"] + (time.process_time() - cpu_started) / 60,
                 "validation_loss": math.nan,
                 "validation_ap50": math.nan,
             }
@@ -153,12 +153,12 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
 
 def finish(run_dir: Path, model: nn.Module, history: History, config: RunConfig) -> None:
     """Write ``finished.json``; delete the checkpoint unless ``keep_checkpoint``."""
-    sizes = [tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()]
+    tensors = model.state_dict().values()
     finished = {
         "epochs": len(history),
         "stopped_early": len(history) < config.epochs,
         "parameters": count_parameters(model),
-        "model_megabytes": sum(sizes) / 1e6,
+        "model_megabytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6,
     }
     write_json(run_dir / "finished.json", finished)
     if not config.keep_checkpoint:
@@ -166,8 +166,8 @@ def finish(run_dir: Path, model: nn.Module, history: History, config: RunConfig)
 
 
 def open_data(config: RunConfig) -> tuple[CellDataset, CellDataset]:
-    """The images as training reads them, and as the validation's truth reads them: every cell of
-    ``truth_reading``, small ones too.
+    """The data set twice: with the cells that training learns, and with the annotations that
+    scores compare with (all cells by ``truth_reading``, small ones too).
     """
     skip = config.skip_faulty_images
     dataset = open_dataset(config.data, config.instance_reading, config.min_instance_area_px, skip)
@@ -177,16 +177,17 @@ def open_data(config: RunConfig) -> tuple[CellDataset, CellDataset]:
 def split_dataset(
     dataset: CellDataset, config: RunConfig
 ) -> tuple[list[int], list[int], dict[str, Any]]:
-    """Indices of the training and of the validation images, and the split as it is saved."""
+    """Indices of the training images, those of the validation images, and split.json's content."""
     images = dataset.image_ids, dataset.counts, dataset.patients
-    sides = config.validation_fraction, config.split_seed, config.folds, config.fold
-    split = make_split(*images, config.split, *sides)
-    index = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
-    return [index[i] for i in split.train], [index[i] for i in split.validation], split._asdict()
+    options = config.validation_fraction, config.split_seed, config.folds, config.fold
+    split = make_split(*images, config.split, *options)
+    index_of = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
+    sides = [[index_of[image_id] for image_id in side] for side in (split.train, split.validation)]
+    return *sides, split._asdict()
 
 
 def with_anchors(config: RunConfig, dataset: CellDataset, train: list[int]) -> RunConfig:
-    """The settings, with sizes that fit the training images' cells for ``anchor_sizes`` auto."""
+    """The settings; ``anchor_sizes`` auto becomes sizes that fit the training images' cells."""
     if config.anchor_sizes != "auto":
         return config
     cells = anchors.cell_boxes(dataset, train)
@@ -195,35 +196,35 @@ def with_anchors(config: RunConfig, dataset: CellDataset, train: list[int]) -> R
 
 
 def image_statistics(dataset: CellDataset, indices: list[int]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of R, G and B, in [0, 1], over all pixels of some images."""
-    sums, squares, pixels = np.zeros(3), np.zeros(3), 0
+    """Mean and standard deviation of R, G and B in [0, 1] over all pixels of some images."""
+    sums, square_sums, pixel_count = np.zeros(3), np.zeros(3), 0
     for index in indices:
         image = dataset[index].image.reshape(3, -1) / 255
-        sums, squares = sums + image.sum(1), squares + (image**2).sum(1)
-        pixels += image.shape[1]
-    mean = sums / pixels
-    return mean.tolist(), np.sqrt(squares / pixels - mean**2).tolist()
+        sums, square_sums = sums + image.sum(1), square_sums + (image**2).sum(1)
+        pixel_count += image.shape[1]
+    mean = sums / pixel_count
+    return mean.tolist(), np.sqrt(square_sums / pixel_count - mean**2).tolist()
 
 
 def make_samples(dataset: CellDataset, indices: list[int], config: RunConfig) -> TrainingSet:
-    """Augmented crops of some images, with their targets."""
-    drawing = config.crop_size_px, config.class_balance, config.augmentation, config.seed
+    """The training set of augmented crops from some images, with their targets."""
+    sampling = config.crop_size_px, config.class_balance, config.augmentation, config.seed
     targets = config.drop_cut_cells, config.boxes_miss_last_pixel
-    return TrainingSet(dataset, indices, *drawing, *targets)
+    return TrainingSet(dataset, indices, *sampling, *targets)
 
 
 def make_loader(
     samples: TrainingSet, config: RunConfig, sampler: Iterable[SampleKey]
 ) -> DataLoader:
-    """Batches of (images, targets) lists in the sampler's order."""
+    """A loader of batches (list of images, list of targets), in the sampler's order."""
     workers = {"num_workers": config.num_workers, "persistent_workers": config.num_workers > 0}
     options = {"collate_fn": collate, "pin_memory": torch.cuda.is_available(), **workers}
     return DataLoader(samples, config.batch_size, sampler=sampler, **options)
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> optim.Optimizer:
-    """Adam, AdamW or SGD over the parameters that are not frozen; fused, unless gradients are
-    scaled (16-mixed) and must be clipped before the step.
+    """Adam, AdamW or SGD over the trainable parameters. It is fused, except with 16-mixed: a fused
+    optimizer unscales the gradients in its step, after they were clipped.
     """
     optimizers = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD}
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
@@ -237,19 +238,19 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> optim.Optimizer:
 def make_schedulers(
     optimizer: optim.Optimizer, config: RunConfig, steps_per_epoch: int
 ) -> tuple[lr_scheduler.LRScheduler, lr_scheduler.ReduceLROnPlateau]:
-    """A schedule to step after each training step (linear warm-up, then cosine or constant), and
-    one to step after each epoch (plateau).
+    """Two schedules: the first is stepped after each training step (linear warm-up, then cosine or
+    constant), the second after an epoch (plateau; ``fit`` steps it only if the settings say so).
     """
-    warmup, least = config.warmup_steps, config.min_learning_rate
+    warmup, lowest_rate = config.warmup_steps, config.min_learning_rate
     per_step = lr_scheduler.LinearLR(optimizer, 1 / max(warmup, 1), total_iters=warmup)
     if config.scheduler == "cosine":
         steps = max(config.epochs * steps_per_epoch - warmup, 1)
-        cosine = lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=least)
-        parts = [per_step, cosine]
-        per_step = lr_scheduler.SequentialLR(optimizer, parts, [warmup]) if warmup else cosine
-    better = "max" if config.monitor == "validation_ap50" else "min"
+        cosine = lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=lowest_rate)
+        both = [per_step, cosine]
+        per_step = lr_scheduler.SequentialLR(optimizer, both, [warmup]) if warmup else cosine
+    mode = "max" if config.monitor == "validation_ap50" else "min"
     factor, patience = config.plateau_factor, config.plateau_patience
-    plateau = lr_scheduler.ReduceLROnPlateau(optimizer, better, factor, patience, min_lr=least)
+    plateau = lr_scheduler.ReduceLROnPlateau(optimizer, mode, factor, patience, min_lr=lowest_rate)
     return per_step, plateau
 
 
@@ -262,20 +263,21 @@ def train_epoch(
     config: RunConfig,
     progress: tqdm,
 ) -> dict[str, float]:
-    """One epoch: images, targets, losses, backward, step. At its end every process has the first
-    one's norm statistics, as the checkpoint has them, so that all validate one model.
+    """Train for one epoch: for each batch, compute the losses, backpropagate, clip the gradient,
+    and step optimizer and schedule. At the end, the batch-norm statistics of process 0, which the
+    checkpoint saves, are copied to all processes, so that all validate the same model.
 
     Returns:
         The mean of each loss over the steps and processes.
 
     Raises:
-        TrainingError: a loss that is not finite; it is named, with the images.
+        TrainingError: a loss is not finite; the message names the loss and the images.
     """
     model.train()
     sums = torch.zeros(len(LOSSES), device=fabric.device)
     for images, targets in loader:
         images, targets = to_device(images, targets, fabric.device)
-        losses, values = _finite_losses(model(images, targets), targets)
+        losses, loss_values = _finite_losses(model(images, targets), targets)
         optimizer.zero_grad()
         fabric.backward(losses.sum())
         if limit := config.gradient_clip_norm:
@@ -284,12 +286,13 @@ def train_epoch(
         schedule.step()
         sums += losses.detach()
         names = ("loss", "objectness", "rpn_box", "class", "box", "mask")
-        shown = zip(names, (sum(values), *values), strict=True)
+        shown = zip(names, (sum(loss_values), *loss_values), strict=True)
         progress.set_postfix({name: f"{value:.2f}" for name, value in shown}, refresh=False)
         progress.update()
     means = fabric.all_reduce(sums / len(loader), reduce_op="mean")
-    for buffer in model.buffers() if fabric.world_size > 1 else ():
-        distributed.broadcast(buffer, 0)
+    if fabric.world_size > 1:
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, 0)
     return dict(zip(LOSSES, means.tolist(), strict=True))
 
 
@@ -299,16 +302,16 @@ def validation_loss(
 ) -> float:
     """The mean total loss over one fixed crop of each validation image.
 
-    The norms' statistics do not change, unless ``validation_updates_norms``: then the norms, and
-    with them the model, learn from the validation images as in training.
+    Batch-norm statistics are not updated. With ``validation_updates_norms`` they are, so that the
+    model adapts to the validation images (a mistake of released code, kept to measure its effect).
 
     Raises:
-        TrainingError: a loss that is not finite; so weights that the epoch's last step has spoiled
-            are never saved.
+        TrainingError: a loss is not finite. Since this runs before saving, weights spoiled by the
+            epoch's last step are never saved.
     """
     config = replace(config, class_balance=0.0, augmentation="none", seed=0, num_workers=0)
     keys = [SampleKey(0, position, index) for position, index in enumerate(indices)]
-    model.train()
+    model.train()  # torchvision's model returns losses only in training mode
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not config.validation_updates_norms:
             module.eval()
@@ -316,6 +319,7 @@ def validation_loss(
     with fabric.autocast():
         for images, targets in make_loader(make_samples(dataset, indices, config), config, keys):
             images, targets = to_device(images, targets, fabric.device)
+            # Every process computes all losses: ``module`` is the model without synchronisation.
             losses, _ = _finite_losses(model.module(images, targets), targets)
             totals += [losses.sum().item()] * len(images)
     return sum(totals) / len(totals)
@@ -324,14 +328,14 @@ def validation_loss(
 def predict_images(
     fabric: Fabric, model: nn.Module, dataset: CellDataset, indices: list[int], config: RunConfig
 ) -> Cells:
-    """The cells found in whole images; image ids count from 1 in the order of ``indices``, as
-    ``to_coco`` does. Each process predicts its share of the images.
+    """The cells that the model finds in whole images; image ids count from 1 in the order of
+    ``indices``, as in ``to_coco``. Each process predicts a share of the images and gets all cells.
     """
     tiling = (config.tile_size_px, config.tile_overlap_px, config.mask_threshold)
-    viewer = with_views(model.module, config)
+    predictor = with_views(model.module, config)
     with fabric.autocast():
         cells = Cells.concatenate(
-            predict(viewer, dataset[indices[number]].image, *tiling, number + 1)
+            predict(predictor, dataset[indices[number]].image, *tiling, number + 1)
             for number in range(fabric.global_rank, len(indices), fabric.world_size)
         )
     if fabric.world_size > 1:
@@ -345,7 +349,7 @@ def predict_images(
 def to_device(
     images: list[Tensor], targets: list[dict[str, Any]], device: torch.device
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Images (uint8 [3, h, w]) as float32 in [0, 1], and targets, on ``device``."""
+    """Move images and targets to ``device``; uint8 [3, h, w] images become float32 in [0, 1]."""
     images, targets = move_data_to_device((images, targets), device)
     return [image.float() / 255 for image in images], targets
 
@@ -364,8 +368,8 @@ def best_epoch(history: History, config: RunConfig) -> int:
 
 
 def stopped_early(history: History, config: RunConfig) -> bool:
-    """Whether the last epoch was validated and the monitored value has not improved for
-    ``early_stopping_patience`` epochs (0: never stop).
+    """Whether training must end: the last epoch was validated, and the monitored value has not
+    improved for ``early_stopping_patience`` epochs (0: never stop).
     """
     patience = config.early_stopping_patience
     if not patience or not history or math.isnan(history[-1]["validation_loss"]):
@@ -376,20 +380,21 @@ def stopped_early(history: History, config: RunConfig) -> bool:
 def _finite_losses(
     losses: dict[str, Tensor], targets: list[dict[str, Any]]
 ) -> tuple[Tensor, list[float]]:
-    """The losses as float32 [5], in the order of ``LOSSES``, and their values. They are read from a
-    GPU once a step, before the backward pass.
+    """The losses in the order of ``LOSSES``, as a float32 tensor [5] and as numbers; an error if
+    one is not finite. They are copied from a GPU once per step, before the backward pass.
     """
     stacked = torch.stack([losses[name].float() for name in LOSSES])
-    values = stacked.tolist()
-    named = zip(LOSSES, values, strict=True)
+    loss_values = stacked.tolist()
+    named = zip(LOSSES, loss_values, strict=True)
     bad = [f"{name} = {value}" for name, value in named if not math.isfinite(value)]
     if bad:
         images = ", ".join(target["image_id"] for target in targets)
         raise TrainingError(
             f"training stopped: {', '.join(bad)} in a batch of images {images}; lower "
-            f"learning_rate, lengthen warmup_steps or set gradient_clip_norm; {devices.KEPT}"
+            f"learning_rate, lengthen warmup_steps or set gradient_clip_norm; "
+            f"{devices.LAST_CHECKPOINT}"
         )
-    return stacked, values
+    return stacked, loss_values
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ whole or not at all.
     provenance.json           code version, package versions, machine, data fingerprint
     split.json                image ids of each side
     truth.json                the validation images' cells, as a COCO data set
-    history.csv               one row an epoch
-    last.pt                   checkpoint to go on from
+    history.csv               one row per epoch
+    last.pt                   checkpoint from which training resumes
     best.safetensors          weights of the best epoch
     epoch_<n>.safetensors     weights of every epoch, if keep_every_epoch is set
     detections.json           the best epoch's detections in the validation images, COCO results
-    metrics.json              its scores
+    metrics.json              their scores
     finished.json             written last: epochs, early stop, trainable parameters, megabytes
     trained.json              seconds and memory of the job that trained the run
     scores.json               03_evaluate: AP50 and its bootstrap values
@@ -54,17 +54,17 @@ class RunError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run folder holds, for the analyses; needs no GPU and no weights. Settings, provenance
-    and split are those of the JSON files of these names.
+    """The results of a finished run, for the analyses; needs no GPU and no weights. ``settings``,
+    ``provenance`` and ``split`` hold the JSON files of these names.
     """
 
     run_dir: Path
     settings: dict[str, Any]
     provenance: dict[str, Any]
     split: dict[str, Any]
-    history: pd.DataFrame  # one row an epoch
+    history: pd.DataFrame  # one row per epoch
     truth: dict[str, Any]  # the validation images' cells, a COCO data set
-    metrics: dict[str, Any]  # of ``metrics.evaluate``; undefined is NaN
+    metrics: dict[str, Any]  # from ``metrics.evaluate``; an undefined score is NaN
 
     @cached_property
     def detections(self) -> Cells:
@@ -78,26 +78,28 @@ def load_run(run_dir: str | Path) -> Run:
     Raises:
         RunError: no such folder, or a file of it missing or unreadable.
     """
-    folder, named = resolve_path(run_dir), f"run_dir {run_dir}"
+    folder, subject = resolve_path(run_dir), f"run_dir {run_dir}"
     if not folder.is_dir():
         advice = "train one with notebooks/02_train.ipynb or give another"
-        raise RunError(f"{named} does not exist; {advice}")
-    read_now = ("settings", "provenance", "split", "truth", "metrics")
-    for file in (*(f"{name}.json" for name in read_now), "detections.json", "history.csv"):
+        raise RunError(f"{subject} does not exist; {advice}")
+    json_names = ("settings", "provenance", "split", "truth", "metrics")
+    for file in (*(f"{name}.json" for name in json_names), "detections.json", "history.csv"):
         if not (folder / file).exists():
-            raise RunError(f"{named} has no {file}: the run has not finished; run 02_train again")
-    parts = {name: read_json(folder / f"{name}.json") for name in read_now}
-    parts["metrics"] = _change_leaves(parts["metrics"], lambda v: math.nan if v is None else v)
+            raise RunError(f"{subject} has no {file}: the run has not finished; run 02_train again")
+    parts = {name: read_json(folder / f"{name}.json") for name in json_names}
+    parts["metrics"] = _change_leaves(
+        parts["metrics"], lambda leaf: math.nan if leaf is None else leaf
+    )
     try:
         history = pd.read_csv(folder / "history.csv")
     except ValueError as error:
-        wrong = f"a damaged history.csv ({one_line(error)})"
-        raise RunError(f"{named} has {wrong}; run 02_train again") from None
+        damaged = f"a damaged history.csv ({one_line(error)})"
+        raise RunError(f"{subject} has {damaged}; run 02_train again") from None
     return Run(run_dir=folder, history=history, **parts)
 
 
 def context_of(run: Run) -> dict[str, Any]:
-    """The columns that every row of a run's tables carries: scale, data, split, maxDets."""
+    """Columns that say in each table which run it is of: scale, data, split, maxDets."""
     data = Path(run.settings["data"])
     return {
         "scale": run.settings["scale"],
@@ -108,16 +110,16 @@ def context_of(run: Run) -> dict[str, Any]:
 
 
 def images_of_run(run: Run) -> tuple[list[CellImage], str]:
-    """A run's validation images in the order of its truth, and a sentence on where they are from;
-    none if the data are gone or have changed.
+    """A run's validation images in the order of ``run.truth``, and a sentence on their origin; no
+    images if the data are gone or have changed.
     """
     try:
         dataset = _open_data(run)
     except DataError as error:
         return [], f"No pictures: {str(error).splitlines()[0]}"
-    index = {image_id: i for i, image_id in enumerate(dataset.image_ids)}
+    index_of = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
     names = [image["file_name"] for image in run.truth["images"]]
-    images = [dataset[index[name]] for name in names if name in index]
+    images = [dataset[index_of[name]] for name in names if name in index_of]
     data = f"the data {dataset.name!r}"
     if to_coco(images)["annotations"] != run.truth["annotations"]:
         return [], f"No pictures: {data} are no longer those that this run was scored on."
@@ -125,8 +127,8 @@ def images_of_run(run: Run) -> tuple[list[CellImage], str]:
 
 
 def annotations_of_run(run: Run) -> tuple[dict[str, Any], str]:
-    """All annotated images of a run's data as a COCO data set, and a sentence; the validation
-    images alone if the data are gone.
+    """All annotated images of a run's data as a COCO data set, and a sentence on which they are:
+    only the validation images if the data are gone.
     """
     try:
         dataset = _open_data(run)
@@ -137,6 +139,7 @@ def annotations_of_run(run: Run) -> tuple[dict[str, Any], str]:
 
 
 def _open_data(run: Run) -> CellDataset:
+    """The run's data with the annotations used in scoring; early runs saved no truth_reading."""
     settings = run.settings
     reading = settings.get("truth_reading", "pixel_values")
     return open_dataset(settings["data"], reading, 0, settings["skip_faulty_images"])
@@ -146,8 +149,8 @@ def save_table(table: pd.DataFrame, name: str, **context: Any) -> Path:
     """Write ``outputs/tables/<name>.csv``, whole or not at all.
 
     Args:
-        table: a named index is written, too.
-        context: first columns, the same in every row (see ``context_of``).
+        table: its index is also written if it has a name.
+        context: the first columns, the same in every row (see ``context_of``).
 
     Returns:
         The path under the repository's root.
@@ -160,8 +163,8 @@ def save_table(table: pd.DataFrame, name: str, **context: Any) -> Path:
 
 
 def set_aside_other_run(config: RunConfig) -> Path | None:
-    """Rename the folder of a run with this name and other settings or images, so that this run can
-    start. Returns the new path, ``<name>.old-<n>``; None if no such folder was in the way.
+    """If the folder of this ``run_name`` holds a run with other settings or images, rename it, so
+    that this run can start. Returns the new path, ``<name>.old-<n>``, or None.
     """
     folder = resolve_path(RUNS) / config.run_name
     if not (folder / "settings.json").exists():
@@ -180,29 +183,29 @@ def set_aside_other_run(config: RunConfig) -> Path | None:
 def start_run(
     config: RunConfig, fingerprint: str, split: dict[str, Any], truth: dict[str, Any]
 ) -> Path:
-    """Make the run's folder, or find the one to go on in.
+    """Make the run's folder, or prepare the existing one for resuming.
 
     Raises:
-        RunError: the folder holds a run of other settings or data, which are named, or is damaged.
+        RunError: the folder is damaged or holds a run with other settings or data (named).
     """
     config = config.named()
     run_dir = resolve_path(RUNS) / config.run_name
     if differences := _differences(config, fingerprint, run_dir):
         advice = "choose another run_name, give the old settings to go on, or delete that folder"
-        found = f"a run with other settings ({_listed(differences)})"
-        raise RunError(f"{run_dir} holds {found}; {advice}")
+        other_run = f"a run with other settings ({_listed(differences)})"
+        raise RunError(f"{run_dir} holds {other_run}; {advice}")
     for half_written in run_dir.glob(".*.*"):  # by a process that was killed
         shutil.rmtree(half_written, ignore_errors=True)
     write_json(run_dir / "split.json", split)
     write_json(run_dir / "truth.json", truth)
-    if not (run_dir / "provenance.json").exists():  # it is of the code that began the run
+    if not (run_dir / "provenance.json").exists():  # keep that of the run's start
         write_json(run_dir / "provenance.json", provenance() | {"data_fingerprint": fingerprint})
     write_json(run_dir / "settings.json", config.to_dict())
     return run_dir
 
 
 def _differences(config: RunConfig, fingerprint: str, run_dir: Path) -> dict[str, tuple[Any, Any]]:
-    """In which settings, or else data, a config is not the run in a folder: name -> (old, new).
+    """What differs from the run in a folder, settings or else data: name -> (old, new).
 
     Raises:
         RunError: the folder's files are missing or damaged.
@@ -212,12 +215,12 @@ def _differences(config: RunConfig, fingerprint: str, run_dir: Path) -> dict[str
     try:
         differences = config.differences(read_json(run_dir / "settings.json"))
         for name in ("precision", "anchor_sizes"):
-            if getattr(config, name) == "auto":  # saved as what it was in the training
+            if getattr(config, name) == "auto":  # the run saved what "auto" became
                 differences.pop(name, None)
         if not differences:
-            before = read_json(run_dir / "provenance.json")["data_fingerprint"]
-            if before != fingerprint:
-                return {"data_fingerprint": (before[:12], fingerprint[:12])}
+            old = read_json(run_dir / "provenance.json")["data_fingerprint"]
+            if old != fingerprint:
+                return {"data_fingerprint": (old[:12], fingerprint[:12])}
     except (OSError, TypeError, KeyError, AttributeError):
         lost = "lost or damaged files (settings.json, provenance.json)"
         raise RunError(f"{run_dir} has {lost}; delete that folder to train anew") from None
@@ -225,11 +228,12 @@ def _differences(config: RunConfig, fingerprint: str, run_dir: Path) -> dict[str
 
 
 def _listed(differences: dict[str, tuple[Any, Any]]) -> str:
+    """The differences as part of a message."""
     return "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in differences.items())
 
 
 def provenance() -> dict[str, Any]:
-    """Code version, package versions and machine, as they are now."""
+    """The current code version, package versions and machine."""
     import torch
 
     describe = ["git", "describe", "--always", "--dirty"]
@@ -238,15 +242,15 @@ def provenance() -> dict[str, Any]:
         code_version = version.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         code_version = "unknown (not a git checkout)"
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    cpuinfo = Path("/proc/cpuinfo")  # Linux only
+    processor = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return {
         "code_version": code_version,
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "machine": {
             "platform": platform.platform(),
-            "processor": model[1] if model else platform.processor(),
+            "processor": processor[1] if processor else platform.processor(),
             "cpu_count": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
@@ -254,7 +258,7 @@ def provenance() -> dict[str, Any]:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """``torch.save``, whole or not at all: a kill at any moment leaves a whole checkpoint."""
+    """``torch.save``, whole or not at all: after a kill, the old or the new checkpoint is there."""
     import torch
 
     with replacing(path) as temporary:
@@ -262,52 +266,53 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint on the CPU, read with ``weights_only=True``; RunError if it is not readable."""
+    """Read a checkpoint to the CPU, with ``weights_only=True``; RunError if it is not readable."""
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        wrong = f"cannot be read ({one_line(error)})"
-        raise RunError(f"checkpoint {path} {wrong}; delete it to train anew") from None
+        problem = f"cannot be read ({one_line(error)})"
+        raise RunError(f"checkpoint {path} {problem}; delete it to train anew") from None
 
 
 def resume(parts: dict[str, Any], run_dir: Path, config: RunConfig) -> list[dict[str, Any]]:
-    """Load the run's ``last.pt``, if there is one, into its parts.
+    """Load a run's checkpoint ``last.pt``, if there is one, into model, optimizer and so on.
 
     Args:
-        parts: name in the checkpoint -> model, optimizer, ...: what has ``load_state_dict``.
+        parts: name in the checkpoint -> object with ``load_state_dict`` (model, optimizer, ...).
 
     Returns:
-        The history: one row for each epoch that the checkpoint has seen.
+        The history: one row for each epoch trained before the checkpoint; [] without one.
 
     Raises:
-        RunError: the checkpoint is damaged, of other settings (the differing fields are named), or
-            does not fit; or a file is gone that was written before it.
+        RunError: the checkpoint is damaged, is of other settings (the message names them) or does
+            not fit, or a file that was written before it is missing.
     """
     path = run_dir / "last.pt"
     if not path.exists():
         return []
-    checkpoint, wrong = load_checkpoint(path), ""
+    checkpoint, problem = load_checkpoint(path), ""
     try:
         history = checkpoint["history"]
         validated = any(not math.isnan(row["validation_loss"]) for row in history)
         if differences := config.differences(checkpoint["settings"]):
-            wrong = f"is of a run with other settings ({_listed(differences)})"
-        for name, part in parts.items() if not wrong else ():
-            part.load_state_dict(checkpoint[name])
+            problem = f"is of a run with other settings ({_listed(differences)})"
+        else:
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
-        wrong = f"does not fit this run ({one_line(error)})"
-    if wrong:
-        raise RunError(f"checkpoint {path} {wrong}; delete it to train anew")
-    best = ["best.safetensors", "detections.json", "metrics.json"] if validated else []
-    if lost := [name for name in [*best, "history.csv"] if not (run_dir / name).exists()]:
+        problem = f"does not fit this run ({one_line(error)})"
+    if problem:
+        raise RunError(f"checkpoint {path} {problem}; delete it to train anew")
+    of_best = ["best.safetensors", "detections.json", "metrics.json"] if validated else []
+    if lost := [name for name in [*of_best, "history.csv"] if not (run_dir / name).exists()]:
         raise RunError(f"{run_dir} has lost {', '.join(lost)}; delete that folder to train anew")
     return history
 
 
 def save_weights(path: Path, state: dict[str, Any]) -> None:
-    """Weights as safetensors, whole or not at all."""
+    """Write weights as safetensors, whole or not at all."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -316,7 +321,7 @@ def save_weights(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """JSON, whole or not at all: NaN as null, a list on one line."""
+    """Write JSON, whole or not at all. NaN becomes null; a list is written on one line."""
     options = {"indent": None if isinstance(value, list) else indent, "allow_nan": False}
     try:
         text = json.dumps(value, **options)
@@ -327,7 +332,7 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 
 
 def _change_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """The same nested dicts and lists with each leaf changed."""
+    """The same nested dicts and lists with ``change`` applied to each leaf."""
     if isinstance(tree, dict):
         return {key: _change_leaves(value, change) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
@@ -336,13 +341,13 @@ def _change_leaves(tree: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file, whole or not at all."""
+    """Write a text file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text)
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; a RunError if it is not valid JSON."""
+    """The content of a JSON file; a RunError if it is not valid JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
