@@ -21,7 +21,7 @@ from cellseg_helpers.model.build import count_parameters, rebuild_model
 from cellseg_helpers.model.views import with_views
 from cellseg_helpers.runs import RunError, read_json
 
-SAME_CELL_IOU = 0.5  # of two masks, in the region that both tiles see
+SAME_CELL_IOU = 0.5  # least IoU of a cell's masks from two tiles, in the area of both
 TILES_PER_BATCH = 4
 
 
@@ -33,24 +33,24 @@ def predict(
     mask_threshold: float = 0.5,
     image_id: int = 1,
 ) -> Cells:
-    """The cells that ``model`` finds in an image, by descending score; their boxes are the model's.
+    """The cells that ``model`` finds in an image, by descending score, with the boxes it predicts.
 
-    Memory grows with the detections' boxes: no mask of the image's size is made. With tiles it is
-    bounded by a few tiles and the detections. Detections whose mask has no pixel at
-    ``mask_threshold`` are left out. ``merge_tiles`` says how tiles become one image.
+    No mask of the image's size is made: memory grows with the area of the detections' boxes. With
+    tiles, the model needs memory only for a few tiles at once. Detections whose mask has no pixel
+    at ``mask_threshold`` are left out. See ``merge_tiles`` for how the tiles' cells are combined.
 
     Args:
         model: in evaluation mode it takes a list of float32 [3, H, W] images in 0..1 and gives a
             dict for each: boxes float32 [N, 4] px, labels int64 [N], scores float32 [N], masks
-            float32 [N, 28, 28] in 0..1, inside the box. Its mode is the same afterwards. If it has
-            a ``mask_geometry``, masks become pixels as that says, else as in torchvision.
+            float32 [N, 28, 28] in 0..1, inside the box. Its mode is restored afterwards. Its
+            attribute ``mask_geometry``, else "torchvision", is passed to ``paste_in_boxes``.
         image: uint8 [3, H, W].
         tile_size_px: side of the square tiles; 0 = the whole image at once.
         tile_overlap_px: neighbouring tiles share at least this much. Best a little more than a
-            large cell's diameter: a larger cell may have to be put together from pieces.
+            large cell's diameter: a still larger cell may have to be joined from pieces.
         mask_threshold: pixels of at least this probability belong to the cell (``>=``, as in
             detectron2 and in the documentation of torchvision's Mask R-CNN).
-        image_id: of the cells.
+        image_id: given to all cells.
 
     Raises:
         ValueError: the image or a parameter is not as above.
@@ -71,8 +71,8 @@ def predict(
         )
     height, width = image.shape[1:]
     tiles = lay_tiles(height, width, tile_size_px, tile_overlap_px)
-    found = _predict_tiles(model, image, tiles, mask_threshold)
-    cells = merge_tiles(found, tiles, height, width, tile_overlap_px)
+    cells_of_tiles = _predict_tiles(model, image, tiles, mask_threshold)
+    cells = merge_tiles(cells_of_tiles, tiles, height, width, tile_overlap_px)
     cells = cells[np.argsort(-cells.scores, kind="stable")]
     return replace(cells, image_ids=np.full(len(cells), image_id))
 
@@ -80,8 +80,8 @@ def predict(
 def predict_run(
     run_dir: str | Path, images: Sequence[np.ndarray], image_ids: Sequence[int] | None = None
 ) -> Cells:
-    """The cells that a finished run finds in images, as its validation did: weights of the best
-    epoch, same tiles and precision. A GPU is used if the machine has one.
+    """The cells that a finished run finds in images. As in its validation, the weights are those of
+    the best epoch; tiles and precision are the same. A GPU is used if the machine has one.
 
     Args:
         run_dir: the run folder.
@@ -89,7 +89,7 @@ def predict_run(
         image_ids: one for each image; by default they count from 1.
 
     Raises:
-        RunError: no such folder, no weights in it, or files of it that cannot be used.
+        RunError: the folder does not exist, has no weights, or has files that cannot be used.
         TrainingError: no memory left.
     """
     config = replace(_config_of(run_dir), accelerator="auto", devices=1)
@@ -115,7 +115,7 @@ def predict_run(
 
 
 def count_run_parameters(run_dir: str | Path) -> int:
-    """Trainable parameters of a run, by its settings; its weights are not needed.
+    """The number of trainable parameters of a run, by its settings; needs no weights.
 
     Raises:
         RunError: no such folder, or a missing or damaged ``settings.json``.
@@ -125,6 +125,7 @@ def count_run_parameters(run_dir: str | Path) -> int:
 
 
 def _config_of(run_dir: str | Path) -> RunConfig:
+    """A run's settings; a RunError if they cannot be read."""
     try:
         return RunConfig.from_dict(read_json(resolve_path(run_dir) / "settings.json"))
     except FileNotFoundError:
@@ -146,15 +147,15 @@ def paste_in_boxes(
     mask_threshold: float = 0.5,
     mask_geometry: str = "torchvision",
 ) -> list[BoxMask]:
-    """Binary masks of an image's detections, each in its own box.
+    """Binary masks of an image's detections, each stored in its own box.
 
-    ``exact``: a pixel takes the mask's value at the pixel's centre, by bilinear interpolation with
-    zeros outside the box, as in detectron2's ``paste_masks_in_image``. With bins of the box as the
-    unit, pixel i lies at ``(i + 1/2 - x1) / (x2 - x1) * M``, bin b at ``b + 1/2``.
+    ``exact``: a pixel has the mask's value at the pixel's centre, by bilinear interpolation with
+    zeros outside the box, as in detectron2's ``paste_masks_in_image``. In units of mask bins, the
+    centre of pixel i lies at ``(i + 1/2 - x1) / (x2 - x1) * M``, the centre of bin b at b + 1/2.
 
-    ``torchvision``: pixel for pixel ``paste_masks_in_image`` of its ``roi_heads`` (mask padded by
-    one, box grown likewise and cut to integers, bilinear interpolation without aligned corners).
-    Both clip to the image and make no mask of its size. A box outside the image gives an empty one.
+    ``torchvision``: the same pixels as from ``paste_masks_in_image`` of its ``roi_heads``, which
+    pads the mask by one bin, enlarges the box in proportion, cuts its corners to integers and
+    interpolates without aligned corners. A box outside the image gives an empty mask.
 
     Args:
         masks: float32 [N, M, M] on the CPU, probabilities inside the box.
@@ -178,8 +179,8 @@ def paste_in_boxes(
             pasted.append(BoxMask(np.zeros((0, 0), bool), 0, 0))
             continue
         size = (y2 - y1 + 1, x2 - x1 + 1)
-        grown = functional.interpolate(mask[None], size, mode="bilinear", align_corners=False)
-        inside = grown[0, 0, top - y1 : bottom - y1, left - x1 : right - x1] >= mask_threshold
+        resized = functional.interpolate(mask[None], size, mode="bilinear", align_corners=False)
+        inside = resized[0, 0, top - y1 : bottom - y1, left - x1 : right - x1] >= mask_threshold
         pasted.append(BoxMask.around(inside.numpy(), left, top))
     return pasted
 
@@ -187,23 +188,26 @@ def paste_in_boxes(
 def _paste_exactly(
     mask: Tensor, box: Tensor, height: int, width: int, mask_threshold: float
 ) -> BoxMask:
-    firsts, weights, bins = [], [], torch.arange(len(mask)) + 0.5
-    for start, end, length in zip(box[:2], box[2:], (width, height), strict=True):
-        half_bin = (end - start) / len(mask) / 2
-        first = int((start - half_bin).floor().clamp(0, length))
-        last = int((end + half_bin).ceil().clamp(first, length))
-        pixels = (torch.arange(first, last) + 0.5 - start) / (end - start) * len(mask)
-        weights.append((1 - (pixels[:, None] - bins).abs()).clamp(min=0))
-        firsts.append(first)
+    """One detection's mask by the geometry ``exact`` of ``paste_in_boxes``. Bilinear interpolation
+    is separable: weights along y times mask times weights along x.
+    """
+    x0_y0, weights, bin_centres = [], [], torch.arange(len(mask)) + 0.5
+    for box_start, box_end, side in zip(box[:2], box[2:], (width, height), strict=True):
+        half_bin = (box_end - box_start) / len(mask) / 2
+        first = int((box_start - half_bin).floor().clamp(0, side))
+        last = int((box_end + half_bin).ceil().clamp(first, side))
+        pixel_centres = torch.arange(first, last) + 0.5
+        in_bins = (pixel_centres - box_start) / (box_end - box_start) * len(mask)
+        weights.append((1 - (in_bins[:, None] - bin_centres).abs()).clamp(min=0))
+        x0_y0.append(first)
     inside = weights[1] @ mask @ weights[0].T >= mask_threshold
-    return BoxMask.around(inside.numpy(), *firsts)
+    return BoxMask.around(inside.numpy(), *x0_y0)
 
 
 def lay_tiles(height: int, width: int, tile_size_px: int, tile_overlap_px: int) -> np.ndarray:
-    """Tiles of equal size that cover an image and share at least ``tile_overlap_px``: int64 [T, 4],
-    x1, y1, x2, y2 px.
-
-    An image side of at most ``tile_size_px`` is not cut; ``tile_size_px`` 0 cuts neither.
+    """Tiles of equal size that cover an image: int64 [T, 4], x1, y1, x2, y2 px. Neighbours share at
+    least ``tile_overlap_px``. An image side of at most ``tile_size_px`` is not divided; with
+    ``tile_size_px`` 0 no side is.
 
     >>> lay_tiles(100, 160, tile_size_px=100, tile_overlap_px=40).tolist()
     [[0, 0, 100, 100], [60, 0, 160, 100]]
@@ -214,6 +218,7 @@ def lay_tiles(height: int, width: int, tile_size_px: int, tile_overlap_px: int) 
 
 
 def _starts(length: int, tile_size_px: int, tile_overlap_px: int) -> list[int]:
+    """Where the tiles along an image side of ``length`` px start, evenly spaced."""
     if tile_size_px == 0 or length <= tile_size_px:
         return [0]
     gaps = -(-(length - tile_size_px) // (tile_size_px - tile_overlap_px))
@@ -224,88 +229,87 @@ def _starts(length: int, tile_size_px: int, tile_overlap_px: int) -> list[int]:
 def _predict_tiles(
     model: nn.Module, image: Tensor, tiles: np.ndarray, mask_threshold: float
 ) -> list[Cells]:
-    """What the model finds in each tile, in the image's coordinates."""
+    """The cells that the model finds in each tile, in the image's coordinates."""
     pasting = mask_threshold, getattr(model, "mask_geometry", "torchvision")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    modes = {module: module.training for module in model.modules()}
-    found = []
+    was_training = {module: module.training for module in model.modules()}
+    cells_of_tiles = []
     model.eval()
     try:
         for first in range(0, len(tiles), TILES_PER_BATCH):
             batch = tiles[first : first + TILES_PER_BATCH].tolist()
-            views = [image[:, y1:y2, x1:x2].to(device).float() / 255 for x1, y1, x2, y2 in batch]
-            found += [
+            crops = [image[:, y1:y2, x1:x2].to(device).float() / 255 for x1, y1, x2, y2 in batch]
+            cells_of_tiles += [
                 _in_image(output, tile, image.shape[1:], pasting)
-                for output, tile in zip(model(views), batch, strict=True)
+                for output, tile in zip(model(crops), batch, strict=True)
             ]
     finally:
-        for module, training in modes.items():
+        for module, training in was_training.items():
             module.training = training
-    return found
+    return cells_of_tiles
 
 
 def _in_image(
     output: dict[str, Tensor], tile: list[int], size: tuple[int, int], pasting: tuple[float, str]
 ) -> Cells:
-    """A tile's detections as cells of the image, of ``size``; empty masks are left out."""
+    """A tile's detections, without those of empty masks, as cells of an image of ``size``."""
     x1, y1, x2, y2 = tile
     height, width = y2 - y1, x2 - x1
     names = ("boxes", "labels", "scores", "masks")
     boxes, labels, scores, masks = (output[name].cpu() for name in names)
     boxes, scores = boxes.float(), scores.float().numpy()
-    pasted = paste_in_boxes(masks.float(), boxes, height, width, *pasting)
-    placed = [BoxMask(mask, x + x1, y + y1) for mask, x, y in pasted]
+    in_tile = paste_in_boxes(masks.float(), boxes, height, width, *pasting)
+    in_image = [BoxMask(mask, x + x1, y + y1) for mask, x, y in in_tile]
     boxes = clip_boxes_to_image(boxes, (height, width)) + torch.tensor([x1, y1, x1, y1])
-    cells = Cells.of_image(*size, labels.numpy(), placed, scores, boxes.numpy())
-    return cells[np.array([mask.mask.size > 0 for mask in placed], bool)]
+    cells = Cells.of_image(*size, labels.numpy(), in_image, scores, boxes.numpy())
+    return cells[np.array([mask.mask.size > 0 for mask in in_image], bool)]
 
 
 def merge_tiles(
-    found: list[Cells], tiles: np.ndarray, height: int, width: int, tile_overlap_px: int
+    cells_of_tiles: list[Cells], tiles: np.ndarray, height: int, width: int, tile_overlap_px: int
 ) -> Cells:
-    """The cells of an image, each once, from those of overlapping tiles.
+    """Merge the cells found in overlapping tiles, so that each cell of the image is listed once.
 
     A cell's margin is the distance from its box to the nearest edge of its tile that is not an edge
     of the image. A cell is cut if its margin is under an eighth of the overlap. Two cells of
     different tiles are the same if their masks have an IoU of ``SAME_CELL_IOU`` or more in the area
-    that both tiles see, whatever their classes.
+    that both tiles cover, whatever their classes.
 
     How it works:
         1. Drop a cut cell whose box lies at least a quarter of the overlap inside another tile:
-           that tile sees the whole area and decides, also if it found no cell.
-        2. Of uncut cells that are the same, the one with the largest margin stays: its tile saw the
-           most around it. The highest score would favour false detections, which have two chances
-           where tiles overlap.
-        3. Drop a cut cell that is the same as one that stays.
-        4. Join the other cut cells that are the same, which no tile sees whole: class and score of
-           the highest-scored one, the union of their masks, the box around their boxes.
+           that tile contains the whole area, so its result counts, even if it found no cell.
+        2. Of uncut cells that are the same, keep the one with the largest margin: its tile shows
+           the most of its surroundings. Keeping the highest score would favour false detections,
+           which have two chances where tiles overlap.
+        3. Drop a cut cell that is the same as one kept in step 2.
+        4. Join the remaining cut cells that are the same (no tile contains them whole): class and
+           score of the highest-scored one, union of their masks, box around their boxes.
 
     Cells of one tile never remove each other: the model's own non-maximum suppression has done so.
-    The oracle is the whole image at once, if each cell is whole in some tile
-    (``tests/test_oracles.py``).
+    Tests compare the result, for cells whole in some tile, with a prediction of the whole image.
 
     Args:
-        found: the cells of each tile, in the image's coordinates.
+        cells_of_tiles: the cells of each tile, in the image's coordinates.
         tiles: int [T, 4], x1, y1, x2, y2 px.
         height: of the image, px.
         width: of the image, px.
         tile_overlap_px: the least overlap of neighbouring tiles.
     """
     if len(tiles) == 1:
-        return found[0]
-    cells = Cells.concatenate(found)
-    tile_of = np.repeat(np.arange(len(tiles)), [len(part) for part in found])
+        return cells_of_tiles[0]
+    cells = Cells.concatenate(cells_of_tiles)
+    tile_of = np.repeat(np.arange(len(tiles)), [len(of_tile) for of_tile in cells_of_tiles])
     margin = _margin(cells.boxes, tiles[tile_of], height, width)
     cut = margin < tile_overlap_px / 8
     overlapping = np.argwhere(np.triu(_intersecting(tiles, tiles), k=1))
 
-    better_seen = np.zeros(len(cells), bool)
+    dropped = np.zeros(len(cells), bool)  # by step 1
     for one, other in np.concatenate([overlapping, overlapping[:, ::-1]]):
         rows = np.flatnonzero(cut & (tile_of == one))
         inside = _margin(cells.boxes[rows], tiles[[other]], height, width)
-        better_seen[rows] |= inside >= tile_overlap_px / 4
+        dropped[rows] |= inside >= tile_overlap_px / 4
 
-    rows_of = [np.flatnonzero((tile_of == tile) & ~better_seen) for tile in range(len(tiles))]
+    rows_of = [np.flatnonzero((tile_of == tile) & ~dropped) for tile in range(len(tiles))]
     boxes, pairs = cells.mask_boxes, []
     for one, other in overlapping:
         area = _intersection(tiles[one], tiles[other])
@@ -319,15 +323,15 @@ def merge_tiles(
     for row in np.lexsort([-cells.scores, -margin]):
         neighbours = same.indices[same.indptr[row] : same.indptr[row + 1]]
         stays[row] = not (cut[row] or stays[neighbours].any())
-    pieces = np.flatnonzero(cut & ~better_seen & ~(same @ stays))
+    pieces = np.flatnonzero(cut & ~dropped & ~(same @ stays))
     count, group_of = sparse.csgraph.connected_components(same[pieces][:, pieces], directed=False)
     joined = [_join(cells, pieces[group_of == group], tile_of) for group in range(count)]
     return Cells.concatenate([cells[stays], *joined])
 
 
 def _margin(boxes: np.ndarray, tiles: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Distance [N] px of boxes [N, 4] from the nearest edge of their tiles [N or 1, 4] that is not
-    the image's; negative if the box crosses it.
+    """The distance [N] px from each box [N, 4] to the nearest edge of its tile [N or 1, 4] that is
+    not an edge of the image; negative if the box crosses that edge.
     """
     is_inner = np.hstack([tiles[:, :2] > 0, tiles[:, 2:] < [width, height]])
     distances = np.hstack([boxes[:, :2] - tiles[:, :2], tiles[:, 2:] - boxes[:, 2:]])
@@ -335,6 +339,7 @@ def _margin(boxes: np.ndarray, tiles: np.ndarray, height: int, width: int) -> np
 
 
 def _intersection(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The common area of two boxes, as a box; x2 <= x1 or y2 <= y1 if they share none."""
     corners = (
         np.maximum(boxes[..., :2], others[..., :2]),
         np.minimum(boxes[..., 2:], others[..., 2:]),
@@ -343,7 +348,7 @@ def _intersection(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _intersecting(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """bool [N, M]: the boxes (int [N, 4] and [M, 4]) share at least one pixel."""
+    """Whether two boxes share at least one pixel: bool [N, M] for int boxes [N, 4] and [M, 4]."""
     common = _intersection(boxes[:, None], others[None])
     return (common[..., 2:] > common[..., :2]).all(axis=-1)
 
@@ -351,8 +356,8 @@ def _intersecting(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 def _same_cells(
     masks: list[BoxMask], boxes: np.ndarray, rows: np.ndarray, others: np.ndarray, area: np.ndarray
 ) -> list[tuple[int, int]]:
-    """The pairs of ``rows`` x ``others`` with a mask IoU of ``SAME_CELL_IOU`` or more in ``area``
-    (x1, y1, x2, y2 px).
+    """The pairs of one of ``rows`` and one of ``others`` whose masks have an IoU of at least
+    ``SAME_CELL_IOU`` within ``area`` (x1, y1, x2, y2 px).
     """
     inside, other_inside = _intersection(boxes[rows], area), _intersection(boxes[others], area)
     pairs = []
@@ -360,29 +365,31 @@ def _same_cells(
         mask, other = masks[rows[i]], masks[others[j]]
         common = _intersection(inside[i], other_inside[j])
         shared = np.count_nonzero(_crop(mask, common) & _crop(other, common))
-        sizes = [_crop(mask, inside[i]), _crop(other, other_inside[j])]
-        united = sum(map(np.count_nonzero, sizes)) - shared
+        both = _crop(mask, inside[i]), _crop(other, other_inside[j])
+        united = sum(map(np.count_nonzero, both)) - shared
         if shared and shared >= SAME_CELL_IOU * united:
             pairs.append((rows[i], others[j]))
     return pairs
 
 
 def _crop(mask: BoxMask, window: np.ndarray) -> np.ndarray:
+    """The part of a mask inside ``window``, which lies within the mask's box."""
     x1, y1, x2, y2 = window - [mask.x0, mask.y0, mask.x0, mask.y0]
     return mask.mask[y1:y2, x1:x2]
 
 
 def _join(cells: Cells, rows: np.ndarray, tile_of: np.ndarray) -> Cells:
-    """One cell from its pieces, one from each tile: its highest-scored piece of the class
-    of the highest-scored piece or, without one of that class, its highest-scored piece.
+    """Join the pieces of one cell. Its class and score are those of the highest-scored piece. Each
+    tile gives one piece: its highest-scored one of that class or, if it has none, of any class.
     """
-    head = rows[np.argmax(cells.scores[rows])]
-    best_last = rows[np.lexsort([cells.scores[rows], cells.labels[rows] == cells.labels[head]])]
-    pieces = cells[list({tile_of[row]: row for row in best_last}.values())]
+    best = rows[np.argmax(cells.scores[rows])]
+    best_last = rows[np.lexsort([cells.scores[rows], cells.labels[rows] == cells.labels[best]])]
+    best_of_tile = {tile_of[row]: row for row in best_last}
+    pieces = cells[list(best_of_tile.values())]
     (x1, y1), (x2, y2) = pieces.mask_boxes[:, :2].min(0), pieces.mask_boxes[:, 2:].max(0)
     united = np.zeros((y2 - y1, x2 - x1), bool)
     for mask, x, y in pieces.masks:
         united[y - y1 :, x - x1 :][: mask.shape[0], : mask.shape[1]] |= mask
     box = np.concatenate([pieces.boxes[:, :2].min(0), pieces.boxes[:, 2:].max(0)])
     mask = BoxMask(united, int(x1), int(y1))
-    return replace(cells[[head]], boxes=box[None], masks=[mask])
+    return replace(cells[[best]], boxes=box[None], masks=[mask])

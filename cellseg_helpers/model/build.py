@@ -27,7 +27,7 @@ from cellseg_helpers.model.rpn import LabelMapRPN
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PARAMETER_LIMIT = 200_000_000  # a rule of the task
+PARAMETER_LIMIT = 200_000_000  # of trainable parameters; a rule of the task
 COCO_WEIGHTS = {
     "resnet50": detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
     "resnet50_fpn_v2": detection.MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
@@ -35,17 +35,17 @@ COCO_WEIGHTS = {
 
 
 class LabelMapMaskRCNN(GeneralizedRCNN):
-    """torchvision's Mask R-CNN, trained on label maps; masks of detections stay in their boxes.
+    """torchvision's Mask R-CNN, trained on label maps; predicted masks are 28 x 28 in their boxes.
 
     In training, ``model(images, targets)`` gives the five losses. Images are float32 [3, H, W] in
     [0, 1]. A target holds ``boxes`` float32 [N, 4] px, ``labels`` int64 [N], ``ids`` int [N],
-    ``label_maps`` int32 [K, H, W] and, optionally, ``seed`` int, from which its anchors and
+    ``label_maps`` int32 [K, H, W] and, optionally, ``seed`` int, by which the image's anchors and
     proposals are sampled. In evaluation, ``model(images)`` gives for each image ``boxes`` float32
     [N, 4] px, ``labels`` int64 [N], ``scores`` float32 [N] and ``masks`` float32 [N, 28, 28].
 
     Args:
         config: thresholds, numbers of proposals and samples, image size and normalisation.
-        backbone: gives its feature maps by name: "0", "1", ...
+        backbone: returns its feature maps by name: "0", "1", ...
         heads: ``rpn_head``, ``box_head``, ``box_predictor``, ``mask_head``, ``mask_predictor``.
     """
 
@@ -71,10 +71,10 @@ def channel_statistics(normalization: str) -> tuple[tuple[float, ...], tuple[flo
     """Mean and standard deviation of R, G, B in [0, 1], by which images are normalised:
     ``(x - mean) / std``.
 
-    ``imagenet``: torchvision's m and s. ``imagenet_twice``: ImageNet's normalisation, and once more
-    on its result, is ``(x - (m + m s)) / s^2``. ``imagenet_of_0_255``: ImageNet's normalisation of
-    values 0 to 255, as if they were 0 to 1, is ``(x - m / 255) / (s / 255)``. ``data``: ImageNet's
-    until ``LabelMapTransform.learn_statistics`` replaces them.
+    ``imagenet``: torchvision's m and s. ``data``: the same, until ``learn_statistics`` replaces
+    them. Two mistakes of released code: ``imagenet_twice`` normalises by ImageNet's statistics
+    twice, ``((x - m) / s - m) / s = (x - (m + m s)) / s^2``; ``imagenet_of_0_255`` applies them to
+    values from 0 to 255, ``(255 x - m) / s = (x - m / 255) / (s / 255)``.
     """
     m, s = IMAGENET_MEAN, IMAGENET_STD
     if normalization == "imagenet_twice":
@@ -85,10 +85,10 @@ def channel_statistics(normalization: str) -> tuple[tuple[float, ...], tuple[flo
 
 
 def build_model(config: RunConfig) -> LabelMapMaskRCNN:
-    """The Mask R-CNN of a run; its ``load_report`` says which tensors were loaded.
+    """Build the Mask R-CNN of a run; its ``load_report`` says which tensors were loaded.
 
     Raises:
-        ValueError: weights that cannot be had or do not fit, or too many parameters for the task.
+        ValueError: the weights are not available or do not fit, or the model is too large.
     """
     if config.neck == "none":
         backbone = backbones.SingleMapBackbone(config.backbone, config.head_width)
@@ -103,8 +103,8 @@ def build_model(config: RunConfig) -> LabelMapMaskRCNN:
     heads = _heads(config, anchors.num_anchors_per_location()[0], len(CLASS_NAMES) + 1)
     model = LabelMapMaskRCNN(config, backbone, anchors, **heads)
     if count_parameters(model) >= PARAMETER_LIMIT:
-        found = f"the model has {count_parameters(model):,} trainable parameters"
-        raise ValueError(f"{found}, but the task allows under {PARAMETER_LIMIT:,}")
+        too_large = f"the model has {count_parameters(model):,} trainable parameters"
+        raise ValueError(f"{too_large}, but the task allows under {PARAMETER_LIMIT:,}")
     model.load_report = _load(model, config)
     _freeze(model, config, model.load_report.loaded)
     return model
@@ -118,17 +118,17 @@ def outline_model(config: RunConfig) -> LabelMapMaskRCNN:
 
 
 def rebuild_model(config: RunConfig, state: Mapping[str, Tensor] | None = None) -> LabelMapMaskRCNN:
-    """The model of a run as its training left it, with its trained weights ``state`` (without them,
-    random values). The weights that it started from are not needed.
+    """The model of a run with its trained weights ``state`` (None: random values), frozen as in
+    training. The weights from which the training started are not needed.
 
     Raises:
-        ValueError: weights of another model.
+        ValueError: the weights are of another model.
     """
     model = build_model(replace(config, weights="none"))
     if config.weights != "none":
-        # A trained batch norm counts its batches, a frozen one does not.
-        count = "num_batches_tracked"
-        trained = {name.removesuffix(count) for name in state or () if name.endswith(count)}
+        # Only a batch norm that was trained has a counter of batches: it must not be frozen.
+        counter = "num_batches_tracked"
+        trained = {name.removesuffix(counter) for name in state or () if name.endswith(counter)}
         loaded = {
             name
             for name in model.backbone.state_dict(prefix="backbone.")
@@ -139,16 +139,18 @@ def rebuild_model(config: RunConfig, state: Mapping[str, Tensor] | None = None) 
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            why = one_line(error, 160)
-            raise ValueError(f"the weights do not fit a model of these settings ({why})") from None
+            cause = one_line(error, 160)
+            message = f"the weights do not fit a model of these settings ({cause})"
+            raise ValueError(message) from None
     return model
 
 
 def starts_loaded(name: str, config: RunConfig) -> bool:
-    """Whether a run's published weights (``imagenet``, ``coco``) hold the model's tensor ``name``.
+    """Whether the model's tensor ``name`` is loaded from a run's published weights.
 
-    ImageNet's hold the network below the pyramid. COCO's hold all but the predictors of classes,
-    or the backbone alone where the model's heads are not of the published model's kind.
+    From ``imagenet`` weights the network below the pyramid is loaded. From ``coco`` weights all but
+    the class-dependent predictors is loaded, or only the backbone if the model's heads are of
+    another version (v1, v2) than the published model's.
     """
     if config.weights == "coco":
         other_heads = has_v2_heads(config) != (config.backbone == "resnet50_fpn_v2")
@@ -159,59 +161,60 @@ def starts_loaded(name: str, config: RunConfig) -> bool:
 
 
 def has_v2_heads(config: RunConfig) -> bool:
-    """Whether RPN, box and mask head are those of torchvision's v2 model."""
+    """Whether RPN, box head and mask head are built as in torchvision's v2 model."""
     return config.heads == "v2" or (config.heads == "auto" and config.backbone == "resnet50_fpn_v2")
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable parameters."""
+    """The number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _heads(config: RunConfig, anchors_per_pixel: int, num_outputs: int) -> dict[str, nn.Module]:
     """The heads of torchvision's ``maskrcnn_resnet50_fpn``, or of its ``_v2``: two convolutions in
-    the RPN, four in the box head, norms in the box and the mask head.
+    the RPN, four in the box head, batch norms in the box head and the mask head.
 
-    They are made in torchvision's order, which decides the random numbers that each starts from.
+    They are created in torchvision's order, which decides their random initial weights.
     """
-    width, parts, v2 = config.head_width, {}, has_v2_heads(config)
-    norm = nn.BatchNorm2d if v2 else None
+    width, heads, v2 = config.head_width, {}, has_v2_heads(config)
+    norm_layer = nn.BatchNorm2d if v2 else None
     if v2:
-        parts["rpn_head"] = RPNHead(width, anchors_per_pixel, conv_depth=2)
-        parts["box_head"] = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], norm)
-    parts["mask_head"] = MaskRCNNHeads(width, [width] * 4, 1, norm_layer=norm)
-    parts["mask_predictor"] = MaskRCNNPredictor(width, width, num_outputs)
+        heads["rpn_head"] = RPNHead(width, anchors_per_pixel, conv_depth=2)
+        heads["box_head"] = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [4 * width], norm_layer)
+    heads["mask_head"] = MaskRCNNHeads(width, [width] * 4, 1, norm_layer=norm_layer)
+    heads["mask_predictor"] = MaskRCNNPredictor(width, width, num_outputs)
     if not v2:
-        parts["rpn_head"] = RPNHead(width, anchors_per_pixel)
-        parts["box_head"] = TwoMLPHead(width * 7**2, 4 * width)
-    parts["box_predictor"] = FastRCNNPredictor(4 * width, num_outputs)
-    return parts
+        heads["rpn_head"] = RPNHead(width, anchors_per_pixel)
+        heads["box_head"] = TwoMLPHead(width * 7**2, 4 * width)
+    heads["box_predictor"] = FastRCNNPredictor(4 * width, num_outputs)
+    return heads
 
 
 def _load(model: nn.Module, config: RunConfig) -> backbones.LoadReport:
-    kind, is_v2 = config.weights, config.backbone == "resnet50_fpn_v2"
-    if kind == "none":
+    """Load the weights that the settings name, and report which tensors they gave."""
+    weights, is_v2 = config.weights, config.backbone == "resnet50_fpn_v2"
+    if weights == "none":
         return backbones.LoadReport("none", [], backbones.tensor_names(model.state_dict()), [])
-    if kind == "imagenet":
+    if weights == "imagenet":
         network = get_model_weights("resnet50" if is_v2 else config.backbone)
-        state = backbones.published_weights(network.IMAGENET1K_V1, kind)
-    elif kind == "coco":
+        state = backbones.published_weights(network.IMAGENET1K_V1, weights)
+    elif weights == "coco":
         if config.backbone not in COCO_WEIGHTS:
             missing = f"torchvision has no COCO weights for backbone {config.backbone!r}"
             raise ValueError(f"{missing}, only for {', '.join(COCO_WEIGHTS)}")
-        state = backbones.published_weights(COCO_WEIGHTS[config.backbone], kind)
+        state = backbones.published_weights(COCO_WEIGHTS[config.backbone], weights)
         state = {name: state[name] for name in state if starts_loaded(name, config)}
     else:
-        state = backbones.read_weights(resolve_path(kind))
-    return backbones.load_weights(model, state, ("", "backbone.", "backbone.body."), kind)
+        state = backbones.read_weights(resolve_path(weights))
+    return backbones.load_weights(model, state, ("", "backbone.", "backbone.body."), weights)
 
 
 def _freeze(model: LabelMapMaskRCNN, config: RunConfig, loaded: Iterable[str]) -> None:
-    """Freeze those of the loaded tensors that the settings name."""
+    """Freeze the loaded tensors that ``trainable_backbone_layers`` leaves out, and batch norms."""
     is_v2 = config.backbone == "resnet50_fpn_v2"
     in_backbone = {name.removeprefix("backbone.") for name in loaded}
     backbones.freeze_loaded(
         model.backbone, in_backbone, config.trainable_backbone_layers, norms=not is_v2
     )
     if config.weights == "coco" and not is_v2:
-        overwrite_eps(model, 0.0)  # as torchvision builds the model around these weights
+        overwrite_eps(model, 0.0)  # as torchvision does for these weights

@@ -1,5 +1,6 @@
-"""Mask R-CNN parts with mask targets from label maps and predicted masks left in their boxes, where
-torchvision's take a dense mask for each instance (N x H x W) and paste each prediction into one.
+"""Parts of Mask R-CNN that need no full-size masks. torchvision stores one H x W mask for each
+instance and pastes each prediction into one; here targets are read from label maps, and predictions
+stay 28 x 28 in their boxes.
 """
 
 import math
@@ -15,8 +16,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.model.roi_align import GatherRoIAlign
 
-PATCH_ELEMENTS = 2**24
-CHANNELS_LAST_FROM_PX = 256
+PATCH_ELEMENTS = 2**24  # most mask pixels that ``mask_targets`` holds at once
+CHANNELS_LAST_FROM_PX = 256  # shorter side of a batch
 
 
 @torch.no_grad()
@@ -30,14 +31,14 @@ def mask_targets(
 ) -> Tensor:
     """Mask R-CNN's mask targets, read from label maps.
 
-    Its oracle is torchvision's ``roi_align`` (He et al., "Mask R-CNN", 2017; sampling_ratio -1) of
-    the dense mask of each box's instance; with ``aligned`` False, ``project_masks_on_boxes``.
+    The tests compare them with torchvision's ``roi_align`` (He et al., "Mask R-CNN", 2017;
+    sampling_ratio -1) of full-size masks and, unless ``aligned``, ``project_masks_on_boxes``.
 
-    How it works: 1. RoIAlign averages bilinear samples on a regular grid, so it is separable: with
-    the averaged weights A_y, A_x [size, span] of a box's rows and columns, its target is
-    ``A_y mask A_x^T``. 2. ``_axis_weights`` gives both. 3. The mask is read under the box alone,
-    ``label_map[rows, columns] == id``. 4. Boxes whose spans round up to the same power of two are
-    done together, at most ``PATCH_ELEMENTS`` pixels at once.
+    How it works: 1. RoIAlign averages bilinear samples on a regular grid. So it is separable: the
+    target is ``A_y mask A_x^T``, with the mean weights A_y, A_x [size, span] of a box's rows and
+    columns (``_axis_weights``). 2. The mask is read only under the box:
+    ``label_map[rows, columns] == id``. 3. Boxes whose spans round up to the same power of two are
+    computed together.
 
     Args:
         label_maps: int [K, H, W].
@@ -45,7 +46,7 @@ def mask_targets(
         ids: int [P], its instance id in that class's map.
         boxes: float32 [P, 4], x1, y1, x2, y2 px; what lies outside the image is background.
         size: target side, 28 in Mask R-CNN.
-        aligned: a pixel's value is sampled at its centre, not at its upper left corner.
+        aligned: a pixel's value lies at its centre, not at its upper left corner.
 
     Returns:
         float32 [P, size, size] in [0, 1].
@@ -71,9 +72,9 @@ def mask_targets(
 def _axis_weights(
     ends: Tensor, least_px: int, size: int, span: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    """RoIAlign along one axis of ``length`` px, from ``ends[:, 0]`` to ``ends[:, 1]``, at least
-    ``least_px``: each box's pixels int64 [P, span] and their weights in each bin float32
-    [P, size, span].
+    """RoIAlign along one axis, ``length`` px long in the image, for boxes from ``ends[:, 0]`` to
+    ``ends[:, 1]`` (taken as ``least_px`` long at least): the pixels of each box, int64 [P, span],
+    and their weights in each of its ``size`` bins, float32 [P, size, span].
     """
     start, end = ends[:, :, None, None].unbind(1)
     bin_extent = (end - start).clamp(min=least_px) / size
@@ -90,8 +91,8 @@ def _axis_weights(
 
 
 class SeededSampler(BalancedPositiveNegativeSampler):
-    """torchvision's balanced sampler, drawing for each image from that image's own seed, whatever
-    its batch, process or device. Without ``seeds`` it draws from torch's generator.
+    """torchvision's balanced sampler with one seed per image: samples do not depend on the batch,
+    process or device. Without ``seeds`` torch's global generator is used.
     """
 
     seeds: Sequence[int] = ()
@@ -110,7 +111,9 @@ class SeededSampler(BalancedPositiveNegativeSampler):
 
 
 def mean_over_processes(total: Tensor, count: int) -> Tensor:
-    """``total / count``, the count averaged over processes, as in one large batch."""
+    """``total`` divided by the mean of ``count`` over all processes. When gradients are then
+    averaged over processes, the result is that of one large batch.
+    """
     if distributed.is_available() and distributed.is_initialized():
         counts = torch.tensor(float(count), device=total.device)
         distributed.all_reduce(counts)
@@ -123,9 +126,9 @@ class LabelMapRoIHeads(RoIHeads):
 
     Training targets hold ``boxes`` float32 [N, 4], ``labels`` int64 [N], ``ids`` int [N] and
     ``label_maps`` int [K, H, W]. Detections hold ``boxes``, ``labels``, ``scores`` and ``masks``
-    float [N, 28, 28], probabilities inside the box. The mask loss is taken on at most
-    ``mask_batch_size_per_image`` of an image's positive boxes (0: on all, as torchvision does):
-    many of them lie on the same cell, and the mask head is most of a step's arithmetic.
+    float [N, 28, 28], probabilities inside the box. The mask loss uses at most
+    ``mask_batch_size_per_image`` of an image's positive boxes (0: all, as in torchvision): many of
+    them lie on the same cell, and most of a step's arithmetic is in the mask head.
 
     Under mixed precision the predictors' outputs become float32: torchvision's box coder works in
     their type, and bfloat16 has steps of 2 px from 256 px on.
@@ -135,17 +138,17 @@ class LabelMapRoIHeads(RoIHeads):
         levels, positive_fraction = ["0", "1", "2", "3"], 0.25
         samples = config.box_batch_size_per_image, positive_fraction
         aligned = config.mask_geometry == "exact"
-        super().__init__(
-            *(GatherRoIAlign(levels, 7, 2, aligned), box_head, box_predictor),
-            *(config.box_fg_iou_thresh, config.box_bg_iou_thresh, *samples),
-            *(None, config.box_score_thresh, config.box_nms_thresh, config.detections_per_image),
-            *(GatherRoIAlign(levels, 14, 2, aligned), mask_head, mask_predictor),
-        )
+        box_parts = GatherRoIAlign(levels, 7, 2, aligned), box_head, box_predictor
+        matching = config.box_fg_iou_thresh, config.box_bg_iou_thresh
+        selection = config.box_score_thresh, config.box_nms_thresh, config.detections_per_image
+        mask_parts = GatherRoIAlign(levels, 14, 2, aligned), mask_head, mask_predictor
+        box_weights = None  # torchvision's
+        super().__init__(*box_parts, *matching, *samples, box_weights, *selection, *mask_parts)
         self.fg_bg_sampler = SeededSampler(*samples)
         self.mask_batch_size_per_image = config.mask_batch_size_per_image
 
     def has_mask(self) -> bool:
-        return False  # else torchvision asks the targets for dense masks
+        return False  # else torchvision expects full-size masks in the targets
 
     def forward(self, features, proposals, image_shapes, targets=None):
         if self.training:
@@ -172,19 +175,20 @@ class LabelMapRoIHeads(RoIHeads):
         ], {}
 
     def _mask_samples(self, labels: list[Tensor]) -> list[Tensor]:
-        """For each image the indices of the positive boxes on which the mask loss is taken."""
+        """For each image, the indices of the positive boxes that the mask loss uses."""
         positive = [torch.where(label > 0)[0] for label in labels]
-        most = self.mask_batch_size_per_image
-        if not most:
+        limit = self.mask_batch_size_per_image
+        if not limit:
             return positive
         seeds = self.fg_bg_sampler.seeds or torch.randint(2**62, (len(labels),)).tolist()
         chosen = []
         for rows, seed in zip(positive, seeds, strict=True):
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-            chosen.append(rows[order[:most].to(rows.device)])
+            chosen.append(rows[order[:limit].to(rows.device)])
         return chosen
 
     def _mask_logits(self, features, boxes, image_shapes) -> Tensor:
+        """The mask head's output float32 [P, classes, 28, 28], P boxes over all images."""
         pooled = self.mask_roi_pool(features, boxes, image_shapes)
         return self.mask_predictor(self.mask_head(pooled)).float()
 
@@ -202,9 +206,9 @@ class LabelMapRoIHeads(RoIHeads):
             of_cells = target["label_maps"], labels[-1], target["ids"][match], box
             goals.append(mask_targets(*of_cells, size, self.mask_roi_pool.aligned))
         classes = torch.cat(labels)
-        each = torch.arange(len(classes), device=classes.device)
+        rows = torch.arange(len(classes), device=classes.device)
         loss = F.binary_cross_entropy_with_logits(
-            logits[each, classes], torch.cat(goals), reduction="sum"
+            logits[rows, classes], torch.cat(goals), reduction="sum"
         )
         return mean_over_processes(loss, len(classes) * size**2)
 
@@ -212,7 +216,7 @@ class LabelMapRoIHeads(RoIHeads):
 def _box_losses(
     class_logits: Tensor, deltas: Tensor, labels: Tensor, regression_targets: Tensor
 ) -> dict[str, Tensor]:
-    """torchvision's ``fastrcnn_loss``, the same over any number of processes."""
+    """torchvision's ``fastrcnn_loss``, as in one large batch over all processes."""
     classifier = F.cross_entropy(class_logits, labels, reduction="sum")
     positive = torch.where(labels > 0)[0]
     deltas = deltas.unflatten(1, (-1, 4))[positive, labels[positive]]
@@ -224,17 +228,17 @@ def _box_losses(
 
 
 class LabelMapTransform(GeneralizedRCNNTransform):
-    """torchvision's, with label maps for masks; ``min_size`` 0 leaves images at their size."""
+    """torchvision's transform with label maps for masks; ``max_size`` 0: images keep their size."""
 
     def learn_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Normalise by these (R, G, B in [0, 1]) from now on; they are saved with the weights."""
+        """From now on normalise by these (R, G, B in [0, 1]); they are saved with the weights."""
         for name, values in (("image_mean", mean), ("image_std", std)):
             if hasattr(self, name):
                 delattr(self, name)
             self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32))
 
     def resize(self, image, target=None):
-        """torchvision's, its oracle, with label maps sampled where it samples masks (nearest)."""
+        """As in torchvision (the tests compare them), but label maps replace masks (nearest)."""
         if not self.max_size:
             return image, target
         height, width = image.shape[-2:]
@@ -248,12 +252,13 @@ class LabelMapTransform(GeneralizedRCNNTransform):
         return image, target
 
     def batch_images(self, images, size_divisible=32):
-        """torchvision's; large images in channels-last order, faster (``bench/README.md``)."""
+        """As in torchvision, but large images in the faster channels-last order (``bench``)."""
         batch = super().batch_images(images, size_divisible)
         large = min(batch.shape[2:]) >= CHANNELS_LAST_FROM_PX
         return batch.contiguous(memory_format=torch.channels_last) if large else batch
 
     def postprocess(self, result, image_shapes, original_image_sizes):
+        """As in torchvision, but masks stay in their boxes: only the boxes are resized."""
         if not self.training:
             sizes = zip(result, image_shapes, original_image_sizes, strict=True)
             for detections, size, original_size in sizes:

@@ -8,17 +8,17 @@ from torchvision.ops.poolers import _convert_to_roi_format, _setup_scales
 
 
 class GatherRoIAlign(MultiScaleRoIAlign):
-    """torchvision's ``MultiScaleRoIAlign``, several times faster on a CPU; other devices call its
-    ``roi_align``, the oracle of values and gradients (``tests/test_model.py``).
+    """torchvision's ``MultiScaleRoIAlign``, several times faster on a CPU. Other devices use
+    ``roi_align``; the tests compare values and gradients with it (``tests/test_model.py``).
 
-    ``aligned``, which ``MultiScaleRoIAlign`` does not offer: pixel i covers [i, i + 1), its value
-    lies at i + 1/2, and no box is widened to one pixel.
+    With ``aligned``, which ``MultiScaleRoIAlign`` lacks, pixel i covers [i, i + 1), its value lies
+    at i + 1/2, and small boxes are not widened to one pixel.
 
-    How it works: 1. A bin is the mean of ``sampling_ratio ** 2`` bilinear samples (He et al., "Mask
-    R-CNN", 2017), a sum of at most ``(2 * sampling_ratio) ** 2`` weighted feature vectors. 2. The
-    pyramid becomes one table with a row of channels a pixel. 3. Along y and x, ``_axis`` gives the
-    pixels and weights of each bin; together they are rows and weights. 4. ``embedding_bag`` sums
-    the rows as whole vectors, where torchvision's CPU kernel goes channel by channel.
+    How it works: 1. A bin's value is the mean of ``sampling_ratio ** 2`` bilinear samples (He et
+    al., "Mask R-CNN", 2017): a weighted sum of at most ``(2 * sampling_ratio) ** 2`` feature
+    vectors. 2. The pyramid becomes one table with one row of channels per pixel. 3. ``_axis`` gives
+    the pixels and weights of each bin along y and along x; ``_gather`` combines them. 4.
+    ``embedding_bag`` sums whole rows, while torchvision's CPU kernel works channel by channel.
     """
 
     def __init__(
@@ -55,32 +55,31 @@ class GatherRoIAlign(MultiScaleRoIAlign):
 
     @torch.no_grad()
     def _gather(self, features: list[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Rows and weights of a bin's features: int64, float32 [boxes * bins, (2 * ratio) ** 2]."""
+        """Each bin's table rows int64 and weights float32 [boxes * bins, (2 * ratio) ** 2]."""
         rois, levels = _convert_to_roi_format(boxes).float(), self.map_levels(boxes)
         sizes = torch.tensor([level.shape[2:] for level in features])
         areas = sizes.prod(1)
-        first_row = (areas.cumsum(0) - areas) * len(features[0])
+        first_row = (areas.cumsum(0) - areas) * len(features[0])  # of each level
         height, width = sizes[levels].unbind(1)
         corners = rois[:, 1:] * torch.tensor(self.scales)[levels, None] - self.aligned / 2
         x1, y1, x2, y2 = corners.unbind(1)
         y, weight_y = self._axis(y1, y2, self.output_size[0], height)
         x, weight_x = self._axis(x1, x2, self.output_size[1], width)
-        y = (first_row[levels] + rois[:, 0].long() * areas[levels])[:, None, None] + (
-            y * width[:, None, None]
-        )
-        rows = y[:, :, None, :, None] + x[:, None, :, None, :]
+        first_row = first_row[levels] + rois[:, 0].long() * areas[levels]  # of each box's map
+        row_of_y = first_row[:, None, None] + y * width[:, None, None]
+        rows = row_of_y[:, :, None, :, None] + x[:, None, :, None, :]
         weights = weight_y[:, :, None, :, None] * weight_x[:, None, :, None, :]
         return rows.flatten(3).flatten(0, 2), weights.flatten(3).flatten(0, 2)
 
     def _axis(self, start: Tensor, end: Tensor, bins: int, length: Tensor) -> tuple[Tensor, Tensor]:
-        """Along one axis a bin's pixels int64 and weights float32 [boxes, bins, 2 * ratio]."""
+        """Each bin's pixels int64 and weights float32 [boxes, bins, 2 * ratio] along one axis."""
         start, end, length = start[:, None, None], end[:, None, None], length[:, None, None]
         sample = (torch.arange(self.sampling_ratio) + 0.5) / self.sampling_ratio
         bin_extent = (end - start).clamp(min=0 if self.aligned else 1) / bins
         position = start + (torch.arange(bins)[:, None] + sample) * bin_extent
-        inside = (position >= -1) & (position <= length)
+        inside = ((position >= -1) & (position <= length)).repeat(1, 1, 2)
         position = position.clamp(min=0).minimum(length - 1)
-        low = position.long()
-        upper = position - low
-        weights = torch.cat([1 - upper, upper], -1) * inside.repeat(1, 1, 2) / self.sampling_ratio
-        return torch.cat([low, (low + 1).minimum(length - 1)], -1), weights
+        lower = position.long()
+        upper_weight = position - lower
+        weights = torch.cat([1 - upper_weight, upper_weight], -1) * inside / self.sampling_ratio
+        return torch.cat([lower, (lower + 1).minimum(length - 1)], -1), weights

@@ -1,4 +1,4 @@
-"""Test-time augmentation: a Mask R-CNN that sees each image flipped and scaled."""
+"""Test-time augmentation: a Mask R-CNN that predicts each image mirrored and scaled, too."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from cellseg_helpers.model.build import LabelMapMaskRCNN
 
 
 def with_views(model: LabelMapMaskRCNN, config: RunConfig) -> nn.Module:
-    """What predicts for a run: ``AugmentedViews`` if it has ``test_time_augmentation``."""
+    """The model for prediction: with ``test_time_augmentation``, ``AugmentedViews`` of it."""
     return AugmentedViews(model) if config.test_time_augmentation else model
 
 
 class AugmentedViews(nn.Module):
     """``model`` in evaluation, on six views of each image: three scales, each also mirrored.
 
-    How it works: 1. The boxes that the model finds in all views, moved back into the image, are
-    thinned by one non-maximum suppression. 2. In each view the highest-scored box of the same
-    class that overlaps a remaining one by the suppression's IoU votes for it: its score is the mean
-    over the views (0 where none votes), its corners are the votes' mean, weighted by score. 3. The
-    mask head looks at the voted box in every view; the probabilities are averaged, as in
-    detectron2's ``GeneralizedRCNNWithTTA``.
+    How it works: 1. The boxes of all views, in the image's coordinates, go through one non-maximum
+    suppression. 2. For each box that remains, each view votes with its highest-scored box of the
+    same class whose IoU with it is at least ``nms_thresh``. The remaining box's new score is the
+    mean of the votes' scores over all views (0 for a view without a vote), and its new corners are
+    the score-weighted mean of the votes' corners. 3. The mask head is applied to this box in every
+    view; the probabilities are averaged, as in detectron2's ``GeneralizedRCNNWithTTA``.
     """
 
     def __init__(
@@ -36,35 +36,35 @@ class AugmentedViews(nn.Module):
         flips: Sequence[bool] = (False, True),
     ):
         super().__init__()
-        self.model, self.mask_geometry = model, model.mask_geometry
-        self.views = list(itertools.product(scales, flips))
+        self.model, self.mask_geometry = model, model.mask_geometry  # ``predict`` reads it
+        self.scales_and_flips = list(itertools.product(scales, flips))
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         return [self._detect(image) for image in images]
 
     def _detect(self, image: Tensor) -> dict[str, Tensor]:
-        views = [View(self.model, image, *view) for view in self.views]
-        found = [view.detect() for view in views]
-        boxes, labels, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
+        views = [View(self.model, image, *options) for options in self.scales_and_flips]
+        detections = [view.detect() for view in views]
+        boxes, labels, scores = (torch.cat(parts) for parts in zip(*detections, strict=True))
         heads = self.model.roi_heads
-        kept = batched_nms(boxes, scores, labels, heads.nms_thresh)
-        boxes, labels = boxes[kept], labels[kept]
-        votes, corners = torch.zeros_like(scores[kept]), torch.zeros_like(boxes)
-        for view_boxes, view_labels, view_scores in found:
-            same = (box_iou(boxes, view_boxes) >= heads.nms_thresh) & (
-                labels[:, None] == view_labels
-            )
-            best, row = F.pad(same * view_scores, (0, 1)).max(1)
-            votes += best
-            corners += best[:, None] * F.pad(view_boxes, (0, 0, 0, 1))[row]
-        order = votes.argsort(descending=True, stable=True)[: heads.detections_per_img]
-        boxes, labels, votes = (corners / votes[:, None])[order], labels[order], votes[order]
+        remaining = batched_nms(boxes, scores, labels, heads.nms_thresh)
+        boxes, labels = boxes[remaining], labels[remaining]
+        score_sums, corner_sums = torch.zeros_like(scores[remaining]), torch.zeros_like(boxes)
+        for view_boxes, view_labels, view_scores in detections:
+            overlaps = box_iou(boxes, view_boxes) >= heads.nms_thresh
+            may_vote = overlaps & (labels[:, None] == view_labels)
+            vote_scores, row = F.pad(may_vote * view_scores, (0, 1)).max(1)  # padding: no vote
+            score_sums += vote_scores
+            corner_sums += vote_scores[:, None] * F.pad(view_boxes, (0, 0, 0, 1))[row]
+        order = score_sums.argsort(descending=True, stable=True)[: heads.detections_per_img]
+        boxes, labels = (corner_sums / score_sums[:, None])[order], labels[order]
+        scores = score_sums[order] / len(views)
         masks = torch.stack([view.masks(boxes, labels) for view in views]).mean(0)
-        return {"boxes": boxes, "labels": labels, "scores": votes / len(views), "masks": masks}
+        return {"boxes": boxes, "labels": labels, "scores": scores, "masks": masks}
 
 
 class View:
-    """One view of an image float32 [3, H, W], and its feature maps."""
+    """One scaled, perhaps mirrored view of an image float32 [3, H, W], and its feature maps."""
 
     def __init__(self, model: LabelMapMaskRCNN, image: Tensor, scale: float, flip: bool):
         self.model, self.flip, self.size = model, flip, tuple(image.shape[1:])
@@ -76,7 +76,7 @@ class View:
         self.features = model.backbone(self.images.tensors)
 
     def detect(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes in the image's coordinates, labels, scores."""
+        """Boxes in the image's coordinates, labels and scores of the view's detections."""
         proposals, _ = self.model.rpn(self.images, self.features)
         heads, (size,) = self.model.roi_heads, self.images.image_sizes
         pooled = heads.box_head(heads.box_roi_pool(self.features, proposals, [size]))
@@ -85,14 +85,15 @@ class View:
         return self._mirrored(resize_boxes(boxes, size, self.size)), labels, scores
 
     def masks(self, boxes: Tensor, labels: Tensor) -> Tensor:
-        """Probabilities float [N, 28, 28] inside boxes of the image."""
+        """The mask head's probabilities float [N, 28, 28] in boxes given in the image."""
         (size,) = self.images.image_sizes
-        inside = resize_boxes(self._mirrored(boxes), self.size, size)
-        logits = self.model.roi_heads._mask_logits(self.features, [inside], [size])
+        in_view = resize_boxes(self._mirrored(boxes), self.size, size)
+        logits = self.model.roi_heads._mask_logits(self.features, [in_view], [size])
         masks = logits[torch.arange(len(labels)), labels].sigmoid()
         return masks.flip(-1) if self.flip else masks
 
     def _mirrored(self, boxes: Tensor) -> Tensor:
+        """Boxes of the image mirrored if the view is; the same function moves them back."""
         if not self.flip:
             return boxes
         x1, y1, x2, y2 = boxes.unbind(1)
