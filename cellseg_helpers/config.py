@@ -191,7 +191,7 @@ class RunConfig:
         elif self.neck == "fpn" and sizes % 5:
             yield (
                 f"anchor_sizes has {sizes} values, but the feature pyramid has 5 levels; give 5 "
-                "values, or 10 for two a level, and so on"
+                "values, or 10 for two per level, and so on"
             )
         if self.neck == "none" and self.stem_stride != 4:
             yield "stem_stride 2 needs neck 'fpn'"

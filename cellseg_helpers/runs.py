@@ -258,7 +258,7 @@ def provenance() -> dict[str, Any]:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """``torch.save``, whole or not at all: after a kill, the old or the new checkpoint is there."""
+    """``torch.save``, whole or not at all: a kill leaves either the old or the new checkpoint."""
     import torch
 
     with replacing(path) as temporary:

@@ -28,7 +28,7 @@ def best_anchor_iou(
     stride. Among anchors of equal shape, the one with the nearest centre fits best.
 
     Args:
-        boxes: float [N, 4], x1, y1, x2, y2 px, of images in the size that the model sees.
+        boxes: float [N, 4], x1, y1, x2, y2 px, in images resized for the model.
         sizes: px, the same number for each of the five levels, as in ``RunConfig.anchor_sizes``.
         ratios: height / width; each is used with every size.
         stride_px: of the first level; it doubles from level to level.

@@ -26,7 +26,7 @@ class LoadReport(NamedTuple):
 
     source: str
     loaded: list[str]
-    random: list[str]
+    random: list[str]  # not in the file: they keep their random values
     unused: list[str]  # names in the file: not in the model, or of another shape there
 
     def __str__(self) -> str:

@@ -148,9 +148,9 @@ def rebuild_model(config: RunConfig, state: Mapping[str, Tensor] | None = None) 
 def starts_loaded(name: str, config: RunConfig) -> bool:
     """Whether the model's tensor ``name`` is loaded from a run's published weights.
 
-    From ``imagenet`` weights the network below the pyramid is loaded. From ``coco`` weights all but
-    the class-dependent predictors is loaded, or only the backbone if the model's heads are of
-    another version (v1, v2) than the published model's.
+    From ``imagenet`` weights the network below the pyramid is loaded. From ``coco`` weights
+    everything except the class-dependent predictors is loaded, or only the backbone if the model's
+    heads are of another version (v1, v2) than the published model's.
     """
     if config.weights == "coco":
         other_heads = has_v2_heads(config) != (config.backbone == "resnet50_fpn_v2")
@@ -210,7 +210,7 @@ def _load(model: nn.Module, config: RunConfig) -> backbones.LoadReport:
 
 
 def _freeze(model: LabelMapMaskRCNN, config: RunConfig, loaded: Iterable[str]) -> None:
-    """Freeze the loaded tensors that ``trainable_backbone_layers`` leaves out, and batch norms."""
+    """Freeze the loaded layers before the trainable ones and, except in v2, their batch norms."""
     is_v2 = config.backbone == "resnet50_fpn_v2"
     in_backbone = {name.removeprefix("backbone.") for name in loaded}
     backbones.freeze_loaded(

@@ -39,9 +39,9 @@ class GatherRoIAlign(MultiScaleRoIAlign):
         return (self._pool_by_gather if on_cpu else self._pool_by_torchvision)(features, boxes)
 
     def _pool_by_gather(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:
-        table = [level.permute(0, 2, 3, 1).flatten(0, 2).float() for level in features]
+        tables = [level.permute(0, 2, 3, 1).flatten(0, 2).float() for level in features]
         rows, weights = self._gather(features, boxes)
-        pooled = F.embedding_bag(rows, torch.cat(table), per_sample_weights=weights, mode="sum")
+        pooled = F.embedding_bag(rows, torch.cat(tables), per_sample_weights=weights, mode="sum")
         return pooled.unflatten(0, (-1, *self.output_size)).permute(0, 3, 1, 2)
 
     def _pool_by_torchvision(self, features: list[Tensor], boxes: list[Tensor]) -> Tensor:

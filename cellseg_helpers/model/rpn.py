@@ -27,10 +27,10 @@ def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor) -> Tensor:
     How it works: 1. Anchors are ordered row by row in each pyramid level, so a few thousand
     consecutive anchors cover a strip of the image. Only boxes that reach into the strip have an IoU
     above 0 with them. 2. A strip's IoUs give the best box of each of its anchors, and raise each
-    box's highest IoU so far. 3. Low-quality rule: if an anchor has the highest IoU of all anchors
-    with at least one box, it is matched to its own best box even below the threshold. To find such
-    anchors, the strips in which a box reached its highest IoU are searched again. 4. All others are
-    matched by the thresholds.
+    box's highest IoU so far. 3. Low-quality rule: an anchor that has, for at least one box, the
+    highest IoU of all anchors is matched to its own best box, even below the threshold. To find
+    such anchors, the strips in which a box reached its highest IoU are searched again. 4. All
+    others are matched by the thresholds.
 
     Args:
         matcher: torchvision's, with its thresholds.
@@ -139,8 +139,8 @@ class LabelMapRPN(RegionProposalNetwork):
         # Anchors take the type of these maps: in bfloat16 they would be off by whole pixels.
         grids = [level.new_empty(0, *level.shape[2:], dtype=torch.float32) for level in features]
         anchors = self.anchor_generator(images, grids)
-        # Losses first: before pytorch's pull request 165068, autocast would reuse weights here that
-        # it had cast under no_grad, without a graph.
+        # Losses first: before pytorch's pull request 165068, autocast reused weights that it had
+        # cast under no_grad, without a graph.
         losses = self._losses(features, anchors, targets) if self.training else {}
         with torch.no_grad():
             objectness, deltas = self.head(features)
