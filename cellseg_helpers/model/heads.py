@@ -72,21 +72,21 @@ def mask_targets(
 def _axis_weights(
     ends: Tensor, least_px: int, size: int, span: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    """RoIAlign along one axis, ``length`` px long in the image, for boxes from ``ends[:, 0]`` to
-    ``ends[:, 1]`` (taken as ``least_px`` long at least): the pixels of each box, int64 [P, span],
-    and their weights in each of its ``size`` bins, float32 [P, size, span].
+    """RoIAlign along one axis of an image, ``length`` px long. A box reaches from
+    ``ends[:, 0]`` to ``ends[:, 1]``, or at least over ``least_px``. Returns its pixels int64
+    [P, span] and their weights in each of its ``size`` bins, float32 [P, size, span].
     """
     start, end = ends[:, :, None, None].unbind(1)
     bin_extent = (end - start).clamp(min=least_px) / size
-    samples = bin_extent.ceil().clamp(min=1)
+    samples_per_bin = bin_extent.ceil().clamp(min=1)
     sample = torch.arange(-(-span // size), device=start.device, dtype=start.dtype)
     bins = torch.arange(size, device=start.device, dtype=start.dtype)[:, None]
-    position = start + bins * bin_extent + (sample + 0.5) * bin_extent / samples
+    position = start + bins * bin_extent + (sample + 0.5) * bin_extent / samples_per_bin
     first = start.floor().clamp(0, length - 1)
     pixels = first + torch.arange(span, device=start.device, dtype=start.dtype)
     distance = (position.clamp(0, length - 1)[..., None] - pixels[..., None, :]).abs()
-    counts = (sample < samples) & (position >= -1) & (position <= length)
-    weights = ((1 - distance).clamp(min=0) * counts[..., None]).sum(2) / samples
+    is_counted = (sample < samples_per_bin) & (position >= -1) & (position <= length)
+    weights = ((1 - distance).clamp(min=0) * is_counted[..., None]).sum(2) / samples_per_bin
     return pixels[:, 0].long().clamp(max=length - 1), weights
 
 
@@ -158,8 +158,8 @@ class LabelMapRoIHeads(RoIHeads):
         box_features = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
         class_logits, deltas = (output.float() for output in self.box_predictor(box_features))
         if self.training:
-            goals = torch.cat(labels), torch.cat(regression_targets)
-            losses = _box_losses(class_logits, deltas, *goals)
+            box_targets = torch.cat(labels), torch.cat(regression_targets)
+            losses = _box_losses(class_logits, deltas, *box_targets)
             chosen = self._mask_samples(labels)
             boxes = [boxes[rows] for boxes, rows in zip(proposals, chosen, strict=True)]
             matched = [match[rows] for match, rows in zip(matched, chosen, strict=True)]
@@ -200,15 +200,15 @@ class LabelMapRoIHeads(RoIHeads):
         targets: list[dict[str, Tensor]],
     ) -> Tensor:
         """torchvision's ``maskrcnn_loss`` of logits [P, classes, size, size], P over all images."""
-        size, labels, goals = logits.shape[-1], [], []
+        size, labels, masks = logits.shape[-1], [], []
         for target, match, box in zip(targets, matched, boxes, strict=True):
             labels.append(target["labels"][match])
             of_cells = target["label_maps"], labels[-1], target["ids"][match], box
-            goals.append(mask_targets(*of_cells, size, self.mask_roi_pool.aligned))
+            masks.append(mask_targets(*of_cells, size, self.mask_roi_pool.aligned))
         classes = torch.cat(labels)
         rows = torch.arange(len(classes), device=classes.device)
         loss = F.binary_cross_entropy_with_logits(
-            logits[rows, classes], torch.cat(goals), reduction="sum"
+            logits[rows, classes], torch.cat(masks), reduction="sum"
         )
         return mean_over_processes(loss, len(classes) * size**2)
 
@@ -238,7 +238,7 @@ class LabelMapTransform(GeneralizedRCNNTransform):
             self.register_buffer(name, torch.as_tensor(values, dtype=torch.float32))
 
     def resize(self, image, target=None):
-        """As in torchvision (the tests compare them), but label maps replace masks (nearest)."""
+        """As in torchvision (the tests compare them); label maps are sampled like its masks."""
         if not self.max_size:
             return image, target
         height, width = image.shape[-2:]

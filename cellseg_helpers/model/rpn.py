@@ -159,13 +159,13 @@ class LabelMapRPN(RegionProposalNetwork):
         positive, negative = (torch.where(torch.cat(masks))[0] for masks in chosen)
         sampled = torch.cat([positive, negative])
         objectness, deltas = predictions_at(self.head, features, sampled)
-        goals = self.box_coder.encode_single(boxes[positive], torch.cat(anchors)[positive])
+        true_deltas = self.box_coder.encode_single(boxes[positive], torch.cat(anchors)[positive])
         losses = {
             "loss_objectness": F.binary_cross_entropy_with_logits(
                 objectness, labels[sampled], reduction="sum"
             ),
             "loss_rpn_box_reg": F.smooth_l1_loss(
-                deltas[: len(positive)], goals, beta=1 / 9, reduction="sum"
+                deltas[: len(positive)], true_deltas, beta=1 / 9, reduction="sum"
             ),
         }
         return {name: mean_over_processes(loss, len(sampled)) for name, loss in losses.items()}
