@@ -1,9 +1,9 @@
-"""`make study` and `make plan`: check what was asked for, hold the lock, call Snakemake.
+"""The command behind `make study` and `make plan`: check its arguments, lock, call Snakemake.
 
     python -m study run|plan --data drawn --scale quick --seeds 1
 
-Everything ends with this process, SIGKILL included (``cellseg_helpers.jobs``); the same command
-goes on from there.
+All jobs end when this process does, even after SIGKILL (``cellseg_helpers.jobs``); the same command
+continues where they stopped.
 """
 
 import argparse
@@ -36,17 +36,17 @@ OPTIONS = {  # of the command line: default and help
 
 
 class StudyError(ValueError):
-    """A study that cannot start, as a sentence for the user."""
+    """The study cannot start; the message is for the user."""
 
 
 def run_study(name: str, options: list[str]) -> bool:
-    """Run every job of a study that is missing or out of date; after a failure, make the tables of
-    the runs that succeeded. Returns whether every job succeeded.
+    """Run every job of a study whose results are missing or out of date; if one fails, make the
+    tables from the runs that succeeded. Returns whether every job succeeded.
 
     Raises:
         StudyError: another study runs in this folder.
     """
-    begun = time.time()
+    start_s = time.time()
     if not (lock := jobs.hold(LOCK)):
         other = f"another study runs in this folder (process {LOCK.read_text()})"
         raise StudyError(f"{other}; wait for it or stop it")
@@ -71,21 +71,21 @@ def run_study(name: str, options: list[str]) -> bool:
         return True
     print("\nWhat does not depend on these failures is done:")
     for log in sorted(logs.rglob("*.ipynb")):
-        if log.stat().st_mtime >= begun and not (notebooks / log.relative_to(logs)).exists():
+        if log.stat().st_mtime >= start_s and not (notebooks / log.relative_to(logs)).exists():
             print(f"- {_job_name(log, logs)}: {jobs.describe_failure(log)}")
     print("The same command goes on from here.", flush=True)
     return False
 
 
 def plan_study(options: list[str]) -> bool:
-    """List every job that ``run_study`` would run, and why, in a line each."""
-    told = io.StringIO()
-    with redirect_stderr(told), redirect_stdout(told):
+    """Print every job that ``run_study`` would run, and why, one per line."""
+    output = io.StringIO()
+    with redirect_stderr(output), redirect_stdout(output):
         succeeded = _snakemake([*options, "--dry-run", "--quiet", "host"])
-    planned = re.findall(r"^Job \d+: (.+)\nReason: (.+)$", told.getvalue(), re.MULTILINE)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `make plan | head`
+    planned = re.findall(r"^Job \d+: (.+)\nReason: (.+)$", output.getvalue(), re.MULTILINE)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback after `make plan | head`
     if not succeeded or not planned:
-        print(told.getvalue().strip())
+        print(output.getvalue().strip())
         return succeeded
     print(f"{len(planned)} jobs would run:")
     for name, reason in sorted(planned):
@@ -94,7 +94,9 @@ def plan_study(options: list[str]) -> bool:
 
 
 def _options(data: str, scale: str, seeds: int, profile: str, cores: int) -> list[str]:
-    """Snakemake's options; the last one is ``--config``, to which values can be added."""
+    """Check the arguments and make Snakemake's options of them. The last option is ``--config``, so
+    that the caller can append values to it.
+    """
     source = resolve_path(data)
     is_coco = source.suffix == ".json" and source.is_file()
     if seeds < 1:
@@ -122,7 +124,7 @@ def _options(data: str, scale: str, seeds: int, profile: str, cores: int) -> lis
     return [str(option) for option in options]
 
 
-def _check_profile(profile: str) -> None:
+def _check_profile(profile: str) -> None:  # raises StudyError
     file = ROOT / "profiles" / profile / "config.yaml"
     if not file.exists():
         missing = f"PROFILE={profile} has no {file.relative_to(ROOT)}"
@@ -137,6 +139,7 @@ def _check_profile(profile: str) -> None:
 
 
 def _snakemake(options: list[str]) -> bool:
+    """Call Snakemake and return whether it succeeded."""
     from snakemake import cli
 
     try:
@@ -146,12 +149,12 @@ def _snakemake(options: list[str]) -> bool:
     return True
 
 
-def _job_name(log: Path, logs: Path) -> str:  # 02_train <run>; 01_explore_data, that runs once
+def _job_name(log: Path, logs: Path) -> str:  # such as "02_train <run>" or "01_explore_data"
     return " ".join(log.relative_to(logs).with_suffix("").parts)
 
 
 def _write_times(logs: Path, table: Path) -> None:
-    """One table of what Snakemake measured of each job (``benchmark``); prints its sums."""
+    """Write a table of each job's time and memory (Snakemake's ``benchmark`` files), print sums."""
     files = sorted(logs.rglob("*.tsv"))
     if not files:
         return

@@ -1,5 +1,5 @@
-"""Post-processing step by step: parameters chosen on one half of the images, each step's effect
-judged on the other. No torch.
+"""Add post-processing step by step: choose the options of each step on one half of the images, and
+measure the effect of the step on the other half. Needs no torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,33 +15,33 @@ from cellseg_helpers.metrics import match_detections
 from cellseg_helpers.resampling import Half, compare, count_scores, draw_images, resampled_scores
 from cellseg_helpers.thresholds import choose_thresholds
 
-LEAST_GAIN = 0.001  # of panoptic quality on the choosing half, for a step to be carried on
+LEAST_GAIN = 0.001  # in panoptic quality on the choosing half; a step with a lower one is left out
 
 
 class Step(NamedTuple):
-    """One step of post-processing; ``apply`` gives new cells from cells and one of the options."""
+    """One step of post-processing, such as opening, and the options to choose from (radii)."""
 
     name: str
-    apply: Callable[[Cells, Any], Cells]
-    options: Sequence[Any] | Callable[[Half], Sequence[Any]]  # or made from the choosing half
-    required: bool = False  # carried on even where it does not help
-    replaces: tuple[str, ...] = ()  # names of earlier steps that it stands in for
+    apply: Callable[[Cells, Any], Cells]  # (cells, option) -> new cells
+    options: Sequence[Any] | Callable[[Half], Sequence[Any]]  # or a function of the choosing half
+    required: bool = False  # carried on even if it does not help
+    replaces: tuple[str, ...] = ()  # names of earlier steps that are removed if it is carried on
 
 
 Chain = list[tuple[Step, Any]]  # steps with their chosen options, in the order of application
 
 
 class Ablation(NamedTuple):
-    """What ``ablate`` found.
+    """The results of ``ablate``.
 
     Attributes:
-        steps: one row a step: step, option (the chosen one), PQ_before, PQ_after (on the choosing
-            half), carried.
-        effects: one row a step and score on the judging half: step, then as ``resampling.compare``;
-            ``before`` is what the carried steps before it gave, ``after`` what it made of that.
-        total: as ``resampling.compare``, of the detections as predicted and after all carried
-            steps.
-        chain: the carried steps.
+        steps: one row per step: step, option (the chosen one), PQ_before, PQ_after (on the choosing
+            half), carried (whether it is carried on, that is, applied before the later steps).
+        effects: one row per step and score on the judging half: step, then the columns of
+            ``resampling.compare`` between the steps carried on before it and these with the step.
+        total: ``resampling.compare`` between the detections as predicted and after all steps that
+            were carried on.
+        chain: the steps that were carried on.
     """
 
     steps: pd.DataFrame
@@ -58,33 +58,33 @@ def steps_of_report_e(
     nms_iou_thresholds: Sequence[float],
     visible_shares: Sequence[float],
 ) -> list[Step]:
-    """Report E's steps and two that users need in the end, in the order in which they are applied.
+    """List report E's steps and two that a segmentation needs in the end, in order of application.
 
-    Scores first: one threshold for all classes; instead of it one for each class; instead of both
-    size-aware scores (``size_factors`` of ``postprocess.adjust_scores_by_size``) with thresholds
-    chosen for them. Then masks: closing and opening (``radii_px``), holes, largest component,
-    smoothing (sigma). Then overlaps: mask NMS across classes, each pixel to one cell (the least
-    share of a mask that must stay visible). All arguments but the first are options to choose from.
+    Scores: one threshold for all classes; instead, one for each class; instead of both, size-aware
+    scores (``size_factors`` as in ``postprocess.adjust_scores_by_size``) with thresholds chosen for
+    them. Masks: closing and opening (``radii_px``), hole filling, largest component, smoothing
+    (``smoothing_px``: sigma). Overlaps: mask NMS across classes; each pixel to one cell
+    (``visible_shares``). All arguments but the first are options to choose from.
     """
     adjust = partial(postprocess.adjust_scores_by_size, factors=size_factors)
     by_class = postprocess.apply_class_thresholds
 
-    def limits(half: Half) -> list[dict[int, float]]:
+    def best_thresholds(half: Half) -> list[dict[int, float]]:
         matches = match_detections(*half)
         best = choose_thresholds(matches, score_thresholds)
         return [{class_id: best[name] for class_id, name in matches.class_names.items()}]
 
-    def limits_of_adjusted(half: Half) -> list[dict[int, float]]:
-        return limits(half._replace(detections=adjust(half.detections)))
+    def best_for_adjusted(half: Half) -> list[dict[int, float]]:
+        return best_thresholds(half._replace(detections=adjust(half.detections)))
 
-    def cut_adjusted(cells: Cells, least: dict[int, float]) -> Cells:
-        return by_class(adjust(cells), least)
+    def size_aware(cells: Cells, thresholds: dict[int, float]) -> Cells:
+        return by_class(adjust(cells), thresholds)
 
     one, several = "one threshold", "class thresholds"
     return [
-        Step(one, lambda cells, least: cells[cells.scores >= least], score_thresholds),
-        Step(several, by_class, limits, replaces=(one,)),
-        Step("size-aware scores", cut_adjusted, limits_of_adjusted, replaces=(one, several)),
+        Step(one, lambda cells, threshold: cells[cells.scores >= threshold], score_thresholds),
+        Step(several, by_class, best_thresholds, replaces=(one,)),
+        Step("size-aware scores", size_aware, best_for_adjusted, replaces=(one, several)),
         Step("closing", postprocess.close_masks, radii_px),
         Step("opening", postprocess.open_masks, radii_px),
         Step("hole filling", lambda cells, _: postprocess.fill_holes(cells), [None]),
@@ -98,12 +98,12 @@ def steps_of_report_e(
 def ablate(
     choosing: Half, judging: Half, steps: Sequence[Step], resamples: int, seed: int
 ) -> Ablation:
-    """Add steps one by one; ``resamples`` and ``seed`` are of the bootstrap on the judging half.
+    """Add steps one by one; ``resamples`` and ``seed`` are for the bootstrap on the judging half.
 
-    How it works, for each step: 1. Its option is the one of best panoptic quality (mean over
-    classes) on the choosing half after the steps carried on so far; the first of equal ones. 2. It
-    is carried on if it raises that quality by ``LEAST_GAIN`` or more, or is required. 3. Its effect
-    on the judging half is measured in any case.
+    How it works, for each step: 1. Each option is tried on the choosing half after the steps
+    carried on so far. The option with the best panoptic quality (mean over classes) is chosen; of
+    equal ones the first. 2. The step is carried on if it raises this quality by at least
+    ``LEAST_GAIN``, or if it is required. 3. Its effect is measured on the judging half either way.
     """
     weights = draw_images(len(judging.truth["images"]), resamples, seed)
     first = before = resampled_scores(*judging, weights)
@@ -115,8 +115,8 @@ def ablate(
         tried = [step.apply(start.detections, option) for option in options]
         qualities = [panoptic_quality(start._replace(detections=cells)) for cells in tried]
         best = 0 if np.isnan(qualities).all() else int(np.nanargmax(qualities))
-        judged = apply_chain(judging.detections, [*base, (step, options[best])])
-        after = resampled_scores(judging.truth, judged, weights)
+        detections = apply_chain(judging.detections, [*base, (step, options[best])])
+        after = resampled_scores(judging.truth, detections, weights)
         carried = step.required or qualities[best] >= quality + LEAST_GAIN
         row = {"step": step.name, "option": options[best], "PQ_before": quality}
         rows.append(row | {"PQ_after": qualities[best], "carried": carried})
@@ -129,13 +129,13 @@ def ablate(
 
 
 def apply_chain(cells: Cells, chain: Chain) -> Cells:
-    """The cells after these steps, in their order."""
+    """Apply the steps of a chain in their order."""
     for step, option in chain:
         cells = step.apply(cells, option)
     return cells
 
 
 def panoptic_quality(half: Half) -> float:
-    """Panoptic quality at IoU 0.5, mean over the classes that have a cell; NaN without a cell."""
+    """Panoptic quality at IoU 0.5, averaged over the classes with cells; NaN if there are none."""
     matches = match_detections(*half)
     return count_scores(matches, np.ones((1, len(matches.image_ids)))).values["PQ", "all"].item()

@@ -1,4 +1,4 @@
-"""Figures of the study alone."""
+"""Figures that only the study needs."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from cellseg_helpers.plots import BESIDE, BLUE, GREEN, RED, draw_by_epoch, new_f
 
 
 def losses_beside_reported(history: pd.DataFrame | None, reported: Sequence[float]) -> Figure:
-    """Training loss of a run by epoch beside reported losses, which begin with epoch 1.
+    """Plot a run's training loss by epoch and the reported losses, whose first is of epoch 1.
 
-    Epochs of ``history`` without a reported loss are left out; None: there is no run.
+    Later epochs of ``history`` than the reported ones are left out; None: there is no run.
     """
     fig, ax = new_figure(1, 1, 3.4)
     table = pd.DataFrame({"epoch": range(1, len(reported) + 1), "loss": reported})
@@ -27,8 +27,8 @@ def losses_beside_reported(history: pd.DataFrame | None, reported: Sequence[floa
 
 
 def value_ranges(table: pd.DataFrame) -> Figure:
-    """The values at the first layer, by normalisation and channel (of
-    ``released_code.normalised_values``): range (line), mean (mark), standard deviation (bar).
+    """Plot the range (line), mean (mark) and standard deviation (bar) of the values at the first
+    layer, by normalisation and channel, from ``released_code.normalised_values``.
     """
     names = list(dict.fromkeys(table.index.get_level_values(0)))
     fig, ax = new_figure(1, 1, 0.6 * len(names) + 1.4)
@@ -49,16 +49,16 @@ def value_ranges(table: pd.DataFrame) -> Figure:
 
 
 def step_effects(effects: pd.DataFrame, steps: pd.DataFrame, metrics: Sequence[str]) -> Figure:
-    """What each step of post-processing changed in the metrics of all classes together, with 95 %
-    intervals; one panel a metric. Steps that were not carried on are drawn hollow.
+    """Plot the change that each step of post-processing makes in the metrics of all classes
+    together, with 95 % intervals; one panel per metric. Steps that were left out are hollow.
 
     ``effects`` and ``steps`` are those of ``ablation.Ablation``.
     """
     fig, axes = new_figure(1, len(metrics), 0.32 * len(steps) + 1.2, sharey=True, squeeze=False)
-    of_all = effects[effects["of"] == "all"].set_index(["metric", "step"])
+    all_classes = effects[effects["of"] == "all"].set_index(["metric", "step"])
     y = np.arange(len(steps))
     for ax, metric in zip(axes[0], metrics, strict=True):
-        rows = of_all.loc[metric].loc[steps.index]
+        rows = all_classes.loc[metric].loc[steps.index]
         ax.axvline(0, color="0.5", linewidth=0.8, linestyle=":")
         ax.hlines(y, rows["low"], rows["high"], color=BLUE, linewidth=1.5)
         for row, carried in enumerate(steps["carried"]):

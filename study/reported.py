@@ -1,5 +1,5 @@
-"""What the five reports say, read from ``reported.yaml``, and what their post-processing does to
-detections. No torch.
+"""Values that the five reports give, read from ``reported.yaml``, and the post-processing that they
+apply to detections. Needs no torch.
 """
 
 import math
@@ -17,10 +17,10 @@ from cellseg_helpers.cells import Cells
 
 
 class Record(BaseModel):
-    """A part of ``reported.yaml``; the head of that file says what the fields mean.
+    """A part of ``reported.yaml``; the comment at its top explains the fields.
 
     Raises:
-        ValueError: an unknown field, a missing one, or a wrong type.
+        ValueError: a field is unknown, missing or of a wrong type.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,9 +53,9 @@ class Table(Record):
 
     @property
     def frame(self) -> pd.DataFrame:
-        """The reported ``values``; the ``measured`` columns are empty."""
-        blank = dict.fromkeys(self.measured, math.nan)
-        return pd.DataFrame(self.values, columns=self.columns).assign(**blank)
+        """The reported ``values``, with empty ``measured`` columns beside them."""
+        empty = dict.fromkeys(self.measured, math.nan)
+        return pd.DataFrame(self.values, columns=self.columns).assign(**empty)
 
 
 class Reported(Record):
@@ -65,7 +65,7 @@ class Reported(Record):
 
 
 def read() -> Reported:
-    """``reported.yaml``, checked.
+    """Read and check ``reported.yaml``.
 
     >>> [row.reported for row in read().tables["A-T2"].rows]
     [0.335, 0.334, 0.357]
@@ -79,7 +79,7 @@ SCORE_TABLES = {key: table for key, table in TABLES.items() if table.rows}
 
 
 def column(key: str, name: str) -> list[Any]:
-    """A column of a table's reported values."""
+    """One column of the reported values of the table ``key``."""
     return TABLES[key].frame[name].tolist()
 
 
@@ -91,22 +91,22 @@ E_BOTH = "class thresholds + refinement"
 
 
 def refine(cells: Cells) -> Cells:
-    """Report E's mask refinement: a 5 x 5 closing, a 3 x 3 opening, the largest component, its
-    holes filled, a 3 x 3 closing; the squares as discs of radius 2, 1 and 1 px.
+    """Refine masks as report E does: close 5 x 5, open 3 x 3, keep the largest component, fill its
+    holes, close 3 x 3. Instead of squares, discs with radii of 2, 1 and 1 px are used.
     """
     opened = postprocess.open_masks(postprocess.close_masks(cells, 2), 1)
     filled = postprocess.fill_holes(postprocess.keep_largest_component(opened))
     return postprocess.close_masks(filled, 1)
 
 
-_cut = partial(postprocess.apply_class_thresholds, score_thresholds=E_THRESHOLDS)
-_lift_small = partial(postprocess.adjust_scores_by_size, factors=E_SIZE_FACTORS)
+_apply_thresholds = partial(postprocess.apply_class_thresholds, score_thresholds=E_THRESHOLDS)
+_raise_small = partial(postprocess.adjust_scores_by_size, factors=E_SIZE_FACTORS)
 VARIANTS: dict[str, Callable[[Cells], Cells]] = {
     "all detections": lambda cells: cells,
     "score ≥ 0.2": lambda cells: cells[cells.scores >= 0.2],
     "score ≥ 0.5": lambda cells: cells[cells.scores >= 0.5],
     "no box at the border": borders.drop_border_detections,
-    "class thresholds": _cut,
-    E_BOTH: lambda cells: refine(_cut(_lift_small(cells))),
-    "score ≥ 0.5 + refinement": lambda cells: refine(VARIANTS["score ≥ 0.5"](_lift_small(cells))),
+    "class thresholds": _apply_thresholds,
+    E_BOTH: lambda cells: refine(_apply_thresholds(_raise_small(cells))),
+    "score ≥ 0.5 + refinement": lambda cells: refine(VARIANTS["score ≥ 0.5"](_raise_small(cells))),
 }

@@ -1,8 +1,8 @@
-"""The runs of the study: which parameter files make each, and finished runs read back. No torch.
+"""The runs of the study: find their parameter files, and read finished runs. Needs no torch.
 
-A run's key names its parameter files: ``a/resnet101`` is ``params/reports/a/resnet101.yaml``;
-``c/final+coco_weights`` is ``params/reports/c/final.yaml``, then
-``params/findings/c/final+coco_weights.yaml``, which changes one thing.
+The key of a run names its parameter files: ``a/resnet101`` means
+``params/reports/a/resnet101.yaml``; ``c/final+coco_weights`` means ``params/reports/c/final.yaml``
+(its base) and then ``params/findings/c/final+coco_weights.yaml``, which changes one thing.
 """
 
 from collections.abc import Callable, Collection
@@ -28,12 +28,12 @@ SCALES = {
     "quick": [Path("params/quick.yaml"), Path("params/quick_study.yaml")],
 }
 FINALS = tuple(SYSTEMS.values())  # each report's own system
-HALVING_SEED = 0  # of the halves of images that thresholds are chosen and judged on
+HALVING_SEED = 0  # for splitting images into a half to choose thresholds and a half to test them
 
 
 def run_keys(scale: str = "full") -> list[str]:
-    """Every run of the study at a scale: those of the reports, then those of the findings, without
-    the ones that the scale makes equal to their base.
+    """List the runs of the study: those of the reports, then those of the findings. Runs that have
+    the same settings as their base at this scale are left out.
     """
     keys = []
     for folder in (REPORTS, FINDINGS):
@@ -43,14 +43,14 @@ def run_keys(scale: str = "full") -> list[str]:
 
 
 def differs_from_base(key: str, scale: str) -> bool:
-    """Whether a run has other settings than its base at a scale; True for one without a base."""
+    """Whether a run's settings differ from its base's at a scale; True for a run without a base."""
     base = key.split("+")[0]
     return key == base or _config(key, scale) != _config(base, scale)
 
 
 def parameter_files(key: str, scale: str) -> list[Path]:
-    """The parameter files of a run in their order, relative to the repository's root; those of a
-    scale other than ``full`` come last.
+    """List the parameter files of a run in the order in which they are read, relative to the
+    repository's root. The files of the scale come last (``full`` has none).
 
     Raises:
         ValueError: no such run or scale.
@@ -69,7 +69,7 @@ def _config(key: str, scale: str) -> RunConfig:
 
 
 def study_name(scale: str, data: str) -> str:
-    """``<scale>-<name of the data folder>``; for a COCO file the folder that it is in."""
+    """``<scale>-<name of the data folder>``; for a COCO file, the folder that contains it."""
     if data == "drawn":
         return f"{scale}-drawn"
     path = resolve_path(data).resolve()
@@ -77,7 +77,7 @@ def study_name(scale: str, data: str) -> str:
 
 
 def run_name(study: str, key: str, seed: int) -> str:
-    """Name of a run's folder under ``outputs/runs``.
+    """The name of a run's folder under ``outputs/runs``.
 
     >>> run_name("quick-drawn", "a/resnet18", 0)
     'quick-drawn-a-resnet18-seed0'
@@ -96,16 +96,16 @@ def settings(key: str, scale: str, data: str, seed: int) -> RunConfig:
 
 
 class Halves(NamedTuple):
-    """Score thresholds chosen on one half of a run's images, to be judged on the other half."""
+    """Score thresholds chosen on one half of a run's images, and the other half to test them on."""
 
-    judging: Matches
-    chosen: dict[str, float]  # class -> the threshold of best F1
-    threshold: float  # the one of best F1 for all classes together
-    draw: resampling.Draw  # of the judging half's images
-    sentence: str  # on the halves
+    judging: Matches  # of the other half
+    chosen: dict[str, float]  # class -> the threshold with the best F1
+    threshold: float  # with the best F1 for all classes together
+    draw: resampling.Draw  # bootstrap samples of the other half
+    sentence: str  # that describes the halves
 
     def f1(self, limits: Thresholds) -> np.ndarray:
-        """F1 of the judging half's detections above the thresholds, and its B bootstrap values."""
+        """F1 on the other half with the thresholds ``limits``, then its B bootstrap values."""
         return _f1(keep_scores(self.judging, limits), self.draw)
 
 
@@ -119,17 +119,17 @@ class Trained(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The run folder's."""
+        """The name of the run folder."""
         return self.run.run_dir.name
 
     @property
     def context(self) -> dict[str, Any]:
-        """Columns of tables: scale, data, split, maxDets, weights."""
+        """Columns for tables: scale, data, split, maxDets, weights."""
         return context_of(self.run) | {"weights": Path(self.run.settings["weights"]).name}
 
     @property
     def caution(self) -> str:
-        """At quick scale a sentence on what a comparison is worth, else ''."""
+        """At quick scale, a sentence that warns of over-interpreting a comparison; else ''."""
         settings = self.run.settings
         if settings["scale"] != "quick":
             return ""
@@ -138,15 +138,15 @@ class Trained(NamedTuple):
         return f"{how}: it says nothing of models trained to the end."
 
     def rescored(self, change: Callable[[Cells], Cells], metric: str = "AP50") -> np.ndarray:
-        """``AP50`` or ``F1`` of the detections after a change, and its B bootstrap values."""
+        """``AP50`` or ``F1`` of the changed detections, then its B bootstrap values."""
         truth, cells = self.run.truth, change(self.run.detections)
-        draw = resampling.draw_units(truth, self.scores.resamples, self.scores.seed)
+        samples = resampling.draw_units(truth, self.scores.resamples, self.scores.seed)
         if metric == "AP50":
-            return resampling.bootstrap_ap50(truth, cells, draw.weights)
-        return _f1(match_detections(truth, cells), draw)
+            return resampling.bootstrap_ap50(truth, cells, samples.weights)
+        return _f1(match_detections(truth, cells), samples)
 
     def halves(self) -> Halves:
-        """Report E's thresholds, chosen on one half of the images to be judged on the other.
+        """Choose thresholds from report E's grid on one half of the images.
 
         Raises:
             RunError: there are fewer than two images.
@@ -157,22 +157,23 @@ class Trained(NamedTuple):
             raise RunError(str(error)) from None
         choosing, judging = (match_detections(*half) for half in halves)
         chosen = choose_thresholds(choosing, E_GRID)
-        threshold = max(E_GRID, key=lambda least: count_matches(choosing, least)["all"].f1)
-        draw = resampling.draw_units(halves[1].truth)
-        return Halves(judging, chosen, threshold, draw, sentence)
+        threshold = max(E_GRID, key=lambda value: count_matches(choosing, value)["all"].f1)
+        samples = resampling.draw_units(halves[1].truth)
+        return Halves(judging, chosen, threshold, samples, sentence)
 
 
-def _f1(matches: Matches, draw: resampling.Draw) -> np.ndarray:
-    return np.nan_to_num(resampling.count_scores(matches, draw.weights).values["F1", "all"])
+def _f1(matches: Matches, samples: resampling.Draw) -> np.ndarray:
+    """F1 of all classes together, then its B bootstrap values; 0 instead of NaN."""
+    return np.nan_to_num(resampling.count_scores(matches, samples.weights).values["F1", "all"])
 
 
 class Study:
-    """The runs of a study, each read when it is first asked for.
+    """The runs of a study. Each is read when it is first needed.
 
     Args:
-        runs_dir: the folder of the run folders.
-        study: what the folders' names begin with, such as ``quick-drawn``.
-        seeds: number of trainings of each key, from seed 0.
+        runs_dir: the folder that contains the run folders.
+        study: the prefix of the run folders' names, such as ``quick-drawn``.
+        seeds: number of trainings of each key, with the seeds 0, 1, ...
     """
 
     def __init__(self, runs_dir: str, study: str, seeds: int = 1):
@@ -181,20 +182,21 @@ class Study:
         self._values: dict[tuple[str, str], np.ndarray] = {}
 
     def trained(self, key: str) -> list[Trained]:
-        """The finished runs of a key by seed, all on the data, split and scale of the first."""
-        return [run for run in self._of_key(key) if isinstance(run, Trained)]
+        """The finished runs of a key by seed, if comparable with the first (``differences``)."""
+        return [run for run in self._runs_or_reasons(key) if isinstance(run, Trained)]
 
     def first(self, key: str) -> Trained | None:
         """The finished run of a key with the lowest seed, or None."""
         return next(iter(self.trained(key)), None)
 
     def missing(self, key: str) -> str:
-        """Which seeds of a key are missing, and why; '' if none is."""
-        return "; ".join(reason for reason in self._of_key(key) if isinstance(reason, str))
+        """Which seeds of a key are missing, and why; '' if none are."""
+        reasons = (reason for reason in self._runs_or_reasons(key) if isinstance(reason, str))
+        return "; ".join(reasons)
 
     def values(self, trained: Trained, variant: str = "all detections") -> np.ndarray:
-        """AP50 of a run's detections after a variant's post-processing, and its bootstrap values:
-        float64 [1 + B].
+        """AP50 of a run's detections after the post-processing of a variant, then its B bootstrap
+        values: float64 [1 + B].
         """
         if variant == "all detections":
             return np.array(trained.scores.AP50, float)
@@ -203,19 +205,20 @@ class Study:
             self._values[name] = trained.rescored(VARIANTS[variant])
         return self._values[name]
 
-    def _of_key(self, key: str) -> list[Trained | str]:
+    def _runs_or_reasons(self, key: str) -> list[Trained | str]:
         """For each seed the run, or why it is missing."""
         if key not in self._runs:
-            self._runs[key] = found = []
+            self._runs[key] = runs = []
             for seed in range(self.seeds):
                 run = self._read(key, seed)
-                first = next((other for other in found if isinstance(other, Trained)), run)
+                first = next((other for other in runs if isinstance(other, Trained)), run)
                 if isinstance(run, Trained) and (differing := differences(first, run)):
                     run = f"{run.name} is of other {differing} than {first.name}"
-                found.append(run)
+                runs.append(run)
         return self._runs[key]
 
     def _read(self, key: str, seed: int) -> Trained | str:
+        """Read a run, or say why it is missing."""
         name = run_name(self.study, key, seed)
         folder = resolve_path(self.runs_dir) / name
         if not folder.is_dir():
@@ -231,9 +234,9 @@ class Study:
         try:
             finished = read_json(folder / "finished.json")
             scores = resampling.load_scores(folder / "scores.json")
-            found = Trained(seed, load_run(folder), finished, scores)
-            read_json(folder / "detections.json")  # a damaged file is found now, not later
-            return found
+            trained = Trained(seed, load_run(folder), finished, scores)
+            read_json(folder / "detections.json")  # to notice a damaged file now, not later
+            return trained
         except RunError as error:
             return str(error).replace(str(folder), name)
 
@@ -249,5 +252,5 @@ def differences(one: Trained, other: Trained, besides: Collection[str] = ()) -> 
         "validation images or cells": lambda trained: trained.run.truth,
         "bootstrap samples": lambda trained: trained.scores._replace(AP50=None, names=None),
     }
-    apart = [name for name, fact in facts.items() if fact(one) != fact(other)]
-    return ", ".join(name for name in apart if name not in besides)
+    differing = [name for name, fact in facts.items() if fact(one) != fact(other)]
+    return ", ".join(name for name in differing if name not in besides)

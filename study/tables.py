@@ -1,5 +1,5 @@
-"""Tables of the repository (notebooks, parameter files, runs), report C's table of the data, and
-how a table of the study looks on a page.
+"""Tables of the repository's notebooks, parameter files and runs, report C's table of its data, and
+the layout of the study's tables in notebooks.
 """
 
 import html
@@ -38,31 +38,30 @@ FORMATS: dict[str, Callable[[Any], Any]] = {
 
 
 def page(table: pd.DataFrame, name: str, wide: Sequence[str] = ()) -> HTML:
-    """A table for a notebook and its page: three decimals, missing values empty, verdicts bold.
+    """Format a table for a notebook: three decimals, missing values empty, verdicts bold.
 
     Args:
-        table: as it is to be shown; its index names the rows. Columns in ``FORMATS`` have their own
-            format.
-        name: unique in the notebook; the HTML is the same each time.
-        wide: columns of sentences; they get 15 em at least.
+        table: the table; its index names the rows. Columns in ``FORMATS`` have their own format.
+        name: unique in the notebook; with it, the same table gives the same HTML each time.
+        wide: columns that contain sentences; they are at least 15 em wide.
     """
     formats = {column: FORMATS[column] for column in table if column in FORMATS}
-    corner = table.rename_axis(index=None, columns=table.index.name)
-    style = Styler(corner, cell_ids=False, uuid=name)
+    one_header_row = table.rename_axis(index=None, columns=table.index.name)
+    style = Styler(one_header_row, cell_ids=False, uuid=name)
     style.format(formats, na_rep="", precision=3, escape="html")
-    found = [column for column in table if column.startswith("verdict")]
-    style.format(_bold_verdicts, subset=found, na_rep="")
+    verdicts = [column for column in table if column.startswith("verdict")]
+    style.format(_bold_verdicts, subset=verdicts, na_rep="")
     style.format_index(lambda column: column.replace("_", " "), axis=1).format_index(escape="html")
     cells = {"selector": "td, th", "props": "text-align: left; vertical-align: top"}
-    names = {"selector": "th.row_heading", "props": "white-space: nowrap"}
-    room = [{"selector": "", "props": "min-width: 15em"}]
-    style.set_table_styles([cells, names])
-    style.set_table_styles(dict.fromkeys(wide, room), overwrite=False)
+    row_names = {"selector": "th.row_heading", "props": "white-space: nowrap"}
+    width = [{"selector": "", "props": "min-width: 15em"}]
+    style.set_table_styles([cells, row_names])
+    style.set_table_styles(dict.fromkeys(wide, width), overwrite=False)
     return HTML(style.to_html())
 
 
 def dataset_summary(dataset: CellDataset, data: str) -> pd.DataFrame:
-    """Report C's table of its data (``reported``) beside the same facts (``here``) about all
+    """Compare report C's table of its data (``reported``) with the same facts (``here``) about all
     annotated images of ``data``: ``drawn``, a folder, or a COCO file.
     """
     table = TABLES["C-T1"].frame.set_index("item")
@@ -82,11 +81,13 @@ def dataset_summary(dataset: CellDataset, data: str) -> pd.DataFrame:
 
 
 def notebook_map(folder: str | Path = "notebooks") -> pd.DataFrame:
-    """Per notebook: its question and what it reads, writes and takes, from its first cell."""
+    """List the notebooks: question, what each reads and writes, and the time that it takes, from
+    the list in its first cell.
+    """
     rows = {}
     for path in sorted(resolve_path(folder).glob("[0-9]*.ipynb")):
-        first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
-        facts = re.findall(r"^- \*\*(\w+):\*\* (.+)$", first.replace("`", ""), flags=re.MULTILINE)
+        text = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        facts = re.findall(r"^- \*\*(\w+):\*\* (.+)$", text.replace("`", ""), flags=re.MULTILINE)
         rows[path.stem] = {name.lower(): fact for name, fact in facts}
     columns = ["question", "reads", "writes", "takes"]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
@@ -94,7 +95,7 @@ def notebook_map(folder: str | Path = "notebooks") -> pd.DataFrame:
 
 
 def parameter_files(folder: str | Path = "params") -> pd.DataFrame:
-    """Per parameter file: the first sentence of its comment and how many settings it changes."""
+    """List the parameter files: first sentence of the comment, number of settings changed."""
     rows = {}
     for path in sorted(resolve_path(folder).rglob("*.yaml")):
         text = path.read_text(encoding="utf-8")
@@ -106,7 +107,7 @@ def parameter_files(folder: str | Path = "params") -> pd.DataFrame:
 
 
 def run_table(runs_dir: str | Path) -> pd.DataFrame:
-    """Per finished run in a folder: scale, data, split, backbone, epochs, AP50 and its maxDets."""
+    """List the evaluated runs of a folder: scale, data, split, backbone, epochs, AP50, maxDets."""
     rows = {}
     for path in sorted(resolve_path(runs_dir).glob("*/metrics.json")):
         run = load_run(path.parent)

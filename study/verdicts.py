@@ -1,5 +1,5 @@
-"""Does an effect that a report claims hold on the study's own runs? Paired differences over images
-or patients, and over seeds. No torch.
+"""Test whether the effects that a report claims hold on the study's own runs, by differences paired
+over images (or patients) and seeds. Needs no torch.
 """
 
 import math
@@ -18,49 +18,48 @@ NO_DIFFERENCE = "no difference here"
 NOT_ASKED = "cannot be asked"
 WORDS = (HOLDS, OPPOSITE, CANNOT_TELL, NO_DIFFERENCE, NOT_ASKED)
 ONE_EACH = "One training each was compared"
-LEAST_SCORE = 0.01  # two models that both score less have not learned to find cells yet
-VISIBLE = 0.01  # a report that gives two digits sees no smaller change
+LEAST_SCORE = 0.01  # if both models score less than this, neither has learned to find cells yet
+VISIBLE = 0.01  # smaller changes cannot be seen in scores of two digits, as the reports give them
 
 
 class Estimate(NamedTuple):
-    """A score, or a difference of two, over S trainings."""
+    """A score, or a difference of two scores, from S trainings."""
 
-    value: float  # mean
-    seed_sd: float  # standard deviation; NaN for one training
+    value: float  # mean over the trainings
+    seed_sd: float  # standard deviation over the trainings; NaN for one training
     low: float  # of the 95 % interval; NaN for fewer than five images (or patients)
     high: float
 
 
 class Side(NamedTuple):
-    """One side of a comparison; both have the same seeds and the same bootstrap samples."""
+    """One side of a comparison. Both sides have the same seeds and the same bootstrap samples."""
 
-    label: str  # as the sentence names it
-    values: Sequence[np.ndarray]  # per seed the score, then B bootstrap values: float64 [1 + B]
-    reported: float | str | None = None  # in the report: a score, or in words
+    label: str  # its name in the verdict's sentence
+    values: Sequence[np.ndarray]  # per seed: the score, then B bootstrap values, float64 [1 + B]
+    reported: float | str | None = None  # what the report gives: a score, or words
 
 
 class Verdict(NamedTuple):
-    """What the numbers say about a claim."""
+    """What a comparison says about a claim."""
 
     word: str  # one of ``WORDS``
-    base: float  # mean score; NaN if a side is missing
+    base: float  # mean score of this side; NaN if a side is missing
     other: float
     difference: Estimate  # other - base, paired
-    sentence: str  # claim, word, numbers and reason
+    sentence: str  # the claim, the word, the numbers and the reason
 
 
 def estimate(values: Sequence[np.ndarray], units: int) -> Estimate:
-    """Mean over S trainings with a 95 % interval for other images and other seeds.
+    """Estimate the mean over S trainings with a 95 % interval for other images and other seeds.
 
-    How it works: 1. One training: the interval of its bootstrap values (``resampling.interval``);
-    it knows nothing of other seeds. 2. Several: the variance of the mean is V = V_units + s^2 / S.
-    V_units is the bootstrap variance of the mean times n / (n - 1); s is the standard deviation of
-    the trainings' scores. 3. The interval is mean +- t sqrt(V), with Welch's and Satterthwaite's
-    degrees of freedom from n - 1 and S - 1 (Satterthwaite, "An approximate distribution of
-    estimates of variance components", 1946).
+    How it works: 1. For one training, the interval is that of its bootstrap values
+    (``resampling.interval``), which ignores the variation between seeds. 2. For several, the
+    variance of the mean is V = V_units + s^2 / S. V_units is the bootstrap variance of the mean
+    times n / (n - 1); s is the standard deviation of the scores over the trainings. 3. The interval
+    is mean +- t sqrt(V), with Welch's and Satterthwaite's degrees of freedom from n - 1 and S - 1
+    (Satterthwaite, "An approximate distribution of estimates of variance components", 1946).
 
-    ``values`` are as of ``Side``; ``units`` is the number n of images (or patients) that the
-    bootstrap samples draw from.
+    ``values`` are as in ``Side``; ``units`` is n, the number of images (or patients) resampled.
     """
     trainings = np.stack(values)
     mean, seeds = trainings.mean(0), len(trainings)
@@ -68,14 +67,14 @@ def estimate(values: Sequence[np.ndarray], units: int) -> Estimate:
     if seeds == 1:
         return Estimate(value, math.nan, *interval(mean[1:], units))
     seed_sd = float(trainings[:, 0].std(ddof=1))
-    defined = mean[1:][~np.isnan(mean[1:])]
+    defined = mean[1:][~np.isnan(mean[1:])]  # bootstrap values that are not NaN
     if units < FEWEST_IMAGES or not len(defined):
         return Estimate(value, seed_sd, math.nan, math.nan)
     of_units, of_seeds = defined.var(ddof=1) * units / (units - 1), seed_sd**2 / seeds
     total = of_units + of_seeds
     degrees = total**2 / (of_units**2 / (units - 1) + of_seeds**2 / (seeds - 1)) if total else 1
-    reach = float(student_t.ppf(0.975, degrees)) * math.sqrt(total)
-    return Estimate(value, seed_sd, value - reach, value + reach)
+    half_width = float(student_t.ppf(0.975, degrees)) * math.sqrt(total)
+    return Estimate(value, seed_sd, value - half_width, value + half_width)
 
 
 def judge(
@@ -88,21 +87,21 @@ def judge(
     metric: str = "AP50",
     caution: str = "",
 ) -> Verdict:
-    """What the paired difference of two sides says about a claim.
+    """Decide from the paired difference of two sides whether a claim holds.
 
-    The claim (or its opposite) holds if 0 lies outside the 95 % interval of the difference. A claim
-    of no change holds if the interval lies within ``VISIBLE`` of 0; its opposite holds if 0 lies
-    outside and the difference is ``VISIBLE`` or more. Without an interval, or if both sides score
-    less than ``LEAST_SCORE``, the data cannot tell.
+    A claim that one side scores higher, or its opposite, holds if 0 lies outside the 95 % interval
+    of the difference. A claim of no change holds if the interval lies within ``VISIBLE`` of 0; its
+    opposite holds if 0 lies outside the interval and the difference is ``VISIBLE`` or more. Without
+    an interval, or if both sides score less than ``LEAST_SCORE``, the data cannot tell.
 
     Args:
         claim: a statement, without full stop.
-        base, other: what is compared.
-        draw: the bootstrap samples behind both sides' values.
-        expected: 1: the claim says that ``other`` scores higher, -1: lower, 0: no change.
-        same_weights: both sides are detections of the same trainings, treated differently.
-        metric: name of the scores.
-        caution: a sentence to end with.
+        base, other: the two sides.
+        draw: the bootstrap samples behind the values of both sides.
+        expected: the claim: ``other`` scores higher (1) or lower (-1) than ``base``, or equal (0).
+        same_weights: whether both sides are detections of the same trainings, treated differently.
+        metric: name of the score.
+        caution: a sentence to put at the end.
     """
     pairs = zip(base.values, other.values, strict=True)
     difference = estimate([after - before for before, after in pairs], draw.units)
@@ -124,30 +123,32 @@ def judge(
 
 
 def not_asked(claim: str, reason: str) -> Verdict:
-    """The verdict if a side of the comparison is missing."""
+    """Make the verdict for a comparison of which a side is missing."""
     nan, sentence = math.nan, f"{claim}: {NOT_ASKED}. Reason: {reason}."
     return Verdict(NOT_ASKED, nan, nan, Estimate(nan, nan, nan, nan), sentence)
 
 
-def _decide(found: Estimate, best: float, units: str, expected: int, metric: str) -> Sequence[str]:
-    """The verdict's word, and the reason in a sentence."""
-    value, _, low, high = found
+def _decide(
+    difference: Estimate, best: float, units: str, expected: int, metric: str
+) -> Sequence[str]:
+    """The word of the verdict, and the reason in a sentence; ``best`` is the higher score."""
+    value, _, low, high = difference
     if best < LEAST_SCORE:
         least = f"{metric} under {LEAST_SCORE:g}"
         return CANNOT_TELL, f"Neither model finds cells yet ({least}), so this scale cannot tell."
     if math.isnan(low):
         return CANNOT_TELL, f"{units} are too few for an interval."
-    reach, beyond_zero = max(abs(low), abs(high)), low > 0 or high < 0
-    if max(abs(value), reach) < ALIKE:
+    largest, excludes_zero = max(abs(low), abs(high)), low > 0 or high < 0
+    if max(abs(value), largest) < ALIKE:
         word = NO_DIFFERENCE if expected else HOLDS
         return word, f"The scores differ by less than {ALIKE:.4f}."
-    if expected and not beyond_zero:
+    if expected and not excludes_zero:
         return CANNOT_TELL, "0 lies inside the interval."
     if expected:
         word = HOLDS if (low > 0) == (expected > 0) else OPPOSITE
         return word, "The effect is larger than its interval: 0 lies outside."
-    if reach < VISIBLE:
+    if largest < VISIBLE:
         return HOLDS, f"The interval lies within {VISIBLE:g} of 0."
-    if beyond_zero and abs(value) >= VISIBLE:
+    if excludes_zero and abs(value) >= VISIBLE:
         return OPPOSITE, "The change is larger than its interval: 0 lies outside."
     return CANNOT_TELL, f"The interval holds both changes under {VISIBLE:g} and larger ones."
