@@ -1,7 +1,7 @@
-"""The tables and figures of the five reports, in their order: what was reported beside what the
-study's runs reproduce. No torch.
+"""Rebuild the tables and figures of the five reports, with the reported values beside those that
+the study's runs reproduce. Needs no torch.
 
-A missing run leaves an empty cell, with the reason in the column ``missing``.
+Where a run is missing, the cell stays empty, and the column ``missing`` says why.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +26,8 @@ from study.runs import Study, Trained, differences, parameter_files
 
 NOTHING_FOUND = "no detection scores as high as the threshold"
 NO_SUCH_CELL = "no such cell in the validation images"
-HISTOGRAM_BINS = 40  # of B-Fig1
-DISPLAYED_THRESHOLD = 0.5  # of predictions in B-Fig2, as in 05_border_cells
+HISTOGRAM_BINS = 40  # in B-Fig1
+DISPLAYED_THRESHOLD = 0.5  # least score of the predictions in B-Fig2, as in 05_border_cells
 
 RUN_COLUMNS = [
     "interval_over", "seeds", "data", "split", "maxDets", "scale", "weights", "epochs", "minutes",
@@ -43,35 +43,35 @@ CONTEXT = ["seeds", "data", "split", "maxDets", "scale", "weights"]
 VERDICT_COLUMNS = [
     "table", "claim", "verdict", "base", "other", "difference", "low", "high", "sentence", *CONTEXT,
 ]  # fmt: skip
-SHARED = [  # settings that all quick runs have in common, whatever their reports say
+SHARED = [  # settings that are the same in all quick runs, although the reports' differ
     "optimizer", "learning_rate", "scheduler", "crop_size_px", "min_size", "detections_per_image",
 ]  # fmt: skip
 
 
 @dataclass
 class Shown:
-    """A table or figure of a report, rebuilt."""
+    """A rebuilt table or figure of a report."""
 
     key: str  # such as ``A-T2``
     title: str
-    sentences: list[str] = field(default_factory=list)  # what a reader has to know
-    table: pd.DataFrame | None = None  # all columns, for the CSV; the first names the rows
-    page: pd.DataFrame | None = None  # the columns that a reader sees
-    reasons: dict[str, str] = field(default_factory=dict)  # column -> why a cell of it is empty
+    sentences: list[str] = field(default_factory=list)  # shown below it
+    table: pd.DataFrame | None = None  # all columns, for the CSV; the first one names the rows
+    page: pd.DataFrame | None = None  # the columns to show
+    reasons: dict[str, str] = field(default_factory=dict)  # column -> why its empty cells are empty
     figure: Figure | None = None
     judged: list[tuple[Comparison, verdicts.Verdict]] = field(default_factory=list)
 
     @property
     def text(self) -> str:
-        """A Markdown list of the sentences and the conclusions, the verdicts bold."""
-        found = [
+        """The sentences and the verdicts' sentences as a Markdown list, with bold verdicts."""
+        verdict_sentences = [
             verdict.sentence.replace(f": {verdict.word}.", f": **{verdict.word}**.", 1)
             for _, verdict in self.judged
         ]
-        return "\n".join(f"- {sentence}" for sentence in [*self.sentences, *found])
+        return "\n".join(f"- {sentence}" for sentence in [*self.sentences, *verdict_sentences])
 
     def display(self) -> None:
-        """Heading, table, figure and sentences, in a notebook."""
+        """Display heading, table, figure and sentences in a notebook."""
         display(Markdown(f"### {self.key} {self.title}"))
         if self.page is not None:
             display(tables.page(self.page, self.key))
@@ -82,7 +82,7 @@ class Shown:
 
 
 def build(study: Study, key: str) -> Shown:
-    """A table or figure of a report by its key.
+    """Rebuild a table or figure of a report.
 
     Raises:
         ValueError: no such key.
@@ -96,18 +96,18 @@ def build(study: Study, key: str) -> Shown:
     elif key in PICTURES:
         _picture(shown, study)
     elif not about.not_needed:
-        _table_of_the_system(shown, study)
+        _system_table(shown, study)
     return shown
 
 
 def build_all(study: Study) -> dict[str, list[Shown]]:
-    """Every table and figure of each report (A to E), in the report's order."""
+    """Rebuild all tables and figures of each report (A to E), in the report's order."""
     return {letter: [build(study, key) for key in TABLES if key[0] == letter] for letter in SYSTEMS}
 
 
 def overview(parts: Sequence[Shown]) -> pd.DataFrame:
-    """Every row with a score, and the verdicts on the conclusions that the report draws from it."""
-    found = []
+    """Collect all rows with a score, and the verdicts on what the reports conclude from them."""
+    tables_with_scores = []
     for part in parts:
         if part.table is None or "low" not in part.table:
             continue
@@ -118,43 +118,43 @@ def overview(parts: Sequence[Shown]) -> pd.DataFrame:
             words[compared.other].append(f"over {compared.base}: {verdict.word}{one_each}")
         rows["verdict on the claim"] = ["; ".join(of_row) for of_row in words.values()]
         rows.insert(0, "table", part.key)
-        found.append(rows)
+        tables_with_scores.append(rows)
     columns = ["row", "reported", "reproduced", "95 % interval", "scale", "weights"]
-    rows = pd.concat(found, ignore_index=True)
+    rows = pd.concat(tables_with_scores, ignore_index=True)
     return _page(rows, [*columns, "verdict on the claim"], {"reproduced": ""})
 
 
 def verdict_table(parts: Sequence[Shown]) -> pd.DataFrame:
-    """Every conclusion of a report, its verdict, and what its runs are: see ``VERDICT_COLUMNS``."""
+    """List the reports' conclusions with their verdicts (columns: ``VERDICT_COLUMNS``)."""
     rows = []
     for part in parts:
-        for compared, found in part.judged:
-            row = found._asdict() | found.difference._asdict()
-            row |= {"table": part.key, "claim": compared.claim, "verdict": found.word}
-            row["difference"] = found.difference.value
-            of_runs = part.table[CONTEXT].dropna(how="all")
-            rows.append(row | (of_runs.iloc[0].to_dict() if len(of_runs) else {}))
+        for compared, verdict in part.judged:
+            row = verdict._asdict() | verdict.difference._asdict()
+            row |= {"table": part.key, "claim": compared.claim, "verdict": verdict.word}
+            row["difference"] = verdict.difference.value
+            contexts = part.table[CONTEXT].dropna(how="all")
+            rows.append(row | (contexts.iloc[0].to_dict() if len(contexts) else {}))
     return pd.DataFrame(rows, columns=VERDICT_COLUMNS)
 
 
 def describe(study: Study) -> str:
-    """Markdown: what the study's runs are, and what their scores can be worth."""
+    """Describe the study's runs in Markdown, with a warning if they are at quick scale."""
     keys = sorted({row.run for table in reported.SCORE_TABLES.values() for row in table.rows})
-    found = [trained.run.settings for key in keys for trained in study.trained(key)]
+    of_runs = [trained.run.settings for key in keys for trained in study.trained(key)]
     each = f"{study.seeds} seed{'s' if study.seeds > 1 else ''} each"
-    runs = f"{len(found)} of {len(keys) * study.seeds} runs of {study.study} ({each})"
+    runs = f"{len(of_runs)} of {len(keys) * study.seeds} runs of {study.study} ({each})"
     text = f"{runs} are finished and scored in {study.runs_dir}."
-    if not found:
+    if not of_runs:
         return text
-    named = ({Path(settings[name]).name for settings in found} for name in ("data", "weights"))
-    data, weights = (", ".join(sorted(names)) for names in named)
+    paths = ({Path(settings[name]).name for settings in of_runs} for name in ("data", "weights"))
+    data, weights = (", ".join(sorted(names)) for names in paths)
     text += f" Data: {data}; initial weights: {weights}."
-    if "quick" not in {settings["scale"] for settings in found}:
+    if "quick" not in {settings["scale"] for settings in of_runs}:
         return text
-    steps = [settings["epochs"] * settings["steps_per_epoch"] for settings in found]
+    steps = [settings["epochs"] * settings["steps_per_epoch"] for settings in of_runs]
     span = " to ".join(str(number) for number in sorted({min(steps), max(steps)}))
-    alike = [name for name in SHARED if len({settings[name] for settings in found}) == 1]
-    listed = ", ".join(f"{name} {found[0][name]}" for name in alike)
+    alike = [name for name in SHARED if len({settings[name] for settings in of_runs}) == 1]
+    listed = ", ".join(f"{name} {of_runs[0][name]}" for name in alike)
     return (
         f"**Quick scale: weights {weights}, {span} steps: a smoke test, not a reproduction of the "
         f"scores.** {text} Whatever its report says, every run has {listed} (min_size 0: images "
@@ -164,8 +164,9 @@ def describe(study: Study) -> str:
 
 
 def _page(table: pd.DataFrame, columns: list[str], reasons: dict[str, str]) -> pd.DataFrame:
-    """The columns of a table that a reader sees, an empty score replaced by its reason; beside them
-    ``± over seeds`` for several seeds, and ``missing`` if a reason stands in no cell.
+    """Select the columns of a table to show, and fill empty cells with their reasons (column ->
+    reason; '': the row's ``missing``). ``± over seeds`` is added for several seeds, and ``missing``
+    if a row has a reason for missing runs that no cell shows.
     """
     page = table.set_index(table.columns[0])
     if "low" in page:
@@ -181,11 +182,12 @@ def _page(table: pd.DataFrame, columns: list[str], reasons: dict[str, str]) -> p
         empty = page[name].isna()
         page[name] = page[name].astype(object).mask(empty, reason or page["missing"])
         explained |= empty
-    left = "missing" in page and (page["missing"].ne("") & ~explained).any()
-    return page[[*columns, "missing"] if left else columns]
+    unexplained = "missing" in page and (page["missing"].ne("") & ~explained).any()
+    return page[[*columns, "missing"] if unexplained else columns]
 
 
 def _score_table(shown: Shown, study: Study) -> None:
+    """Rebuild a table of scores, and compare its rows as the report does."""
     about = TABLES[shown.key]
     base = next((first for row in about.rows if (first := study.first(row.run))), None)
     rows, values = {}, {}
@@ -195,8 +197,8 @@ def _score_table(shown: Shown, study: Study) -> None:
             reason = f"{trained[0].name} is of other {differing} than {base.name}"
             trained = []
         values[row.label] = {one.seed: study.values(one, row.variant) for one in trained}
-        found = _reproduced(row, trained, values[row.label]) | _of_runs(study, trained)
-        rows[row.label] = row.model_dump() | found | {"row": row.label, "missing": reason}
+        measured = _reproduced(row, trained, values[row.label]) | _run_columns(study, trained)
+        rows[row.label] = row.model_dump() | measured | {"row": row.label, "missing": reason}
     shown.table = pd.DataFrame(rows.values(), columns=SCORE_COLUMNS)
     shown.page = _page(shown.table, SCORE_PAGE, {"reproduced": ""})
     by_label = {row.label: row for row in about.rows}
@@ -218,23 +220,23 @@ def _score_table(shown: Shown, study: Study) -> None:
 
 
 def _reproduced(row: Row, trained: list[Trained], values: dict[int, np.ndarray]) -> dict[str, Any]:
-    """The columns ``SCORES``; {} without a run."""
+    """The columns ``SCORES`` of a row; {} without a run."""
     if not trained:
         return {}
     if row.measure == "AP50":
-        return _scores(verdicts.estimate(list(values.values()), trained[0].scores.units))
+        return _score_columns(verdicts.estimate(list(values.values()), trained[0].scores.units))
     numbers = pd.Series([float(one.finished[row.measure]) for one in trained])
     return {"reproduced": numbers.mean(), "seed_sd": numbers.std()}
 
 
-def _scores(estimate: verdicts.Estimate) -> dict[str, float]:
-    """The columns ``SCORES``, the interval cut to 0..1."""
+def _score_columns(estimate: verdicts.Estimate) -> dict[str, float]:
+    """The columns ``SCORES``, with the interval limited to 0..1."""
     low, high = max(estimate.low, 0), min(estimate.high, 1)
     return dict(zip(SCORES, (estimate.value, estimate.seed_sd, low, high), strict=True))
 
 
-def _of_runs(study: Study, trained: list[Trained]) -> dict[str, Any]:
-    """``RUN_COLUMNS``: what the runs behind a row are; {} without a run."""
+def _run_columns(study: Study, trained: list[Trained]) -> dict[str, Any]:
+    """The columns ``RUN_COLUMNS``, facts about the runs behind a row; {} without a run."""
     if not trained:
         return {}
     first, histories = trained[0], [one.run.history for one in trained]
@@ -253,9 +255,9 @@ def _of_runs(study: Study, trained: list[Trained]) -> dict[str, Any]:
     }
 
 
-def _table_of_the_system(shown: Shown, study: Study) -> None:
-    """A table, with or without figure. The builder fills in what a run measured; without a run the
-    reported values stand alone.
+def _system_table(shown: Shown, study: Study) -> None:
+    """Rebuild a table or figure about the report's own system. The builder fills in what the run
+    measured; without a run, only the reported values are shown.
     """
     key, about, run = shown.key, TABLES[shown.key], SYSTEMS[shown.key[0]]
     builder, columns = BUILDERS[key]
@@ -263,7 +265,7 @@ def _table_of_the_system(shown: Shown, study: Study) -> None:
     shown.table = about.frame if about.columns else None
     if trained or key in ALSO_WITHOUT_A_RUN:
         builder(shown, trained)
-    missing, of_runs = study.missing(run), _of_runs(study, trained)
+    missing, of_runs = study.missing(run), _run_columns(study, trained)
     sentence = f"Nothing of {run}: {missing}."
     if trained:
         sentence = (
@@ -284,20 +286,20 @@ def _table_of_the_system(shown: Shown, study: Study) -> None:
 
 
 def _coco_lines(shown: Shown, trained: list[Trained]) -> None:
-    """B-T1: mean over seeds."""
-    draw = resampling.draw_units(trained[0].run.truth)
-    lines = []
+    """B-T1: the lines of COCO's summary, averaged over seeds."""
+    samples = resampling.draw_units(trained[0].run.truth)
+    summaries = []
     for run in (one.run for one in trained):
-        found = run.truth, run.detections, draw.weights, metrics.COCO_MAX_DETS
-        lines.append(resampling.bootstrap_summary(*found))
+        scored = run.truth, run.detections, samples.weights, metrics.COCO_MAX_DETS
+        summaries.append(resampling.bootstrap_summary(*scored))
     for row, name in shown.table["metric"].items():
-        estimate = verdicts.estimate([line[name] for line in lines], draw.units)
-        shown.table.loc[row, SCORES] = _scores(estimate)
+        estimate = verdicts.estimate([summary[name] for summary in summaries], samples.units)
+        shown.table.loc[row, SCORES] = _score_columns(estimate)
     shown.reasons = {"reproduced": NO_SUCH_CELL}
 
 
 def _losses(shown: Shown, trained: list[Trained]) -> None:
-    """The mean loss by epoch, over seeds; in a figure, the first run's beside the reported one."""
+    """B-T2, C-Fig3: the loss by epoch, averaged over seeds; the figure shows the first run."""
     epochs, histories = shown.table["epoch"], [one.run.history for one in trained]
     if "Fig" in shown.key:
         first = histories[0] if histories else None
@@ -310,6 +312,7 @@ def _losses(shown: Shown, trained: list[Trained]) -> None:
 
 
 def _data_set(shown: Shown, trained: list[Trained]) -> None:
+    """C-T1: facts about the data."""
     settings = trained[0].run.settings
     data, reading = settings["data"], settings["truth_reading"]
     try:
@@ -332,21 +335,21 @@ def _settings(shown: Shown, trained: list[Trained]) -> None:
 
 
 def _class_thresholds(shown: Shown, trained: list[Trained]) -> None:
-    """E-T3: the report's thresholds, and those chosen on one half of the images, both judged on the
-    other half; mean over seeds. Then whether class thresholds beat one threshold.
+    """E-T3: scores of the reported thresholds and of those chosen on one half of the images, both
+    on the other half, averaged over seeds. Then compare class thresholds with one threshold.
     """
     halves = [one.halves() for one in trained]
     fixed = dict(zip(CLASS_NAMES, reported.E_THRESHOLDS.values(), strict=True))
     columns = [("precision", "reported"), ("recall", "reported")]
     columns += [(name, "chosen") for name in ("score_threshold", "precision", "recall")]
-    found = []
+    by_seed = []
     for half in halves:
-        ways = {"reported": fixed, "chosen": half.chosen}
-        scores = thresholds.threshold_table(half.judging, ways, trained[0].scores.max_dets)
+        strategies = {"reported": fixed, "chosen": half.chosen}
+        scores = thresholds.threshold_table(half.judging, strategies, trained[0].scores.max_dets)
         scores = scores.pivot(index="class", columns="strategy").loc[list(CLASS_NAMES), columns]
-        found.append(scores.to_numpy(float))
+        by_seed.append(scores.to_numpy(float))
     names = TABLES[shown.key].measured
-    shown.table[names] = sum(found) / len(found)  # empty if it is for one training
+    shown.table[names] = sum(by_seed) / len(by_seed)  # NaN (an empty cell) if NaN for any seed
     shown.reasons = {name: NOTHING_FOUND for name in names if "precision" in name}
     shown.reasons |= {name: NO_SUCH_CELL for name in names if "recall" in name}
     shown.sentences.append(
@@ -355,10 +358,10 @@ def _class_thresholds(shown: Shown, trained: list[Trained]) -> None:
     )
     (compared,) = TABLES[shown.key].comparisons
     chosen = ", ".join(dict.fromkeys(f"{half.threshold:g}" for half in halves))
-    of_one = [half.f1(half.threshold) for half in halves]
-    of_classes = [half.f1(half.chosen) for half in halves]
-    sides = [verdicts.Side(f"{compared.base}, {chosen}", of_one)]
-    sides.append(verdicts.Side(compared.other, of_classes))
+    one_threshold = [half.f1(half.threshold) for half in halves]
+    class_thresholds = [half.f1(half.chosen) for half in halves]
+    sides = [verdicts.Side(f"{compared.base}, {chosen}", one_threshold)]
+    sides.append(verdicts.Side(compared.other, class_thresholds))
     options = {"same_weights": True, "metric": "F1", "caution": trained[0].caution}
     options["expected"] = compared.expected
     verdict = verdicts.judge(compared.claim, *sides, halves[0].draw, **options)
@@ -388,13 +391,13 @@ def _curves(shown: Shown, trained: list[Trained]) -> None:
 def _score_histogram(shown: Shown, trained: list[Trained]) -> None:
     run = trained[0].run
     matches = metrics.match_detections(run.truth, run.detections)
-    found = thresholds.separation(matches).loc["all"]
+    overall = thresholds.separation(matches).loc["all"]
     sentence = "There are no matched and unmatched detections to compare."
-    if pd.notna(found["AUROC"]):
+    if pd.notna(overall["AUROC"]):
         sentence = (
             "Do scores separate right from wrong? A matched detection scores above an unmatched "
-            f"one in {found['AUROC']:.0%} of pairs (50 %: not at all, 100 %: perfectly); "
-            f"{found['matched']:.0f} detections match a cell, {found['unmatched']:.0f} do not."
+            f"one in {overall['AUROC']:.0%} of pairs (50 %: not at all, 100 %: perfectly); "
+            f"{overall['matched']:.0f} detections match a cell, {overall['unmatched']:.0f} do not."
         )
     least = f"The model itself drops scores under {run.settings['box_score_thresh']:g}."
     shown.sentences += [sentence, least]
@@ -403,7 +406,7 @@ def _score_histogram(shown: Shown, trained: list[Trained]) -> None:
 
 
 def _picture(shown: Shown, study: Study) -> None:
-    """A figure of the validation images; without them the sentence that says why."""
+    """Draw a figure of validation images; without images, only a sentence says why."""
     key = SYSTEMS[shown.key[0]]
     images, sentence = [], f"No pictures: {study.missing(key)}."
     if trained := study.first(key):
@@ -415,7 +418,7 @@ def _picture(shown: Shown, study: Study) -> None:
 
 
 def _image_and_map(shown: Shown, images: list[CellImage], run: Run, cells: Cells) -> None:
-    """The image with the most classes; of several, the one with the most cells."""
+    """A-Fig1, C-Fig1: the image with the most classes; of several, the one with the most cells."""
     counts = np.zeros((len(images), len(CLASS_NAMES)), int)
     np.add.at(counts, (cells.image_ids - 1, cells.labels - 1), 1)
     chosen = int(np.lexsort([counts.sum(1), (counts > 0).sum(1)])[-1])
@@ -424,12 +427,12 @@ def _image_and_map(shown: Shown, images: list[CellImage], run: Run, cells: Cells
 
 
 def _border_cells(shown: Shown, images: list[CellImage], run: Run, cells: Cells) -> None:
-    """The image with the most predictions at its border."""
+    """B-Fig2: the image with the most predictions at its border."""
     predicted = run.detections[run.detections.scores >= DISPLAYED_THRESHOLD]
     margin = borders.BORDER_MARGIN_PX
     at_border = predicted[borders.near_border(predicted, margin, by="mask")]
     number = int(np.bincount(at_border.image_ids, minlength=2)[1:].argmax()) + 1
-    of_image = [found[found.image_ids == number] for found in (cells, at_border)]
+    of_image = [part[part.image_ids == number] for part in (cells, at_border)]
     title = f"predicted at the border, score ≥ {DISPLAYED_THRESHOLD:g}"
     shown.figure = plots.border_strip(images[number - 1], *of_image, title)
     annotated, which = annotations_of_run(run)
@@ -443,15 +446,15 @@ def _border_cells(shown: Shown, images: list[CellImage], run: Run, cells: Cells)
 
 
 def _predictions(shown: Shown, images: list[CellImage], run: Run, cells: Cells) -> None:
-    """The image with the most predictions; of several, the one with the most cells."""
+    """E-Fig2: the image with the most predictions; of several, the one with the most cells."""
     predicted = reported.VARIANTS[reported.E_BOTH](run.detections)
-    size = len(images) + 1
-    counts = [np.bincount(found.image_ids, minlength=size) for found in (predicted, cells)]
+    size = len(images) + 1  # ids count from 1
+    counts = [np.bincount(part.image_ids, minlength=size) for part in (predicted, cells)]
     by_image = np.transpose(counts)[1:].tolist()
     number = by_image.index(max(by_image)) + 1
-    of_image = [[found[found.image_ids == number]] for found in (cells, predicted)]
-    least = min(reported.E_THRESHOLDS.values())
-    shown.figure = plots.truth_beside_predictions([images[number - 1]], *of_image, least)
+    of_image = [[part[part.image_ids == number]] for part in (cells, predicted)]
+    lowest = min(reported.E_THRESHOLDS.values())
+    shown.figure = plots.truth_beside_predictions([images[number - 1]], *of_image, lowest)
 
 
 PICTURES: dict[str, Callable[[Shown, list[CellImage], Run, Cells], None]] = {
@@ -461,7 +464,7 @@ PICTURES: dict[str, Callable[[Shown, list[CellImage], Run, Cells], None]] = {
     "E-Fig2": _predictions,
 }
 SCALE, OF_E_T3 = ["scale", "weights"], TABLES["E-T3"]
-# Each with the columns that a reader sees beside the rows' names; none: the figure says it all.
+# key -> builder, columns to show beside the row names (none: a figure, or the builder makes them)
 BUILDERS: dict[str, tuple[Callable[[Shown, list[Trained]], None], list[str]]] = {
     "A-Fig3": (_curves, []),
     "B-T1": (_coco_lines, ["reported", "reproduced", "95 % interval", "maxDets", *SCALE]),
@@ -476,5 +479,5 @@ BUILDERS: dict[str, tuple[Callable[[Shown, list[Trained]], None], list[str]]] = 
     "E-T3": (_class_thresholds, [*OF_E_T3.columns[1:], *OF_E_T3.measured, *SCALE]),
     "E-sweep": (_threshold_sweep, []),
 }
-MEANS_OVER_SEEDS = {"B-T1", "B-T2", "C-Fig3", "E-T3"}  # all else is of the first seed
+MEANS_OVER_SEEDS = {"B-T1", "B-T2", "C-Fig3", "E-T3"}  # all others show the first seed only
 ALSO_WITHOUT_A_RUN = {"C-Fig3", "D-T2"}
