@@ -1,8 +1,7 @@
-"""The findings: where the reports' released code differs from their text, and what that does to the
-scores.
+"""Measure the findings: differences between the reports' text and their released code.
 
-``findings.yaml`` lists them. ``Measures`` collects one row a measure: the rows of ``findings.csv``.
-What a difference does to the data and the model is measured in ``released_code``.
+``findings.yaml`` lists the findings. ``Measures`` collects the rows of ``findings.csv``, one per
+measure. This module measures effects on scores; ``released_code``, those on data and model.
 """
 
 import math
@@ -58,37 +57,37 @@ FINDINGS = {row["key"]: Finding(**row) for row in _rows}
 
 
 def differences_of(report: str) -> HTML:
-    """The findings of a report (its letter, or letters): what the text says, what the code does."""
+    """Show the findings of a report (its letter, or letters): what its text says, its code does."""
     rows = [finding for finding in FINDINGS.values() if finding.report == report]
     table = pd.DataFrame(rows).set_index("title")[["text_says", "code_does"]]
     return tables.page(table, f"report-{report[0]}", wide=["text_says", "code_does"])
 
 
 class Measures:
-    """Measures of the findings in a study's runs and their data (without a finished run, or if its
-    data are gone, in the drawn tissue).
+    """Collects measures of the findings on a study's runs and their data, or on the drawn tissue if
+    no run is finished or its data cannot be opened.
 
     Attributes:
-        dataset: all annotated images of the runs' data, every cell.
-        data: the data, as a run's settings name them.
-        sentence: on the data.
-        rows: of ``findings.csv``, in the order in which they were measured.
+        dataset: all annotated images of the data, with every cell.
+        data: the data, as in the setting ``data`` of a run.
+        sentence: describes the data.
+        rows: the rows of ``findings.csv``, in the order in which they were measured.
     """
 
     def __init__(self, study: Study):
         self.study, self.rows = study, []
         runs = (trained for key in study_runs.run_keys() for trained in study.trained(key))
         settings = next((trained.run.settings for trained in runs), None)
-        why = "" if settings else f"There is no finished run of {study.study}. "
+        why_drawn = "" if settings else f"There is no finished run of {study.study}. "
         settings = settings or {"data": "drawn", "skip_faulty_images": False}
         self.data, skip_faulty = settings["data"], settings["skip_faulty_images"]
         try:
             self.dataset = open_dataset(self.data, skip_faulty_images=skip_faulty)
         except DataError as error:
             self.data, self.dataset = "drawn", open_dataset("drawn")
-            why = f"The data of the runs cannot be opened ({str(error).splitlines()[0]}). "
+            why_drawn = f"The data of the runs cannot be opened ({str(error).splitlines()[0]}). "
         counts = f"{len(self.dataset)} annotated images, {self.dataset.counts.sum()} cells"
-        self.sentence = f"{why}Data: {self.dataset.name!r}, {counts}."
+        self.sentence = f"{why_drawn}Data: {self.dataset.name!r}, {counts}."
 
     def count(
         self, key: str, measure: str, effect: float | None, sentence: str,
@@ -97,13 +96,14 @@ class Measures:
         """Add a number without an interval.
 
         Args:
-            key: of the finding.
-            measure: what the number is, with its unit.
-            effect: the number; None if it could not be measured, and the sentence says why.
-            sentence: what the number says.
-            shown: whether it confirms the difference; by default, if it is above 0.
-            on: ``data`` (all annotated images), ``model``, ``detections`` or ``training pair``.
-            run: key of the run with these detections.
+            key: the key of the finding.
+            measure: what the number means, with its unit.
+            effect: the number, or None if it could not be measured.
+            sentence: what the number shows, or why there is none.
+            shown: whether the number confirms the difference; by default, whether it is above 0.
+            on: what was measured: ``data`` (all annotated images), ``model``, ``detections`` or
+                ``training pair``.
+            run: for ``detections``, the key of their run.
         """
         with self._row(key, measure, on, run) as row:
             if effect is None:
@@ -117,36 +117,36 @@ class Measures:
                 row |= {"seeds": 1, **self.study.first(run).context}
 
     def compare_runs(self, key: str) -> None:
-        """Add the paired difference in AP50 of a finding's two runs, as released minus as reported:
-        same images, same seeds.
+        """Add the difference in AP50 between a finding's two runs, as released minus as reported,
+        paired by image and seed.
         """
         runs = FINDINGS[key].as_reported, FINDINGS[key].as_released
         with self._row(key, "AP50", "training pair", *runs) as row:
-            pairs, alike = self._pairs(*runs)
+            pairs, unchanged = self._pairs(*runs)
             first, remark = pairs[0][0], ""
-            if alike:
+            if unchanged:
                 scale = first.run.settings["scale"]
-                remark = f" (the {scale} scale leaves no difference in {', '.join(alike)})"
+                remark = f" (the {scale} scale leaves no difference in {', '.join(unchanged)})"
             labels = f"as reported, {runs[0]}", f"as released, {runs[1]}"
             scores = [[self.study.values(run) for run in side] for side in zip(*pairs, strict=True)]
-            _judge(row, dict(zip(labels, scores, strict=True)), first, remark=remark)
+            _add_comparison(row, dict(zip(labels, scores, strict=True)), first, remark=remark)
 
     def compare_detections(
         self, key: str, run: str, ways: Mapping[str, Callable[[Cells], Cells]], metric: str = "AP50"
     ) -> None:
-        """Add the paired difference in a score (``AP50`` or ``F1``) between two ways to treat one
-        run's detections, as released minus as reported. ``ways``: label -> what is done to them, as
+        """Add the paired difference in ``AP50`` or ``F1`` between two ways to post-process the
+        detections of a run, as released minus as reported. ``ways``: label -> function; first as
         reported, then as released.
         """
         with self._row(key, metric, "detections", run) as row:
             runs, scores = self._trained(run), {}
             for label, way in ways.items():
                 scores[label] = [trained.rescored(way, metric) for trained in runs]
-            _judge(row, scores, runs[0])
+            _add_comparison(row, scores, runs[0])
 
     def compare_thresholds(self, key: str, run: str) -> None:
-        """Add F1 of report E's fixed class thresholds minus F1 of thresholds chosen on one half of
-        the images, both on the other half.
+        """Add the difference in F1 of report E's fixed class thresholds minus thresholds chosen on
+        one half of the images; both are measured on the other half.
         """
         with self._row(key, "F1", "detections", run) as row:
             runs = self._trained(run)
@@ -154,46 +154,47 @@ class Measures:
             fixed = dict(zip(CLASS_NAMES, E_THRESHOLDS.values(), strict=True))
             scores = {"chosen on the other half": [half.f1(half.chosen) for half in halves]}
             scores["fixed"] = [half.f1(fixed) for half in halves]
-            _judge(row, scores, runs[0], halves[0].draw)
+            _add_comparison(row, scores, runs[0], halves[0].draw)
             row["sentence"] += f" {halves[0].sentence}"
 
     def compare_with_training_images(self, key: str, run: str) -> None:
-        """Add AP50 of a run's first training on its own training images minus AP50 on its
-        validation images. The two sets of images differ, so the difference is not paired.
+        """Add the difference in AP50 of a run's first training between its training images and its
+        validation images. It cannot be paired, since these are different images.
         """
         with self._row(key, "AP50", "detections", run) as row:
             trained = self._trained(run)[0]
             truth, detections = training_detections(trained, self.dataset)
             saved, unseen = trained.scores, self.study.values(trained)
-            draw = resampling.draw_units(truth, saved.resamples, saved.seed + 1)
-            training = resampling.bootstrap_ap50(truth, detections, draw.weights)
+            # another seed, so that the samples of the two sets of images are independent
+            samples = resampling.draw_units(truth, saved.resamples, saved.seed + 1)
+            training = resampling.bootstrap_ap50(truth, detections, samples.weights)
             sides = [verdicts.Side("unseen images", [unseen])]
             sides.append(verdicts.Side("training images", [training]))
-            smaller = min(draw, saved, key=lambda samples: samples.units)
-            found = verdicts.judge("training images score higher", *sides, smaller)
-            row["effect"], _, row["low"], row["high"] = found.difference
+            smaller = min(samples, saved, key=lambda side: side.units)
+            result = verdicts.judge("training images score higher", *sides, smaller)
+            row["effect"], _, row["low"], row["high"] = result.difference
             words = {verdicts.HOLDS: HIGHER, verdicts.OPPOSITE: LOWER}
-            row |= {"verdict": words.get(found.word, CANNOT_TELL), "seeds": 1, **trained.context}
+            row |= {"verdict": words.get(result.word, CANNOT_TELL), "seeds": 1, **trained.context}
             row["split"] = f"{trained.run.split['kind']}, training minus validation side"
             row["sentence"] = (
-                f"{run}: AP50 {found.other:.3f} on {len(truth['images'])} training images, "
-                f"{found.base:.3f} on {len(saved.names)} unseen images, not paired. Reported: "
+                f"{run}: AP50 {result.other:.3f} on {len(truth['images'])} training images, "
+                f"{result.base:.3f} on {len(saved.names)} unseen images, not paired. Reported: "
                 "0.461, and 0.27 on the hidden test set."
             )
 
     def show(self, key: str) -> None:
-        """Display the measures of a finding as a table, and a sentence on each."""
+        """Display the measures of a finding as a table, with a sentence on each."""
         rows = [row for row in self.rows if row["finding"] == key]
         table = {"effect": [], "95 % interval": [], "verdict": [row["verdict"] for row in rows]}
         for effect, low, high in ((row["effect"], row["low"], row["high"]) for row in rows):
-            without = "" if math.isnan(effect) else f"{effect:.4g}"
-            table["effect"].append(without if math.isnan(low) else f"{effect:+.3f}")
+            number = "" if math.isnan(effect) else f"{effect:.4g}"
+            table["effect"].append(number if math.isnan(low) else f"{effect:+.3f}")
             table["95 % interval"].append("" if math.isnan(low) else f"[{low:+.3f}, {high:+.3f}]")
         display(tables.page(pd.DataFrame(table, [row["measure"] for row in rows]), key))
         display(Markdown("\n".join(f"- {row.get('summary', row['sentence'])}" for row in rows)))
 
     def table(self) -> pd.DataFrame:
-        """All rows in the order of ``findings.yaml``, with the columns of ``findings.csv``.
+        """The content of ``findings.csv``, in the order of ``findings.yaml``.
 
         Raises:
             ValueError: a finding has no measure.
@@ -208,7 +209,9 @@ class Measures:
     def _row(
         self, key: str, measure: str, measured_on: str, base: str = "", other: str = ""
     ) -> Iterator[dict[str, Any]]:
-        """A row for the block to fill in. A ``RunError`` in the block is its ``empty_because``."""
+        """Add a row that the ``with`` block fills in; if the block raises a ``RunError``, the row
+        gets no effect, and ``empty_because`` says why.
+        """
         finding = FINDINGS[key]
         row = dict.fromkeys(COLUMNS, "") | dict.fromkeys(("effect", "low", "high"), math.nan)
         row |= {"finding": key, "report": finding.report, "text_says": finding.text_says}
@@ -226,17 +229,18 @@ class Measures:
         self.rows.append(row)
 
     def _trained(self, run: str) -> list[Trained]:
+        """The trainings of a run; a ``RunError`` if there are none."""
         if runs := self.study.trained(run):
             return runs
         raise RunError(self.study.missing(run))
 
     def _pairs(self, *keys: str) -> tuple[list[tuple[Trained, Trained]], list[str]]:
-        """Trainings of two runs with the same seeds, and the settings that should differ in them
-        but do not.
+        """Pair the trainings of two runs by seed, and list the settings in which the runs should
+        differ but do not.
 
         Raises:
-            RunError: no seed was trained on both sides, or a pair differs in anything else or in
-                nothing.
+            RunError: no seed was trained for both runs, or the trainings of a pair also differ in
+                other settings, or in none.
         """
         first, second = ({run.seed: run for run in self.study.trained(key)} for key in keys)
         pairs = [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
@@ -244,27 +248,27 @@ class Measures:
             why = "; ".join(filter(None, map(self.study.missing, keys)))
             raise RunError(why or "no seed was trained on both sides")
         base, other = (study_runs.settings(key, "full", "drawn", 0) for key in keys)
-        meant = set(other.differences(base.to_dict()))
+        intended = set(other.differences(base.to_dict()))
         for pair in pairs:
-            apart, settings = _apart(*pair), pair[0].run.settings
-            if differing := differences(*pair, besides=meant):
+            changed, settings = _changed_settings(*pair), pair[0].run.settings
+            if differing := differences(*pair, besides=intended):
                 raise RunError(f"the two runs are of other {differing}")
-            if apart - meant:
-                raise RunError(f"the two runs also differ in {', '.join(sorted(apart - meant))}")
-            if not apart:
-                alike = ", ".join(f"{name} {settings.get(name)!r}" for name in sorted(meant))
+            if others := sorted(changed - intended):
+                raise RunError(f"the two runs also differ in {', '.join(others)}")
+            if not changed:
+                alike = ", ".join(f"{name} {settings.get(name)!r}" for name in sorted(intended))
                 scale = f"the {settings['scale']} scale"
                 raise RunError(f"{scale} gives both runs {alike}: it cannot test this pair")
-        return pairs, sorted(meant - _apart(*pairs[0]))
+        return pairs, sorted(intended - _changed_settings(*pairs[0]))
 
 
 def training_detections(trained: Trained, dataset: CellDataset) -> tuple[dict[str, Any], Cells]:
-    """The truth of some of a run's training images, as many as it has validation images, spread
-    evenly over ``dataset``, and its detections in them: predicted once and saved as
-    ``training_detections.json`` in the run folder.
+    """The annotations of some of a run's training images (a COCO data set), and its detections in
+    them. As many images as in validation are taken, at even distances in the list of training
+    images. Detections are predicted once and saved in the run folder.
 
     Raises:
-        RunError: other data, or neither weights nor saved detections in the run folder.
+        RunError: the run is of other data, or its folder has neither weights nor these detections.
     """
     run, names = trained.run, trained.run.split["train"]
     if not set(names) <= set(dataset.image_ids):
@@ -284,31 +288,31 @@ def training_detections(trained: Trained, dataset: CellDataset) -> tuple[dict[st
     return to_coco(images), Cells.from_coco(saved["detections"])
 
 
-def _judge(
+def _add_comparison(
     row: dict[str, Any],
     scores: Mapping[str, Sequence[np.ndarray]],
     trained: Trained,
     draw: resampling.Draw | None = None,
     remark: str = "",
 ) -> None:
-    """Fill in a row from two sides' scores: label -> for each seed float64 [1 + B]."""
+    """Fill in a row from the scores of two sides (label -> for each seed float64 [1 + B])."""
     sides = [verdicts.Side(label, values) for label, values in scores.items()]
     change, metric = FINDINGS[row["finding"]].change + remark, row["measure"]
     claim = f"With {change}, the score does not change visibly"
     options = {"expected": 0, "same_weights": not row["as_released"], "metric": metric}
     options["caution"] = trained.caution
-    found = verdicts.judge(claim, *sides, draw or trained.scores, **options)
-    effect, _, low, high = found.difference
+    result = verdicts.judge(claim, *sides, draw or trained.scores, **options)
+    effect, _, low, high = result.difference
     verdict = HIGHER if effect > 0 else LOWER
-    if found.word != verdicts.OPPOSITE:
-        verdict = CANNOT_TELL if found.word == verdicts.CANNOT_TELL else NO_CHANGE
+    if result.word != verdicts.OPPOSITE:
+        verdict = CANNOT_TELL if result.word == verdicts.CANNOT_TELL else NO_CHANGE
     row |= {"effect": effect, "low": low, "high": high, "verdict": verdict, **trained.context}
-    row |= {"seeds": len(sides[0].values), "sentence": found.sentence}
-    values = f"{metric} goes from {found.base:.3f} to {found.other:.3f}"
+    row |= {"seeds": len(sides[0].values), "sentence": result.sentence}
+    values = f"{metric} goes from {result.base:.3f} to {result.other:.3f}"
     row["summary"] = f"With {change}, {values}: **{verdict}**."
 
 
-def _apart(reported: Trained, released: Trained) -> set[str]:
+def _changed_settings(reported: Trained, released: Trained) -> set[str]:
     """The names of the settings in which two runs differ."""
     before, after = reported.run.settings, released.run.settings
     names = (before | after).keys() - set(NOT_PART_OF_A_RUN)
