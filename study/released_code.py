@@ -1,5 +1,5 @@
-"""What the reports' released code does to cells, images, the model and its detections where it
-differs from their text: measured with torch and torchvision themselves, without any training.
+"""Measure where the reports' released code differs from their text: its effect on cells, images,
+the model and its detections, with torch and torchvision themselves and without any training.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,8 +37,8 @@ MIN_SIZE, MAX_SIZE = 800, 1333  # torchvision's defaults for the resized image's
 
 
 def cell_table(dataset: Iterable[CellImage]) -> pd.DataFrame:
-    """One row a cell: image (its index), class, width_px and height_px of its tight box,
-    image_height_px, image_width_px.
+    """List the cells, one per row: image (its index), class, width_px and height_px of the tight
+    box, image_height_px, image_width_px.
     """
     parts = (find_cells(cell_image.label_maps, i) for i, cell_image in enumerate(dataset))
     cells = Cells.concatenate(parts)
@@ -49,25 +49,26 @@ def cell_table(dataset: Iterable[CellImage]) -> pd.DataFrame:
 
 
 def components_of_cells(dataset: Iterable[CellImage]) -> pd.DataFrame:
-    """What report B's way to read class masks makes of each image's cells.
+    """Count what happens to the cells of each image when class masks are read as report B's code
+    does: converted to uint8, then split into 8-connected components.
 
     Returns:
-        One row an image: image_id; cells; highest_id; lost: cells whose id is a multiple of 256,
-        which uint8 turns into 0; same_value: cells that share their uint8 value with another cell
-        of their class. Of the cells that are not lost: components, 8-connected; joined: cells that
-        share a component with another cell; split: cells in several components.
+        One row per image: image_id; cells; highest_id; lost: cells whose id is a multiple of 256,
+        which uint8 turns into 0; same_value: cells with the same uint8 value as another cell of
+        their class. Of the cells that are not lost: components; joined: cells that share a
+        component with another cell; split: cells in several components.
     """
     rows = []
     for cell_image in dataset:
         counts = np.zeros(6, int)
         for label_map in cell_image.label_maps:
             ids = np.unique(label_map[label_map > 0])
-            values, number = np.unique(ids.astype(np.uint8), return_counts=True)
-            left = np.where(label_map.astype(np.uint8) > 0, label_map, 0)
-            components = connected_components(left)
-            pixels = pd.DataFrame({"component": components[left > 0], "cell": left[left > 0]})
+            values, count = np.unique(ids.astype(np.uint8), return_counts=True)
+            remaining = np.where(label_map.astype(np.uint8) > 0, label_map, 0)
+            components, inside = connected_components(remaining), remaining > 0
+            pixels = pd.DataFrame({"component": components[inside], "cell": remaining[inside]})
             pairs = pixels.drop_duplicates()
-            lost, shared = number[values == 0].sum(), number[(values > 0) & (number > 1)].sum()
+            lost, shared = count[values == 0].sum(), count[(values > 0) & (count > 1)].sum()
             joined = pairs.loc[pairs["component"].duplicated(keep=False), "cell"].nunique()
             split = pairs.loc[pairs["cell"].duplicated(), "cell"].nunique()
             counts += len(ids), lost, shared, components.max(initial=0), joined, split
@@ -78,47 +79,49 @@ def components_of_cells(dataset: Iterable[CellImage]) -> pd.DataFrame:
 
 
 def missing_strip(cells: pd.DataFrame) -> pd.DataFrame:
-    """How much of the box of each cell (of ``cell_table``) is missing when it ends before the last
-    pixel row and column. The short box lies inside the whole box, so their IoU is 1 - missing.
+    """Measure how much of a cell's box is missing if the box ends one pixel row and column too
+    early (a common mistake). The short box lies inside the whole box: their IoU is 1 - missing.
 
     Returns:
-        Rows: ``all``, then the classes. cells; width_px and height_px (means); missing: mean share
-        of the box's area; worst_5%: the share that one in twenty cells exceeds; IoU: mean IoU of
-        the short box with the whole one; vanished: cells whose short box is empty.
+        One row for ``all`` and each class of ``cell_table``: cells; width_px and height_px (means);
+        missing: mean share of the box's area; worst_5%: the share that one in twenty cells exceeds;
+        IoU: mean IoU of the short box with the whole one; vanished: cells whose short box is empty.
     """
     width, height = cells["width_px"], cells["height_px"]
     missing = 1 - (width - 1) * (height - 1) / (width * height)
     groups = _by_class(cells.assign(missing=missing, IoU=1 - missing, vanished=missing == 1))
-    found = groups[["width_px", "height_px", "missing", "IoU"]].mean()
-    found.insert(0, "cells", groups.size())
-    found.insert(4, "worst_5%", groups["missing"].quantile(0.95))
-    return found.assign(vanished=groups["vanished"].sum())
+    table = groups[["width_px", "height_px", "missing", "IoU"]].mean()
+    table.insert(0, "cells", groups.size())
+    table.insert(4, "worst_5%", groups["missing"].quantile(0.95))
+    return table.assign(vanished=groups["vanished"].sum())
 
 
 def small_cells(cells: pd.DataFrame) -> pd.DataFrame:
-    """The cells (of ``cell_table``) that report E's code drops: last minus first pixel, in x or in
-    y, is 5 or less.
+    """Count the cells that report E's code drops: those whose last pixel minus first pixel, in x or
+    in y, is 5 or less.
 
     Returns:
-        Rows: ``all``, then the classes. cells, dropped, share, images (with such a cell before),
-        images_left (with such a cell afterwards).
+        One row for ``all`` and each class of ``cell_table``: cells, dropped, share (dropped /
+        cells), images (with a cell of the class), images_left (with one that is not dropped).
     """
     dropped = cells[["width_px", "height_px"]].min(axis=1) - 1 <= 5
     groups = _by_class(cells.assign(dropped=dropped))
     table = groups["dropped"].agg(cells="size", dropped="sum", share="mean")
-    left = _by_class(cells[~dropped])["image"].nunique()
-    return table.assign(images=groups["image"].nunique(), images_left=left)
+    images_left = _by_class(cells[~dropped])["image"].nunique()
+    return table.assign(images=groups["image"].nunique(), images_left=images_left)
 
 
 def _by_class(cells: pd.DataFrame):
-    """Grouped by class, with all cells as the first group; a class without cells is a group."""
+    """Group cells by class, after a first group of all cells; a class may have no cells."""
     twice = pd.concat([cells.assign(**{"class": "all"}), cells])
     names = pd.Categorical(twice["class"], ["all", *CLASS_NAMES])
     return twice.assign(**{"class": names}).groupby("class", observed=False)
 
 
 def image_sizes(dataset: CellDataset, data: str | Path) -> tuple[list[tuple[int, int]], str]:
-    """The distinct sizes (height, width), px, of the annotated and the test images; a sentence."""
+    """List the distinct sizes (height, width), px, of annotated and test images, and say in a
+    sentence how many there are.
+    """
     annotated = {tuple(size) for size in dataset.sizes.tolist()}
     try:
         tests = {(image["height"], image["width"]) for image in open_test_images(data).listed}
@@ -129,12 +132,12 @@ def image_sizes(dataset: CellDataset, data: str | Path) -> tuple[list[tuple[int,
 
 
 def unreachable_edges(sizes: Sequence[tuple[int, int]]) -> pd.DataFrame:
-    """Whether a box as large as the resized image reaches the image's right and bottom edge once
-    torchvision has scaled it back, for image sizes (height, width) in px.
+    """Test whether a box as large as the resized image still reaches the right and bottom edge of
+    the image after torchvision has scaled it back. ``sizes`` are (height, width), px.
 
     Returns:
-        One row a size: height_px, width_px, right_px and bottom_px (where the box ends), right and
-        bottom (whether the edge is reached).
+        One row per size: height_px, width_px, right_px and bottom_px (where the box ends), right
+        and bottom (whether it reaches the edge).
     """
     rows = []
     for height, width in sizes:
@@ -148,19 +151,20 @@ def unreachable_edges(sizes: Sequence[tuple[int, int]]) -> pd.DataFrame:
 
 
 def changed_by_coco(dataset: Iterable[CellImage]) -> tuple[int, int]:
-    """The number of cells, and of those that the COCO format's run lengths give other pixels."""
-    same = []
+    """Count the cells, and those whose pixels change when they are written as COCO's RLE."""
+    unchanged = []
     for cell_image in dataset:
         _, labels, ids = find_boxes(cell_image.label_maps)
         written = to_coco([cell_image])["annotations"]
         for class_id, instance_id, annotation in zip(labels, ids, written, strict=True):
             mask = coco_mask.decode(annotation["segmentation"])
-            same.append(np.array_equal(mask, cell_image.label_maps[class_id - 1] == instance_id))
-    return len(same), same.count(False)
+            of_cell = cell_image.label_maps[class_id - 1] == instance_id
+            unchanged.append(np.array_equal(mask, of_cell))
+    return len(unchanged), unchanged.count(False)
 
 
 class OneTransform(Dataset):
-    """Images with one ``transform``, whichever view asks for them."""
+    """Images with one ``transform``, which all ``Subset`` views of this object share."""
 
     def __init__(self, images: Sequence[np.ndarray]):
         self.images, self.transform = images, None
@@ -170,10 +174,10 @@ class OneTransform(Dataset):
 
 
 def augmented_images(images: Sequence[np.ndarray]) -> pd.DataFrame:
-    """How many images (uint8 [3, H, W], none its own mirror image) are augmented when training and
-    validation (one in five) are torch's ``Subset`` of one dataset object, as in report E's code,
-    and of two. The training view gets a flip as its transform; then the validation view gets one
-    that changes nothing.
+    """Count the images (uint8 [3, H, W], not symmetric) that are augmented if training and
+    validation set (every fifth image) are ``Subset`` views of one dataset object, as in report E's
+    code (a mistake: the transform set last is used for both), and of two objects. The transform of
+    the training view is set first, to a flip; that of the validation view then to no change.
 
     Returns:
         Rows: one object, two objects. Columns: training, training_flipped, validation,
@@ -197,21 +201,20 @@ def augmented_images(images: Sequence[np.ndarray]) -> pd.DataFrame:
 def shared_patients(
     patients: Sequence[str | None], validation_fraction: float
 ) -> tuple[float | None, str]:
-    """The share of validation images whose patient also has a training image, mean over 1000 random
-    splits by image that hold out a fraction, 0..1; a sentence. None and the reason where a patient
-    is unknown.
+    """The share of validation images whose patient also has training images, averaged over 1000
+    random splits by image, and a sentence about it; None and the reason if patients are unknown.
     """
     if None in patients or not len(patients):
         return None, "the patients of the images are unknown"
     names, codes = np.unique(np.array(patients, str), return_inverse=True)
-    held = int(np.clip(round(validation_fraction * len(codes)), 1, len(codes) - 1))
+    held_out = int(np.clip(round(validation_fraction * len(codes)), 1, len(codes) - 1))
     rng = np.random.default_rng(0)
-    splits = [np.split(rng.permutation(codes), [held]) for _ in range(1000)]
+    splits = [np.split(rng.permutation(codes), [held_out]) for _ in range(1000)]
     both = np.mean([len(np.intersect1d(*sides)) for sides in splits])
-    seen = float(np.mean([np.isin(*sides).mean() for sides in splits]))
-    return seen, (
+    share = float(np.mean([np.isin(*sides).mean() for sides in splits]))
+    return share, (
         f"In random splits that hold out {validation_fraction:.0%} of the images, {both:.1f} of "
-        f"{len(names)} patients (mean) are on both sides; {seen:.0%} of the validation images are "
+        f"{len(names)} patients (mean) are on both sides; {share:.0%} of the validation images are "
         "of a patient with training images."
     )
 
@@ -223,16 +226,16 @@ PARTS = {
     "rpn.head.conv.": "RPN convolutions", "rpn.head.": "RPN predictors",
     "roi_heads.box_head.": "box head", "roi_heads.box_predictor.": "box predictor",
     "roi_heads.mask_head.": "mask head", "roi_heads.mask_predictor.": "mask predictor",
-}  # fmt: skip  # a parameter's name begins with one; the first that fits counts
+}  # fmt: skip  # prefix of a parameter's name -> part; the first prefix that fits counts
 HEAD_NORMS = "norms in the heads"
 
 
 def model_parts(key: str) -> pd.DataFrame:
-    """Numbers of parameters of a run's model at full scale; no weights are loaded or made.
+    """Count the parameters of a run's model at full scale, without making or loading weights.
 
     Returns:
         Rows: the parts, then ``all``. Columns: parameters; trainable: those that are not frozen;
-        loaded: those that start from the run's weights. Frozen norms have no parameters.
+        loaded: those that start from the run's weights. Frozen batch norms have no parameters.
     """
     config = study_runs.settings(key, "full", "drawn", 0)
     with torch.device("meta"):
@@ -255,7 +258,7 @@ def model_parts(key: str) -> pd.DataFrame:
 def plateau_rates(
     losses: Sequence[float], learning_rate: float, factor: float, patience: int
 ) -> list[float]:
-    """The learning rate after each epoch's loss, by torch's ``ReduceLROnPlateau``."""
+    """The learning rate after each epoch by torch's ``ReduceLROnPlateau``, from the losses."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", factor, patience)
     rates = []
@@ -266,13 +269,14 @@ def plateau_rates(
 
 
 def normalised_values(dataset: CellDataset, normalizations: Sequence[str]) -> pd.DataFrame:
-    """What the first layer of the model sees of some images.
+    """Summarise the values that the first layer of the model gets under several normalisations.
 
     Args:
-        normalizations: of ``RunConfig.normalization``; ``data`` takes these images' own statistics.
+        normalizations: values of ``RunConfig.normalization``; for ``data``, the statistics of the
+            images in ``dataset`` are used.
 
     Returns:
-        One row a normalisation and channel (R, G, B): mean, std, least, greatest over all pixels.
+        One row per normalisation and channel (R, G, B): mean, std, least, greatest over all pixels.
     """
     mean, std = image_statistics(dataset, range(len(dataset)))
     values = pd.DataFrame({"mean": mean, "std": std}, pd.Index(list("RGB"), name="channel"))
@@ -286,13 +290,13 @@ def normalised_values(dataset: CellDataset, normalizations: Sequence[str]) -> pd
 
 
 def range_behind_a_norm(image: np.ndarray) -> pd.DataFrame:
-    """How far the range of an image's values (uint8 [3, H, W]) reaches behind a norm: one random
-    convolution and what follows it, in float64.
+    """Measure whether a batch norm after the first convolution (of random weights) evens out that
+    the values of an image (uint8 [3, H, W]) range from 0 to 255 instead of 0 to 1.
 
     Returns:
-        Rows: the convolution alone; a BatchNorm with the batch's statistics; a frozen norm with the
-        statistics of values of 0 to 1. Columns: standard deviation of an output channel (mean over
-        the channels) for values of 0 to 1 and of 0 to 255.
+        Rows: the convolution alone; with a batch norm that uses the batch's statistics; with a
+        frozen batch norm that has the statistics of values from 0 to 1. Columns: standard deviation
+        of the output channels (mean over them) for values from 0 to 1 and from 0 to 255.
     """
     generator, double = torch.Generator().manual_seed(0), torch.float64
     weight = torch.randn(16, 3, 7, 7, dtype=double, generator=generator)
@@ -301,8 +305,8 @@ def range_behind_a_norm(image: np.ndarray) -> pd.DataFrame:
         mean, std = torch.tensor(channel_statistics(normalization), dtype=double)[..., None, None]
         values = (torch.from_numpy(image / 255) - mean) / std
         outputs[name] = nn.functional.conv2d(values[None], weight, stride=2)
-    usual, batch_norm = outputs["0 to 1"], nn.functional.batch_norm
-    frozen = usual.mean((0, 2, 3)), usual.var((0, 2, 3), unbiased=False)
+    expected, batch_norm = outputs["0 to 1"], nn.functional.batch_norm
+    frozen = expected.mean((0, 2, 3)), expected.var((0, 2, 3), unbiased=False)
     columns = {}
     for name, output in outputs.items():
         layers = {
@@ -315,8 +319,9 @@ def range_behind_a_norm(image: np.ndarray) -> pd.DataFrame:
 
 
 def norms_after_validation(dataset: CellDataset) -> pd.DataFrame:
-    """How many norms of a small model change their statistics in ``engine.validation_loss`` over
-    two images: when norms are left alone, as in this study, and in training mode.
+    """Count the batch norms of a small model whose statistics change when the validation loss over
+    two images is computed: if they are left alone, as in this study, and in training mode (a common
+    mistake).
     """
     rows = {}
     small = RunConfig(crop_size_px=64, accelerator="cpu", precision="32")
@@ -344,27 +349,27 @@ SET_PROPOSALS = {
 
 
 def anchor_generator(sizes: Sequence[float]) -> AnchorGenerator:
-    """torchvision's, with one size a pyramid level and its ratios 0.5, 1 and 2."""
+    """torchvision's generator, with one size per pyramid level and its ratios 0.5, 1 and 2."""
     return AnchorGenerator(tuple((size,) for size in sizes), ((0.5, 1.0, 2.0),) * len(sizes))
 
 
 def reassign_sizes(sizes: Sequence[float], new_sizes: Sequence[float]) -> pd.DataFrame:
-    """A torchvision ``AnchorGenerator`` before and after ``sizes`` is set on it. One row a pyramid
-    level: sizes, and the side of the level's square anchor (anchor_px), before and after.
+    """Show that setting ``sizes`` on a torchvision ``AnchorGenerator`` does not change its anchors.
+    One row per pyramid level: sizes, and side of the square anchor (anchor_px), before and after.
     """
     generator = anchor_generator(sizes)
     columns = {}
-    for when, own_sizes in (("before", sizes), ("after", new_sizes)):
-        generator.sizes = tuple((size,) for size in own_sizes)
+    for when, sizes_now in (("before", sizes), ("after", new_sizes)):
+        generator.sizes = tuple((size,) for size in sizes_now)
         squares = [anchors[1] for anchors in generator.cell_anchors]  # the second ratio is 1
-        columns[f"sizes {when}"] = own_sizes
+        columns[f"sizes {when}"] = sizes_now
         columns[f"anchor_px {when}"] = [int(square[2] - square[0]) for square in squares]
     levels = pd.Index([f"P{level}" for level in range(2, 2 + len(sizes))], name="level")
     return pd.DataFrame(columns, levels).sort_index(axis=1, ascending=False)
 
 
 def input_scale(cells: pd.DataFrame, min_size: int = MIN_SIZE) -> pd.Series:
-    """By how much the model enlarges each cell's image (torchvision's rule); ``min_size`` 0: 1."""
+    """The factor by which torchvision enlarges the image of each cell; 1 if ``min_size`` is 0."""
     if not min_size:
         return pd.Series(1.0, cells.index)
     sides = cells[["image_height_px", "image_width_px"]]
@@ -374,12 +379,12 @@ def input_scale(cells: pd.DataFrame, min_size: int = MIN_SIZE) -> pd.Series:
 def anchor_fit(
     cells: pd.DataFrame, anchors: Mapping[str, Sequence[float]], scales: Mapping[str, pd.Series]
 ) -> pd.DataFrame:
-    """The share of cells (of ``cell_table``) with a box that an anchor around the same centre fits
-    at an IoU of 0.5, or 0.7. Anchors lie on a grid, so fewer cells really have such an anchor.
+    """The share of cells (of ``cell_table``) whose box has an IoU of at least 0.5, or 0.7, with an
+    anchor around its own centre. Real anchors lie on a grid, so that fewer cells have such a one.
 
     Args:
         anchors: name -> sizes, px, each with the ratios 0.5, 1 and 2.
-        scales: name -> of ``input_scale``.
+        scales: name -> factors from ``input_scale``.
     """
     rows = {}
     for scale_name, scale in scales.items():
@@ -388,15 +393,15 @@ def anchor_fit(
             corners = torch.cat(anchor_generator(sizes).cell_anchors).numpy()
             sides = corners[:, 2:] - corners[:, :2]
             common = np.minimum(boxes, sides).prod(-1)
-            best = (common / (boxes.prod(-1) + sides.prod(-1) - common)).max(axis=1)
-            rows[scale_name, name] = {f"IoU ≥ {iou}": (best >= iou).mean() for iou in (0.5, 0.7)}
+            best_iou = (common / (boxes.prod(-1) + sides.prod(-1) - common)).max(axis=1)
+            shares = {f"IoU ≥ {least}": (best_iou >= least).mean() for least in (0.5, 0.7)}
+            rows[scale_name, name] = shares
     return pd.DataFrame(rows).T.rename_axis(["image", "anchors"])
 
 
 def proposals_after_setting() -> pd.DataFrame:
-    """How many proposals the region proposal network of torchvision's v2 model keeps (before and
-    after NMS, in training and in testing): before and after ``SET_PROPOSALS`` is set on it, as in
-    report E's code.
+    """Compare the numbers of proposals that torchvision's RPN keeps before and after report E's
+    code sets ``SET_PROPOSALS`` on it (each for before and after NMS, in training and in testing).
     """
     rpn = default_model().rpn
     columns = {"before": {}, "set": SET_PROPOSALS, "after": {}}
@@ -411,7 +416,7 @@ def proposals_after_setting() -> pd.DataFrame:
 
 
 def default_model() -> nn.Module:
-    """torchvision's Mask R-CNN v2 with its default settings, without values."""
+    """torchvision's Mask R-CNN v2 with its default settings, on device ``meta`` (no weights)."""
     with torch.device("meta"):
         return maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
 
@@ -420,32 +425,32 @@ def default_model() -> nn.Module:
 
 
 def box_nms(detections: Cells, iou_threshold: float) -> Cells:
-    """The detections that torchvision's box NMS leaves in each image and class, in their order."""
+    """Apply torchvision's box NMS in each image and class; the order of detections stays."""
     groups = detections.image_ids * (len(CLASS_NAMES) + 1) + detections.labels
-    arrays = (torch.from_numpy(array) for array in (detections.boxes, detections.scores, groups))
-    return detections[np.sort(batched_nms(*arrays, iou_threshold).numpy())]
+    tensors = (torch.from_numpy(array) for array in (detections.boxes, detections.scores, groups))
+    return detections[np.sort(batched_nms(*tensors, iou_threshold).numpy())]
 
 
 def images_at_limit(study: Study, key: str) -> tuple[int | None, str]:
-    """How many images have as many detections as the run's model may leave; a sentence. None and
-    the reason if the run is missing.
+    """Count the images with as many detections as the run's model returns at most, and give a
+    sentence about them; None and the reason if the run is missing.
     """
     if not (trained := study.first(key)):
         return None, study.missing(key)
-    found, settings = trained.run.detections, trained.run.settings
+    cells, settings = trained.run.detections, trained.run.settings
     limit, images = settings["detections_per_image"], len(trained.run.truth["images"])
-    full = int((np.bincount(found.image_ids) >= limit).sum())
-    least, lowest = settings["box_score_thresh"], found.scores.min(initial=1)
+    full = int((np.bincount(cells.image_ids) >= limit).sum())
+    threshold, lowest = settings["box_score_thresh"], cells.scores.min(initial=1)
     return full, (
-        f"{key} drops scores under {least:g} and leaves at most {limit} detections an image: the "
-        f"lowest of {len(found)} scores is {lowest:.3f}, and {full} of {images} images are at the "
-        "limit. No histogram shows what was dropped."
+        f"{key} drops scores under {threshold:g} and leaves at most {limit} detections an image: "
+        f"the lowest of {len(cells)} scores is {lowest:.3f}, and {full} of {images} images are at "
+        "the limit. No histogram shows what was dropped."
     )
 
 
 def raised_scores(study: Study, key: str) -> tuple[float | None, str]:
-    """The share of a run's detections with a score that report E's size-aware factors raise; a
-    sentence. None and the reason if the run or its detections are missing.
+    """The share of a run's detections whose score is raised by report E's size-aware factors, and a
+    sentence about it; None and the reason if the run or its detections are missing.
     """
     if not (trained := study.first(key)):
         return None, study.missing(key)
@@ -461,7 +466,7 @@ def raised_scores(study: Study, key: str) -> tuple[float | None, str]:
 
 def size_factors(detections: Cells) -> pd.Series:
     """The share of detections for each factor of report E's size-aware scores; 1.0: unchanged."""
-    halves = np.full(len(detections), 0.5)  # no factor raises them to the limit of 1
+    halves = np.full(len(detections), 0.5)  # low enough that the limit of 1 is not reached
     adjusted = postprocess.adjust_scores_by_size(replace(detections, scores=halves), E_SIZE_FACTORS)
     shares = pd.Series(adjusted.scores / halves).value_counts(normalize=True)
     return shares.reindex([*(factor for _, factor in E_SIZE_FACTORS), 1.0], fill_value=0.0)
