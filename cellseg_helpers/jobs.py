@@ -139,6 +139,7 @@ def _error_sentence(name: str, text: str) -> str:
 
 
 def _set_aside(parameters: dict[str, Any]) -> None:
+    """Rename the run folder of these parameters if it is of other settings or images."""
     from cellseg_helpers.runs import set_aside_other_run
 
     with suppress(ValueError):  # a wrong setting, which the notebook will report

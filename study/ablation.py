@@ -38,7 +38,7 @@ class Ablation(NamedTuple):
         steps: one row per step: step, option (the chosen one), PQ_before, PQ_after (on the choosing
             half), carried (whether it is carried on, that is, applied before the later steps).
         effects: one row per step and score on the judging half: step, then the columns of
-            ``resampling.compare`` between the steps carried on before it and these with the step.
+            ``resampling.compare``: before and after the step is added to those carried on so far.
         total: ``resampling.compare`` between the detections as predicted and after all steps that
             were carried on.
         chain: the steps that were carried on.

@@ -79,8 +79,8 @@ def components_of_cells(dataset: Iterable[CellImage]) -> pd.DataFrame:
 
 
 def missing_strip(cells: pd.DataFrame) -> pd.DataFrame:
-    """Measure how much of a cell's box is missing if the box ends one pixel row and column too
-    early (a common mistake). The short box lies inside the whole box: their IoU is 1 - missing.
+    """Measure how much of a cell's box is missing if it misses the last pixel row and column (as in
+    released code). The short box lies inside the whole box, so their IoU is 1 - missing.
 
     Returns:
         One row for ``all`` and each class of ``cell_table``: cells; width_px and height_px (means);
@@ -320,8 +320,8 @@ def range_behind_a_norm(image: np.ndarray) -> pd.DataFrame:
 
 def norms_after_validation(dataset: CellDataset) -> pd.DataFrame:
     """Count the batch norms of a small model whose statistics change when the validation loss over
-    two images is computed: if they are left alone, as in this study, and in training mode (a common
-    mistake).
+    two images is computed: if they are left alone, as in this study, and in training mode (as in
+    released code).
     """
     rows = {}
     small = RunConfig(crop_size_px=64, accelerator="cpu", precision="32")

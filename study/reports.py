@@ -323,10 +323,12 @@ def _data_set(shown: Shown, trained: list[Trained]) -> None:
 
 
 def _augmentation(shown: Shown, trained: list[Trained]) -> None:
+    """D-T1: only a sentence on the run's augmentation; the table is all in ``reported.yaml``."""
     shown.sentences.append(f"The run's augmentation is {trained[0].run.settings['augmentation']}.")
 
 
 def _settings(shown: Shown, trained: list[Trained]) -> None:
+    """D-T2: the reported settings beside those of the study's run, at full scale and at its own."""
     names = shown.table.pop("name")
     full = RunConfig.from_yaml(*parameter_files(SYSTEMS["D"], "full")).to_dict()
     shown.table["full scale"] = names.map(full)
@@ -369,6 +371,7 @@ def _class_thresholds(shown: Shown, trained: list[Trained]) -> None:
 
 
 def _threshold_sweep(shown: Shown, trained: list[Trained]) -> None:
+    """E-sweep: AP, precision, recall and F1 of the first run over the score threshold."""
     matches = metrics.match_detections(trained[0].run.truth, trained[0].run.detections)
     shown.table = thresholds.sweep(matches, reported.E_GRID, trained[0].scores.max_dets)
     shown.figure = plots.threshold_sweep(shown.table)
@@ -381,6 +384,7 @@ def _threshold_sweep(shown: Shown, trained: list[Trained]) -> None:
 
 
 def _curves(shown: Shown, trained: list[Trained]) -> None:
+    """A-Fig3, D-Fig2, E-Fig1: training curves of the first run."""
     history = trained[0].run.history
     shown.table = history[["epoch", "loss", "validation_loss", "validation_ap50"]]
     shown.figure = plots.training_curves(history)
@@ -389,6 +393,7 @@ def _curves(shown: Shown, trained: list[Trained]) -> None:
 
 
 def _score_histogram(shown: Shown, trained: list[Trained]) -> None:
+    """B-Fig1: scores of matched and unmatched detections, and how well they separate these."""
     run = trained[0].run
     matches = metrics.match_detections(run.truth, run.detections)
     overall = thresholds.separation(matches).loc["all"]

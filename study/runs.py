@@ -65,6 +65,7 @@ def parameter_files(key: str, scale: str) -> list[Path]:
 
 
 def _config(key: str, scale: str) -> RunConfig:
+    """The settings from the parameter files of a run (``settings`` adds data, seed and name)."""
     return RunConfig.from_yaml(*parameter_files(key, scale))
 
 

@@ -25,7 +25,7 @@ def _short(value: Any) -> Any:
     return f"{value:g}" if isinstance(value, float) else value
 
 
-def _bold_verdicts(text: str) -> str:
+def _bold_verdicts(text: str) -> str:  # as HTML
     return re.sub("|".join(WORDS), "<b>\\g<0></b>", html.escape(text))
 
 
