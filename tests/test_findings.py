@@ -468,7 +468,8 @@ class TestPairs:
 class TestOfDetections:
     def test_two_ways_to_treat_detections(self, runs_dir, truth, measures):
         right = found_in(truth, lose=(1, 2, 3, 4))
-        runs_dir.write("c/final", right + found_in(truth, lose=(5, 6, 7, 8), score=0.3))
+        low = found_in(truth, lose=(5, 6, 7, 8), score=0.3)
+        runs_dir.write("c/final", Cells.concatenate([right, low]))
         ways = {name: reported.VARIANTS[name] for name in ("all detections", "score ≥ 0.5")}
         found = measures()
         found.compare_detections("c-half", "c/final", ways)
