@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 from cellseg_helpers.cells import Cells
 
-COCO_MAX_DETS = (1, 10, 100)
+COCO_MAX_DETS = (1, 10, 100)  # limits of detections per image and class
 COCO_IOUS = np.linspace(0.5, 0.95, 10)
 COCO_RECALLS = np.linspace(0, 1, 101)
 COCO_AREAS_PX = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
@@ -225,8 +225,8 @@ def count_matches(matches: Matches, score_threshold: float = 0.0) -> dict[str, C
     """Precision, recall and F1 of the detections that score at least ``score_threshold``: for
     ``"all"`` (from the sums of the classes' counts), then for each class, by its name.
     """
-    counts = count_by_image(matches, score_threshold)[:3].sum(1).astype(int)
-    tp, fp, fn = counts = np.column_stack([counts.sum(1), counts])
+    by_class = count_by_image(matches, score_threshold)[:3].sum(1).astype(int)
+    counts = tp, fp, fn = np.column_stack([by_class.sum(1), by_class])  # column 0: all classes
     with np.errstate(invalid="ignore"):
         ratios = np.stack([tp / (tp + fp), tp / (tp + fn), 2 * tp / (2 * tp + fp + fn)])
     rows = zip(*counts.tolist(), *ratios.tolist(), strict=True)
@@ -283,7 +283,7 @@ def average_precision(
         image, hits = of_class["image"].to_numpy(), np.flatnonzero(of_class["matched"])
         for row in np.flatnonzero(cells[:, k] > 0):
             weight = weights[row, image]
-            tp = np.cumsum(weight[hits])  # precision is looked at after each hit, where it peaks
+            tp = np.cumsum(weight[hits])  # at each hit: only there can precision be largest
             precision = tp / (np.cumsum(weight)[hits] + np.spacing(1))
             envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0)
             at_recalls = np.searchsorted(tp / cells[row, k], COCO_RECALLS)

@@ -80,7 +80,7 @@ class Half(NamedTuple):
 
 def halve(truth: dict[str, Any], detections: Cells, seed: int) -> tuple[Half, Half, str]:
     """Two random halves of the images with about the same share of every class, and a sentence
-    about them. If every image's patient is known and there are several, none is in both halves.
+    about them. No patient is in both if every image's patient is known and there are several.
 
     Raises:
         ValueError: fewer than two images.
@@ -213,7 +213,7 @@ def resampled_scores(
 
     Args:
         image_weights: [1 + B, I], from ``draw_images``.
-        score_threshold: for precision, recall, F1 and PQ, which count only detections from it on.
+        score_threshold: precision, recall, F1 and PQ count the detections with at least this score.
 
     Returns:
         Metrics: AP50 and AP75 (COCO's, at the last limit of ``metrics.dense_max_dets``); precision,
@@ -221,7 +221,7 @@ def resampled_scores(
         small, medium and large. For ``all``, AP and PQ are means over the classes that have a cell;
         precision, recall and F1 come from the sums of the classes' counts. PQ is panoptic quality,
         the sum of the matched pairs' IoU / (tp + fp / 2 + fn / 2) (Kirillov et al., "Panoptic
-        segmentation", 2019), from the sums over all images. NaN where no cell is annotated.
+        segmentation", 2019), from the sums over all images. Undefined values are NaN.
     """
     limit = metrics.dense_max_dets(truth)[-1]
     at_50, at_75 = (metrics.match_detections(truth, detections, iou) for iou in (0.5, 0.75))

@@ -42,7 +42,7 @@ from cellseg_helpers.data.faults import DataError, Fault, adding_fault, as_data_
 from cellseg_helpers.data.labels import find_boxes, find_cells
 from cellseg_helpers.data.splits import patient_of
 
-CLASS_IDS = {name: k for k, own in enumerate(CLASS_NAMES, 1) for name in (own, f"class{k}")}
+CLASS_IDS = {alias: k for k, name in enumerate(CLASS_NAMES, 1) for alias in (name, f"class{k}")}
 LISTS = "images, annotations, categories"
 GIVE_OWN = "give each its own"
 # Compressed counts, as ``cells.run_lengths`` explains them: "0" to "O" is the last group of a

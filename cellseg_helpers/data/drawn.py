@@ -190,11 +190,11 @@ CELLS = (_epithelial, _lymphocyte, _neutrophil, _macrophage)
 LEAST_VISIBLE = (0.99, 0.985, 0.97, 0.92)  # share of a cell that must not be covered, by class
 
 
-def _ground(rng: Rng, shape: tuple[int, int], tissue: Tissue) -> tuple[Array, Array, Array]:
+def _background(rng: Rng, shape: tuple[int, int], tissue: Tissue) -> tuple[Array, Array, Array]:
     """The background: amounts of stains [3, H, W], shares of epithelium and of lumen [H, W]."""
     noise = partial(_noise, rng, shape)
 
-    def patches(field: Array, share: float, softness: float) -> Array:  # 1 where field is highest
+    def patches(field: Array, share: float, softness: float) -> Array:  # 1 where field is high
         return _edge(field - np.quantile(field, 1 - share), softness)
 
     nests = patches(noise(28), tissue.nests, 0.2)
@@ -214,7 +214,7 @@ def _ground(rng: Rng, shape: tuple[int, int], tissue: Tissue) -> tuple[Array, Ar
     return np.clip(np.stack([h, e, 0 * e]), 0.01, None), nests, lumen
 
 
-def _part_cells(rng: Rng, amounts: Array, taken: Array, centres: Array) -> None:
+def _draw_seams(rng: Rng, amounts: Array, taken: Array, centres: Array) -> None:
     """Draw pale seams halfway between neighbouring cells, where the tissue has shrunk."""
     if len(centres) < 2:
         return
@@ -243,6 +243,7 @@ def _draw(
     """
     size, sides = np.array(taken.shape), np.array(stamp.mask.shape)
     start = (y, x) - sides // 2
+    # The part of the stamp inside the image, and its window in the image.
     inner = tuple(map(slice, (-start).clip(0), (size - start).clip(0, sides)))
     window = tuple(map(slice, start.clip(0), (start + sides).clip(0)))
     free = ~taken[window]
@@ -250,7 +251,7 @@ def _draw(
     if visible.sum() < max(least_visible * stamp.mask[inner].sum(), 1):
         return None
     pieces, count = ndimage.label(visible, PIECES_TOUCH_AT_CORNERS)
-    if count > 1:
+    if count > 1:  # the largest piece becomes the cell's mask
         visible = pieces == np.bincount(pieces[visible]).argmax()
     opacity = stamp.opacity[inner] * free
     amounts[:, *window] += opacity * (stamp.amounts[:, *inner] - amounts[:, *window])
@@ -279,8 +280,8 @@ def draw_tissue(
     if kind not in TISSUES:
         raise ValueError(f"unknown kind of tissue {kind!r}; one of {', '.join(TISSUES)}")
     tissue = TISSUES[kind]
-    amounts, nests, lumen = _ground(rng, (height, width), tissue)
-    taken = np.zeros((height, width), bool)
+    amounts, nests, lumen = _background(rng, (height, width), tissue)
+    taken = np.zeros((height, width), bool)  # pixels of the cells drawn so far
     label_maps = np.zeros((4, height, width), np.int32)
     stroma = 1 - 0.8 * nests
     weights = nests * (1 - lumen), stroma * (1 - 0.5 * lumen), stroma, stroma  # by class
@@ -301,7 +302,7 @@ def draw_tissue(
                 all_centres.append((y, x))
                 if annotate_border_cells or not reaches_border:
                     label_maps[index][window][visible] = instance_id
-    _part_cells(rng, amounts, taken, np.array(all_centres))
+    _draw_seams(rng, amounts, taken, np.array(all_centres))
     red_cells = tissue.red_cells * rng.exponential()
     for make_stamp, per_100px, weight in (
         (_spindle, tissue.spindles, stroma),

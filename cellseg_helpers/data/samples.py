@@ -30,8 +30,8 @@ class EpochSampler(Sampler):
     indices: list[int]  # of the images to train on
     samples: int  # in an epoch, over all processes
     seed: int
-    rank: int = 0
-    world_size: int = 1
+    rank: int = 0  # of this process
+    world_size: int = 1  # number of processes
     batch_size: int = 1
     epoch: int = 0
 

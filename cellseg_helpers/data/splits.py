@@ -37,10 +37,10 @@ def make_split(
 ) -> Split:
     """Split N images so that the validation side holds about the same share of every class.
 
-    How it works: 1. 500 candidates (validation sides) are sampled by group: the images of a patient
-    or, for ``random``, single images. 2. The candidates with the most classes on both sides remain.
-    3. Of these, the one whose shares of the images and of each class's instances are nearest to
-    ``validation_fraction`` is taken. With ``folds``, each candidate divides the groups into
+    How it works: 1. 500 candidate validation sides are sampled from the groups: all images of one
+    patient or, for ``random``, single images. 2. The candidates with the most classes on both sides
+    remain. 3. Of these, the one is taken whose shares of all images and of each class's instances
+    are nearest to ``validation_fraction``. With ``folds``, each candidate divides the groups into
     ``folds`` validation sides of equal size (to within one group).
 
     Args:
@@ -90,15 +90,15 @@ def make_split(
 
     rng = np.random.default_rng(seed)
     if folds:
-        folds_of = [rng.permutation(len(names)) % folds for _ in range(CANDIDATES)]
-        candidates = [[np.flatnonzero(of == k) for k in range(folds)] for of in folds_of]
+        fold_of = [rng.permutation(len(names)) % folds for _ in range(CANDIDATES)]  # by group
+        candidates = [[np.flatnonzero(of == k) for k in range(folds)] for of in fold_of]
     else:
         candidates = [[rng.choice(len(names), size, replace=False)] for _ in range(CANDIDATES)]
-    held = [[shares[groups].sum(0) for groups in candidate] for candidate in candidates]
-    held = np.array(held)[..., present]  # shares [candidate, fold, images and classes]
-    one_sided = ((held == 0) | np.isclose(held, 1)).sum((1, 2))
+    held_shares = np.array([[shares[groups].sum(0) for groups in one] for one in candidates])
+    held_shares = held_shares[..., present]  # [candidate, fold, images and each class]
+    one_sided = ((held_shares == 0) | np.isclose(held_shares, 1)).sum((1, 2))
     aim = 1 / folds if folds else validation_fraction
-    best = np.lexsort((np.abs(held - aim).sum((1, 2)), one_sided))[0]
+    best = np.lexsort((np.abs(held_shares - aim).sum((1, 2)), one_sided))[0]
     held_out = np.isin(group_of, candidates[best][fold])
     sides = [list(compress(image_ids, side)) for side in (~held_out, held_out)]
     return Split(kind, *sides, "" if kind == "patient" else _patient_warning(patients, held_out))
@@ -109,9 +109,9 @@ def _patient_warning(patients: list[str | None], held_out: np.ndarray) -> str:
     train, validation = (set(compress(patients, side)) - {None} for side in (~held_out, held_out))
     shared = sorted(train & validation)
     if shared:
-        both = f"{len(shared)} patients have images on both sides of this random split"
-        return f"{both} ({', '.join(shared[:3])} ...): scores will be too high"
+        problem = f"{len(shared)} patients have images on both sides of this random split"
+        return f"{problem} ({', '.join(shared[:3])} ...): scores will be too high"
     if None in patients:
-        both = "one patient's images may be on both sides of this random split"
-        return f"patients are unknown, so {both}: scores may be too high"
+        problem = "one patient's images may be on both sides of this random split"
+        return f"patients are unknown, so {problem}: scores may be too high"
     return ""
