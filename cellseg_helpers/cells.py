@@ -66,7 +66,7 @@ class Cells:
         return len(self.labels)
 
     def __getitem__(self, rows: np.ndarray | Sequence[int] | slice) -> "Cells":
-        rows = rows if isinstance(rows, slice) or len(rows) else slice(0)  # numpy wants N bools
+        rows = rows if isinstance(rows, slice) or len(rows) else slice(0)  # any empty selection
         index = np.arange(len(self))[rows]
         arrays = (self.image_ids, self.sizes, self.labels, self.scores, self.boxes)
         return Cells(*(array[index] for array in arrays), [self.masks[row] for row in index])

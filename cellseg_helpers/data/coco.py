@@ -242,15 +242,11 @@ def _read_lists(path: Path) -> dict[str, list]:
 
 
 def _entries(
-    lists: dict[str, list],
-    name: str,
-    problems: list[str],
-    required: dict[str, str],
-    **optional: str,
+    content: dict, name: str, problems: list[str], required: dict[str, str], **optional: str
 ) -> Iterator[dict[str, Any]]:
     """Yield the faultless entries of the list ``name``; add the others' faults to ``problems``."""
     ids = set()
-    for row, entry in enumerate(lists[name]):
+    for row, entry in enumerate(content[name]):
         problem = wrong_entry(entry, required, **optional)
         if not problem and entry["id"] in ids:
             problem = f"has id {_shortened(entry['id'])}, as one before it; {GIVE_OWN}"
@@ -272,9 +268,9 @@ def _read_images(
         patient = (entry.get("patient") or "").strip() or patient_of(Path(name).stem)
         images[number] = CocoImage(folder / name, name, height, width, patient, [])
     names = Counter(image.image_id.lower() for image in images.values())
-    remedy = f"but for folder, ending, upper and lower case; {GIVE_OWN}, since it is the image id"
+    ending = f"but for folder, ending, upper and lower case; {GIVE_OWN}, since it is the image id"
     problems += [
-        f"{count} entries of its images have the file name {_shortened(name)}, {remedy}"
+        f"{count} entries of its images have the file name {_shortened(name)}, {ending}"
         for name, count in names.items()
         if count > 1
     ]
@@ -284,7 +280,7 @@ def _read_images(
 def _add_annotations(
     content: dict[str, list], file: str, images: dict[int | str, CocoImage], problems: list[str]
 ) -> None:
-    """Add each annotation to its image, and faults to ``problems``."""
+    """Add each annotation to its image; add faults of the list to ``problems``."""
     all_images_read = not problems
     categories = _entries(content, "categories", problems, {"id": WHOLE, "name": TEXT})
     names = {category["id"]: category["name"] for category in categories}
@@ -385,11 +381,13 @@ def _to_rle(annotation: CocoAnnotation, height: int, width: int) -> dict[str, An
 
 
 def _checked_polygons(polygons: list, height: int, width: int) -> list[list[float]]:
+    """The polygons unchanged; raises ``DataError`` if one is malformed or far outside the image."""
     if not polygons:
         remedy = "give at least one polygon, or remove it"
         raise DataError(f"its segmentation is an empty list; {remedy}")
-    for polygon in polygons:  # below, NaN is the one number for which n == n is false
+    for polygon in polygons:
         is_polygon = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+        # n == n is false for NaN only.
         if not is_polygon or not all(type(n) in (int, float) and n == n for n in polygon):
             rule = "a list x, y, x, y, ... of 3 vertices or more, in px"
             raise DataError(f"its polygon {_shortened(polygon)} must be {rule}")
