@@ -89,6 +89,7 @@ def fit(config: RunConfig, on_epoch: Callable[[pd.DataFrame], None] | None = Non
     loader = make_loader(make_samples(dataset, train, config), config, sampler)
     schedule, plateau = make_schedulers(optimizer, config, steps)
     model, optimizer = fabric.setup(model, optimizer)
+    # What a checkpoint saves:
     parts = {"model": model, "optimizer": optimizer, "precision": fabric.strategy.precision}
     parts |= {"per_step_schedule": schedule, "plateau": plateau}
     history = runs.resume(parts, run_dir, config)
@@ -319,7 +320,7 @@ def validation_loss(
     with fabric.autocast():
         for images, targets in make_loader(make_samples(dataset, indices, config), config, keys):
             images, targets = to_device(images, targets, fabric.device)
-            # Every process computes all losses: ``module`` is the model without synchronisation.
+            # ``.module``: without Fabric's wrapper, since each process computes all losses itself.
             losses, _ = _finite_losses(model.module(images, targets), targets)
             totals += [losses.sum().item()] * len(images)
     return sum(totals) / len(totals)

@@ -320,10 +320,10 @@ def merge_tiles(
     same = same + same.T
 
     stays = np.zeros(len(cells), bool)
-    for row in np.lexsort([-cells.scores, -margin]):
+    for row in np.lexsort([-cells.scores, -margin]):  # step 2, the largest margin first
         neighbours = same.indices[same.indptr[row] : same.indptr[row + 1]]
         stays[row] = not (cut[row] or stays[neighbours].any())
-    pieces = np.flatnonzero(cut & ~dropped & ~(same @ stays))
+    pieces = np.flatnonzero(cut & ~dropped & ~(same @ stays))  # what steps 1 and 3 leave
     count, group_of = sparse.csgraph.connected_components(same[pieces][:, pieces], directed=False)
     joined = [_join(cells, pieces[group_of == group], tile_of) for group in range(count)]
     return Cells.concatenate([cells[stays], *joined])
@@ -365,8 +365,8 @@ def _same_cells(
         mask, other = masks[rows[i]], masks[others[j]]
         common = _intersection(inside[i], other_inside[j])
         shared = np.count_nonzero(_crop(mask, common) & _crop(other, common))
-        both = _crop(mask, inside[i]), _crop(other, other_inside[j])
-        united = sum(map(np.count_nonzero, both)) - shared
+        in_area = _crop(mask, inside[i]), _crop(other, other_inside[j])
+        united = sum(map(np.count_nonzero, in_area)) - shared
         if shared and shared >= SAME_CELL_IOU * united:
             pairs.append((rows[i], others[j]))
     return pairs
@@ -384,7 +384,7 @@ def _join(cells: Cells, rows: np.ndarray, tile_of: np.ndarray) -> Cells:
     """
     best = rows[np.argmax(cells.scores[rows])]
     best_last = rows[np.lexsort([cells.scores[rows], cells.labels[rows] == cells.labels[best]])]
-    best_of_tile = {tile_of[row]: row for row in best_last}
+    best_of_tile = {tile_of[row]: row for row in best_last}  # later rows replace earlier ones
     pieces = cells[list(best_of_tile.values())]
     (x1, y1), (x2, y2) = pieces.mask_boxes[:, :2].min(0), pieces.mask_boxes[:, 2:].max(0)
     united = np.zeros((y2 - y1, x2 - x1), bool)

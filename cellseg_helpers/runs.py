@@ -99,7 +99,7 @@ def load_run(run_dir: str | Path) -> Run:
 
 
 def context_of(run: Run) -> dict[str, Any]:
-    """Columns that say in each table which run it is of: scale, data, split, maxDets."""
+    """Columns that identify the run in each row of its tables: scale, data, split, maxDets."""
     data = Path(run.settings["data"])
     return {
         "scale": run.settings["scale"],
