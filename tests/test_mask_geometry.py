@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import MultiScaleRoIAlign, poolers, roi_align
 
-from bench.prediction import mask_ceiling
 from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.data.cache import CellImage
@@ -22,6 +21,7 @@ from cellseg_helpers.inference import paste_in_boxes
 from cellseg_helpers.model.build import build_model
 from cellseg_helpers.model.heads import mask_targets
 from cellseg_helpers.model.roi_align import GatherRoIAlign
+from study.mask_geometry import mask_ceiling, one_cell_both_ways
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -99,10 +99,11 @@ def test_perfect_targets_come_back_as_the_cells_that_they_are():
     for seed in range(3):
         image, label_maps = draw_tissue(np.random.default_rng(seed), 256, 256)
         images.append(CellImage(str(seed), None, image, label_maps))
-    exact, torchvisions = (mask_ceiling(kind, images) for kind in ("exact", "torchvision"))
-    assert list(exact) == list(CLASS_NAMES)
-    assert min(exact.values()) >= 0.99
-    assert min(torchvisions.values()) < 0.95
+    exact, torchvisions = (mask_ceiling(images, kind) for kind in ("exact", "torchvision"))
+    assert list(exact.index) == [*CLASS_NAMES, "all"]
+    assert exact.min() >= 0.99
+    assert torchvisions.min() < 0.95 and torchvisions["all"] < 0.95
+    assert one_cell_both_ways(images).axes[0].get_title().startswith("torchvision: IoU 0.")
 
 
 def test_narrow_heads_fine_maps_and_several_anchor_sizes_train_and_predict():
