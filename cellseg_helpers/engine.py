@@ -333,7 +333,7 @@ def predict_images(
     ``indices``, as in ``to_coco``. Each process predicts a share of the images and gets all cells.
     """
     tiling = (config.tile_size_px, config.tile_overlap_px, config.mask_threshold)
-    predictor = with_views(model.module, config)
+    predictor = with_views(model.module, config)  # adds test-time augmentation, if set
     with fabric.autocast():
         cells = Cells.concatenate(
             predict(predictor, dataset[indices[number]].image, *tiling, number + 1)

@@ -200,22 +200,23 @@ def border_strip(cell_image: CellImage, truth: Cells, at_border: Cells, title: s
 
 
 def before_and_after(
-    cell_image: CellImage, before: Cells, labels: np.ndarray, class_names: Sequence[str]
+    cell_image: CellImage, before: Cells, labels: np.ndarray, cell_classes: Sequence[str]
 ) -> Figure:
     """Show an image, its detections ``before`` post-processing (they may overlap), and the final
     label image, coloured by class. Of a large image, the middle ``VIEW_PX`` are shown.
 
-    ``labels`` is the label image, uint [H, W]: 0 = background, 1..N = the cells, whose classes are
-    ``class_names``.
+    ``labels`` is the label image, uint [H, W]: 0 = background, 1..N = the cells; ``cell_classes``
+    holds the class name of each of the N cells.
     """
     from skimage.segmentation import find_boundaries  # imported here, since it takes 0.1 s
 
-    colours = to_rgba_array(["black", *(CLASS_COLORS[name] for name in class_names)])[:, :3]
+    colours = to_rgba_array(["black", *(CLASS_COLORS[name] for name in cell_classes)])[:, :3]
+    # A cell's border pixels are black, so that touching cells stay apart.
     picture = colours[np.where(find_boundaries(labels, mode="inner"), 0, labels)]
     panels: list[tuple] = [
         (cell_image.image, cell_image.image_id[:8]),
         (cell_image.image, f"{len(before)} detections in the image", before),
-        (picture.transpose(2, 0, 1), f"{len(class_names)} cells, each pixel to one"),
+        (picture.transpose(2, 0, 1), f"{len(cell_classes)} cells, each pixel to one"),
     ]
     fig, axes = _image_panels(panels, 3, 3.4)
     _view(axes, np.divide(labels.shape[::-1], 2), cell_image)
@@ -256,16 +257,16 @@ def outlines(mask: BoxMask) -> list[np.ndarray]:
 
 
 def seldom(draw: Callable[[pd.DataFrame], None]) -> Callable[[pd.DataFrame], None]:
-    """Throttle ``draw``: of the calls of the result, those sooner than ``REDRAW_S`` seconds after
-    the last one passed on are ignored. (A figure can take as long as a training step.)
+    """``draw``, throttled: a call within ``REDRAW_S`` seconds of the last drawing does nothing. (A
+    figure can take as long as a training step.)
     """
-    last_call_s = -math.inf
+    last_drawn_s = -math.inf
 
     def throttled(history: pd.DataFrame) -> None:
-        nonlocal last_call_s
-        if time.monotonic() - last_call_s > REDRAW_S:
+        nonlocal last_drawn_s
+        if time.monotonic() - last_drawn_s > REDRAW_S:
             draw(history)
-            last_call_s = time.monotonic()
+            last_drawn_s = time.monotonic()
 
     return throttled
 

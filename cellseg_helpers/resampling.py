@@ -183,10 +183,11 @@ def load_scores(path: Path) -> SavedScores:
 def bootstrap_summary(
     truth: dict[str, Any], detections: Cells, image_weights: np.ndarray, max_dets: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """COCO's 12 summary lines, named as in ``metrics.summarize``, for each row of weights
-    [1 + B, I]: float64 [1 + B]; NaN where no cell is annotated.
+    """COCO's 12 summary lines, named as in ``metrics.summarize``, on the images and on B bootstrap
+    samples of them: each float64 [1 + B]; NaN where no cell is annotated.
 
-    ``max_dets``: three rising limits, used as in ``metrics.summarize``.
+    ``image_weights``: [1 + B, I], as ``Draw.weights``. ``max_dets``: three rising limits, used as
+    in ``metrics.summarize``.
     """
     areas_px = ((0, math.inf), *metrics.COCO_AREAS_PX.values())
     average, recall = {}, {}
@@ -201,6 +202,7 @@ def bootstrap_summary(
             limited = [metrics.limit_detections(matches, limit) for matches in at_ious]
             recalls = [_mean_recall(matches, image_weights) for matches in limited]
             recall[f"AR{area or limit}"] = np.mean(recalls, axis=0)
+    # By area [IoU thresholds 0.5, 0.55 .. 0.95, 1 + B]: row 0 is AP50, row 5 AP75.
     means = {name: by_iou.mean(0) for name, by_iou in average.items()}
     lines = {"AP": means.pop("AP"), "AP50": average["AP"][0], "AP75": average["AP"][5]}
     return lines | means | recall

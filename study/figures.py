@@ -27,8 +27,8 @@ def losses_beside_reported(history: pd.DataFrame | None, reported: Sequence[floa
 
 
 def value_ranges(table: pd.DataFrame) -> Figure:
-    """Plot the range (line), mean (mark) and standard deviation (bar) of the values at the first
-    layer, by normalisation and channel, from ``released_code.normalised_values``.
+    """Plot the range (line), mean (mark) and standard deviation (bar) of the pixel values that the
+    model's first layer gets, by normalisation and channel (``released_code.normalised_values``).
     """
     names = list(dict.fromkeys(table.index.get_level_values(0)))
     fig, ax = new_figure(1, 1, 0.6 * len(names) + 1.4)

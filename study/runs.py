@@ -207,15 +207,17 @@ class Study:
         return self._values[name]
 
     def _runs_or_reasons(self, key: str) -> list[Trained | str]:
-        """For each seed the run, or why it is missing."""
+        """For each seed the run, or why it is missing or cannot be compared with the first one."""
         if key not in self._runs:
-            self._runs[key] = runs = []
+            runs = []
             for seed in range(self.seeds):
                 run = self._read(key, seed)
+                # The first run sets what the others must share with it.
                 first = next((other for other in runs if isinstance(other, Trained)), run)
                 if isinstance(run, Trained) and (differing := differences(first, run)):
                     run = f"{run.name} is of other {differing} than {first.name}"
                 runs.append(run)
+            self._runs[key] = runs
         return self._runs[key]
 
     def _read(self, key: str, seed: int) -> Trained | str:

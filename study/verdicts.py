@@ -87,24 +87,27 @@ def judge(
     metric: str = "AP50",
     caution: str = "",
 ) -> Verdict:
-    """Decide from the paired difference of two sides whether a claim holds.
+    """Decide whether a claim holds, by the difference ``other`` - ``base`` and its 95 % interval.
 
-    A claim that one side scores higher, or its opposite, holds if 0 lies outside the 95 % interval
-    of the difference. A claim of no change holds if the interval lies within ``VISIBLE`` of 0; its
-    opposite holds if 0 lies outside the interval and the difference is ``VISIBLE`` or more. Without
-    an interval, or if both sides score less than ``LEAST_SCORE``, the data cannot tell.
+    - The claim that ``other`` scores higher (or lower) holds if the whole interval lies on that
+      side of 0; its opposite holds if it lies on the other side. If the difference and the interval
+      are within ``ALIKE`` of 0, the verdict is ``NO_DIFFERENCE``.
+    - The claim that nothing changes holds if the interval lies within ``VISIBLE`` of 0; its
+      opposite holds if 0 lies outside and the difference is ``VISIBLE`` or more.
+    - Else, without an interval, or if both sides score below ``LEAST_SCORE``, the data cannot tell.
 
     Args:
         claim: a statement, without full stop.
         base, other: the two sides.
         draw: the bootstrap samples behind the values of both sides.
-        expected: the claim: ``other`` scores higher (1) or lower (-1) than ``base``, or equal (0).
+        expected: what is claimed of ``other``: it scores higher than ``base`` (1), lower (-1), or
+            the same (0).
         same_weights: whether both sides are detections of the same trainings, treated differently.
         metric: name of the score.
         caution: a sentence to put at the end.
     """
     pairs = zip(base.values, other.values, strict=True)
-    difference = estimate([after - before for before, after in pairs], draw.units)
+    difference = estimate([of_other - of_base for of_base, of_other in pairs], draw.units)
     scores = [float(np.mean([values[0] for values in side.values])) for side in (base, other)]
     units, seeds = f"{draw.units} {draw.unit}", len(base.values)
     word, reason = _decide(difference, max(scores), units, expected, metric)

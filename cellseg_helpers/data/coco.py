@@ -43,7 +43,7 @@ from cellseg_helpers.data.labels import find_boxes, find_cells
 from cellseg_helpers.data.splits import patient_of
 
 CLASS_IDS = {alias: k for k, name in enumerate(CLASS_NAMES, 1) for alias in (name, f"class{k}")}
-LISTS = "images, annotations, categories"
+LISTS = ("images", "annotations", "categories")
 GIVE_OWN = "give each its own"
 # Compressed counts, as ``cells.run_lengths`` explains them: "0" to "O" is the last group of a
 # number, "P" to "o" an earlier one; six groups are enough for 500 million px.
@@ -224,15 +224,18 @@ def read_coco(path: Path) -> tuple[list[CocoImage], list[Fault]]:
 
 
 def _read_lists(path: Path) -> dict[str, list]:
-    """The content of a COCO file, checked to hold lists of images, annotations and categories."""
+    """The content of a COCO file, checked to hold lists of images, annotations and categories;
+    without categories, their list is empty.
+    """
     content = read_json(path)
     if not isinstance(content, dict):
         problem = f"it holds no COCO data set but a {type(content).__name__}"
-        raise DataError(f"{problem}; give an object with {LISTS}")
+        raise DataError(f"{problem}; give an object with {', '.join(LISTS)}")
     content = {"categories": [], **content}
-    for name in LISTS.split(", "):
+    for name in LISTS:
         if name not in content:
-            raise DataError(f"it has no {name}; a COCO data set is an object with {LISTS}")
+            expected = f"a COCO data set is an object with {', '.join(LISTS)}"
+            raise DataError(f"it has no {name}; {expected}")
         if not isinstance(content[name], list):
             problem = f"its {name} are no list but a {type(content[name]).__name__}"
             raise DataError(f"{problem}; export it again")

@@ -108,8 +108,8 @@ def _check_reading(instance_reading: str) -> None:
 
 
 def locate_data(data: str | Path) -> tuple[Path, str]:
-    """The folder or COCO file that ``data`` names, and a short name for it. The ``drawn`` tissue is
-    drawn on first use; raises ``DataError`` if that fails.
+    """The folder or COCO file that ``data`` names, and a short name for it. ``drawn`` is drawn
+    first if it is not there or an older version drew it; raises ``DataError`` if that fails.
     """
     if data != "drawn":
         path = resolve_path(data)
@@ -205,13 +205,14 @@ def _read_patients(
         raise DataError(f"{problem}; name them in the first line")
     pairs = [[(row[key] or "").strip() for key in keys] for row in rows]
     patients, row_counts = dict(pairs), Counter(image_id for image_id, _ in pairs)
+    # The rows may also name test images, which need no patient.
     known = {*image_ids, *(file.stem for file in _files_in(folder / TEST_FOLDER))}
     or_remove = "or remove patients.csv to go on without patients"
     for image_id in sorted({*patients, *image_ids}):
-        rows, is_training = row_counts[image_id], image_id in image_ids
+        row_count, is_training = row_counts[image_id], image_id in image_ids
         checks = {
-            f"is listed {rows} times; keep one row": rows > 1,
-            f"is missing; add its row, {or_remove}": rows == 0,
+            f"is listed {row_count} times; keep one row": row_count > 1,
+            f"is missing; add its row, {or_remove}": row_count == 0,
             "has no folder under train/; correct or remove its row": image_id not in known,
             f"has no patient; fill it in, {or_remove}": is_training and not patients.get(image_id),
         }
