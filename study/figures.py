@@ -48,6 +48,19 @@ def value_ranges(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def finding_effects(compared: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """Plot the effect of each finding on the score with its 95 % interval, a row a comparison."""
+    fig, ax = new_figure(1, 1, 0.32 * len(compared) + 1)
+    places, effect = np.arange(len(compared)), compared["effect"]
+    ends = [effect - compared["low"], compared["high"] - effect]
+    ax.errorbar(effect, places, xerr=ends, fmt="o", color=BLUE)
+    ax.axvspan(-0.01, 0.01, color="0.9", zorder=0)
+    ax.set_yticks(places, names)
+    ax.invert_yaxis()
+    ax.set_xlabel("score as released minus score as reported (grey: no visible change)")
+    return fig
+
+
 def step_effects(effects: pd.DataFrame, steps: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     """Plot the change that each step of post-processing makes in the metrics of all classes
     together, with 95 % intervals; one panel per metric. Steps that were left out are hollow.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import yaml
-from IPython.display import HTML, Markdown, display
+from IPython.display import Markdown, display
 
 from cellseg_helpers import resampling
 from cellseg_helpers.cells import CLASS_NAMES, Cells
@@ -56,11 +56,14 @@ _rows = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="u
 FINDINGS = {row["key"]: Finding(**row) for row in _rows}
 
 
-def differences_of(report: str) -> HTML:
-    """Show the findings of a report (its letter, or letters): what its text says, its code does."""
-    rows = [finding for finding in FINDINGS.values() if finding.report == report]
-    table = pd.DataFrame(rows).set_index("title")[["text_says", "code_does"]]
-    return tables.page(table, f"report-{report[0]}", wide=["text_says", "code_does"])
+def names_of(compared: pd.DataFrame) -> pd.Series:
+    """The report and title of each row of ``findings.csv``; where a finding has several rows in the
+    table, also what was measured, and on what.
+    """
+    titles = [f"{FINDINGS[key].report}: {FINDINGS[key].title}" for key in compared["finding"]]
+    measured = " (" + compared["measure"] + ", " + compared["measured_on"] + ")"
+    several = compared["finding"].duplicated(keep=False)
+    return pd.Series(titles, compared.index) + measured.where(several, "")
 
 
 class Measures:
@@ -183,7 +186,9 @@ class Measures:
             )
 
     def show(self, key: str) -> None:
-        """Display the measures of a finding as a table, with a sentence on each."""
+        """Display what a finding is, its measures as a table, and a sentence on each."""
+        finding = FINDINGS[key]
+        display(Markdown(f"Text: {finding.text_says}.\n\nCode: {finding.code_does}."))
         rows = [row for row in self.rows if row["finding"] == key]
         table = {"effect": [], "95 % interval": [], "verdict": [row["verdict"] for row in rows]}
         for effect, low, high in ((row["effect"], row["low"], row["high"]) for row in rows):

@@ -105,9 +105,24 @@ class TestRegistry:
         titles = [line[4:].lower() for line in text.splitlines() if line.startswith("### ")]
         assert titles == [finding.title.lower() for finding in FINDINGS.values()]
 
-    def test_table_of_a_report(self):
-        html = findings.differences_of("B, C, E").data
-        assert "boxes short of their cells" in html and "miss the last pixel row" in html
+    def test_names_say_the_measure_where_a_finding_has_several(self):
+        rows = [("b-heads", "AP50", "training pair"), ("e-scores", "AP50", "detections")]
+        rows.append(("e-scores", "F1", "detections"))
+        names = findings.names_of(pd.DataFrame(rows, columns=["finding", "measure", "measured_on"]))
+        assert list(names) == [
+            "B: v2 backbone, v1 heads",
+            "E: size-aware scores and refinement (AP50, detections)",
+            "E: size-aware scores and refinement (F1, detections)",
+        ]
+
+    def test_figure_has_a_row_for_each(self):
+        rows = pd.DataFrame({"effect": [0.1, -0.2], "low": [0.0, -0.3], "high": [0.3, -0.1]})
+        (ax,) = figures.finding_effects(rows, ["first", "second"]).axes
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["first", "second"]
+        line, bars = ax.containers[0][0], ax.containers[0][2][0]
+        assert line.get_xdata().tolist() == [0.1, -0.2] and ax.yaxis_inverted()
+        ends = [[x for x, _ in segment] for segment in bars.get_segments()]
+        np.testing.assert_allclose(ends, [[0.0, 0.3], [-0.3, -0.1]], atol=1e-12)
 
 
 class TestModel:
@@ -601,7 +616,7 @@ class TestTable:
         found.compare_runs("e-anchors")
         found.compare_runs("c-weights")
         found.show("e-anchors")
-        text = re.sub(r"<style.*?</style>|<[^>]+>", " ", shown[0], flags=re.DOTALL)
+        text = re.sub(r"<style.*?</style>|<[^>]+>", " ", shown[1], flags=re.DOTALL)
         assert text.split("verdict")[1].split("AP50")[0].split() == [
             "levels",
             "3",
@@ -609,7 +624,8 @@ class TestTable:
             "here",
         ]
         assert "+0.000 [+0.000, +0.000] no visible change" in " ".join(text.split())
-        assert "- Three.\n- With anchors" in shown[1] and "initial weights" not in shown[1]
+        assert shown[0].startswith("Text: ") and "Code: sets" in shown[0]
+        assert "- Three.\n- With anchors" in shown[2] and "initial weights" not in shown[2]
 
     def test_data_of_no_run(self, tmp_path):
         found = findings.Measures(study_runs.Study(tmp_path, STUDY))
