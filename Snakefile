@@ -27,21 +27,21 @@ import sys
 
 from cellseg_helpers import jobs
 from cellseg_helpers.config import resolve_path
-from study import runs as study
+from study import runs
 
 DATA = os.path.normpath(str(config.get("data", "drawn")))
 SCALE = config.get("scale", "quick")
 SEEDS = int(config.get("seeds", 1))
-STUDY = study.study_name(SCALE, DATA)
-RUNS = {study.run_name(STUDY, key, seed): (key, seed) for key in study.run_keys(SCALE) for seed in range(SEEDS)}
+STUDY = runs.study_name(SCALE, DATA)
+RUNS = {runs.run_name(STUDY, key, seed): (key, seed) for key in runs.run_keys(SCALE) for seed in range(SEEDS)}
 NOTEBOOKS, LOGS = f"outputs/notebooks/{STUDY}", f"outputs/logs/{STUDY}"
 PARTIAL = config.get("partial", False)  # tables of what is there, after a failure
 SCORED = [run for run in RUNS if not PARTIAL or os.path.exists(f"outputs/runs/{run}/scores.json")]
 GPUS = len(jobs.gpus())
 TRAINING_MB = min(2500 if SCALE == "quick" else 8000, jobs.memory_mb())
 
-ANALYSED = [study.run_name(STUDY, key, 0) for key in ("b/v2_backbone", "e/full")]  # the reports that asked 04 to 06's questions
-FINALS = [study.run_name(STUDY, key, 0) for key in study.FINALS]
+ANALYSED = [runs.run_name(STUDY, key, 0) for key in ("b/v2_backbone", "e/full")]  # the reports that asked 04 to 06's questions
+FINALS = [runs.run_name(STUDY, key, 0) for key in runs.FINALS]
 ANALYSES = {
     "04_score_thresholds": ["strategies", "sweep", "reported", "chosen", "gain", "optimism", "calibration", "counting"],
     "05_border_cells": ["contact", "filter", "dropped"],
@@ -119,7 +119,7 @@ rule overview:
 rule train:
     input:
         notebook="notebooks/02_train.ipynb",
-        files=lambda wildcards: [path.as_posix() for path in study.parameter_files(RUNS[wildcards.run][0], SCALE)],
+        files=lambda wildcards: [path.as_posix() for path in runs.parameter_files(RUNS[wildcards.run][0], SCALE)],
     output:
         trained=touch("outputs/runs/{run}/trained"),
         table="outputs/tables/02_{run}.csv",
@@ -137,7 +137,7 @@ rule train:
         mem_mb=TRAINING_MB,
     priority: lambda wildcards: 20 if wildcards.run in ANALYSED + FINALS else 10
     shell:
-        JOB + " --gpu --set-aside -f {input.files:q} -r data {params.data:q} -r run_name {wildcards.run:q}"
+        JOB + " --gpu --rename-other -f {input.files:q} -r data {params.data:q} -r run_name {wildcards.run:q}"
         " -p seed {params.seed} -p keep_checkpoint false"
 
 

@@ -94,7 +94,7 @@ def field(side_px: int, model: nn.Module | None = None) -> Pair:
     found = perfect_detections(label_maps)
     model = model or ReadsColours()
     return Pair(
-        lambda: predict(model, image, TILE_PX, OVERLAP_PX, THRESHOLD).to_rles(),
+        lambda: predict(model, image, TILE_PX, OVERLAP_PX, THRESHOLD).rles,
         lambda: paste_and_encode(found["masks"], found["boxes"], side_px, side_px),
         same_cells,
     )

@@ -37,8 +37,7 @@ def border_contact(
     """Compare the number of cells at the image border with the number expected by chance.
 
     ``virtual=True`` is a negative control: it counts cells at an imaginary border, ``inset_px``
-    inside the real one, which annotators could not know. Cells at the real border, and positions
-    there, are left out.
+    inside the real one, unknown to annotators. Cells and positions at the real one are left out.
 
     The interval is that of a Poisson process: ``at_border - expected`` has the variance ``sum of
     weight * (1 + weight)``. Cells cluster, so this variance is multiplied by a dispersion
@@ -72,8 +71,8 @@ def border_contact(
     settings = border_margin_px, inset_px, min_visible_px
     by_image = _contact_by_image(cells, images, virtual, *settings)
     counted, at_border, expected, variance = by_image.sum(axis=1)
-    _, at_virtual, expected_there, variances = _contact_by_image(cells, images, True, *settings)
-    squares = (at_virtual - expected_there) ** 2
+    _, at_virtual, expected_virtual, variances = _contact_by_image(cells, images, True, *settings)
+    squares = (at_virtual - expected_virtual) ** 2
     # divide sums: an image whose cells are all at the border has variance 0
     dispersion = np.fmax(_ratio(squares.sum(axis=0), variances.sum(axis=0)), 1)
     half_width = Z_95 * np.sqrt(dispersion * variance)
@@ -127,7 +126,7 @@ def _contact_by_image(
     cells: Cells, images: Images, virtual: bool, margin_px: int, inset_px: int, min_visible_px: int
 ) -> np.ndarray:
     """For each image and class (``all`` first), the number of counted cells, how many of them are
-    at the border, how many are expected there, and the variance: float64 [4, I, 1 + K].
+    at the border, how many are expected at it, and the variance: float64 [4, I, 1 + K].
 
     Along a side of L px, at least m px of a box of s px are visible at L + s - 2m + 1 positions. At
     L - 2d - s - 1 positions, the box lies more than d px from both ends. A virtual border shortens

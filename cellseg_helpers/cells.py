@@ -6,6 +6,7 @@ encodings (RLE) are used only in files (``Cells.from_coco``, ``to_coco``) and fo
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,12 +130,13 @@ class Cells:
         """Convert to COCO results: ``bbox`` is x, y, width, height px, ``segmentation`` an RLE."""
         bboxes = np.hstack([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]])
         columns = (self.image_ids, bboxes, self.scores, self.labels)
-        rows = zip(*(column.tolist() for column in columns), self.to_rles(), strict=True)
+        rows = zip(*(column.tolist() for column in columns), self.rles, strict=True)
         names = ("image_id", "bbox", "score", "category_id", "segmentation")
         return [dict(zip(names, row, strict=True)) for row in rows]
 
-    def to_rles(self) -> list[dict[str, Any]]:
-        """COCO's run-length encodings of the masks."""
+    @cached_property
+    def rles(self) -> list[dict[str, Any]]:
+        """COCO's run-length encodings of the masks; encoded when first asked for."""
         pairs = zip(self.masks, self.sizes.tolist(), strict=True)
         return [encode_mask(mask, *size) for mask, size in pairs]
 
@@ -161,7 +163,7 @@ class Cells:
 
 def mask_iou(cells: Cells, others: Cells) -> np.ndarray:
     """Mask IoU of each of N cells with each of M others, all of one image: float64 [N, M]."""
-    iou = coco_mask.iou(cells.to_rles(), others.to_rles(), [0] * len(others))
+    iou = coco_mask.iou(cells.rles, others.rles, [0] * len(others))
     return np.reshape(iou, (len(cells), len(others)))
 
 

@@ -332,6 +332,11 @@ def one_line(error: Exception, limit: int = 120) -> str:
     return " ".join(text.split())[:limit]
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).splitlines()[0]
+
+
 def _candidate_parameters(namespace: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
     """The values in a notebook's namespace that can be meant as parameters: before the check, all
     plain values. If the cell is run again in a live kernel, results of later cells are there too;

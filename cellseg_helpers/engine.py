@@ -304,7 +304,7 @@ def validation_loss(
     """The mean total loss over one fixed crop of each validation image.
 
     Batch-norm statistics are not updated. With ``validation_updates_norms`` they are, so that the
-    model adapts to the validation images (a mistake of released code, kept to measure its effect).
+    model adapts to the validation images (a mistake of released code; to measure its effect).
 
     Raises:
         TrainingError: a loss is not finite. Since this runs before saving, weights spoiled by the

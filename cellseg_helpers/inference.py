@@ -281,7 +281,7 @@ def merge_tiles(
         2. Of uncut cells that are the same, keep the one with the largest margin: its tile shows
            the most of its surroundings. Keeping the highest score would favour false detections,
            which have two chances where tiles overlap.
-        3. Drop a cut cell that is the same as one kept in step 2.
+        3. Drop a cut cell that is the same as an uncut one that is left.
         4. Join the remaining cut cells that are the same (no tile contains them whole): class and
            score of the highest-scored one, union of their masks, box around their boxes.
 

@@ -95,14 +95,14 @@ def take_gpu() -> TextIO | None:
 
 def run(
     notebook: Path, log: Path, output: Path, parameters: dict[str, Any],
-    gpu: bool = False, set_aside: bool = False, page: Path | None = None,
+    gpu: bool = False, rename_other: bool = False, page: Path | None = None,
 ) -> str:  # fmt: skip
     """Execute a notebook by papermill, in ``notebooks/``.
 
     The notebook is written to ``log`` while it runs, and copied to ``output`` when every cell has
     run without an error; ``page`` is an HTML file to write then, without the code. With ``gpu``,
-    the job waits for a free GPU; otherwise it uses none. With ``set_aside``, an existing run folder
-    of this name that has other settings or images is renamed first.
+    the job waits for a free GPU; otherwise it uses none. With ``rename_other``, an existing run
+    folder of this name that has other settings or images is renamed first.
 
     Returns "", or a sentence on what went wrong.
     """
@@ -111,8 +111,8 @@ def run(
     if not gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with lock, take_gpu() or nullcontext():
-        if set_aside:
-            _set_aside(parameters)
+        if rename_other:
+            _rename_other_run(parameters)
         error = _execute(notebook, log, parameters)
         if page and not error:
             from nbconvert import HTMLExporter
@@ -138,12 +138,12 @@ def _error_sentence(name: str, text: str) -> str:
     return textwrap.shorten(f"{name}: {text}" if text.strip() else name, 600, placeholder=" ...")
 
 
-def _set_aside(parameters: dict[str, Any]) -> None:
+def _rename_other_run(parameters: dict[str, Any]) -> None:
     """Rename the run folder of these parameters if it is of other settings or images."""
-    from cellseg_helpers.runs import set_aside_other_run
+    from cellseg_helpers.runs import rename_other_run
 
     with suppress(ValueError):  # a wrong setting, which the notebook will report
-        if old := set_aside_other_run(RunConfig.from_dict(parameters)):
+        if old := rename_other_run(RunConfig.from_dict(parameters)):
             print(f"The run had other settings or images before; it is now {old.name}.", flush=True)
 
 
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-r", dest="raw", metavar=("NAME", "TEXT"), **pair)
     parser.add_argument("-p", dest="typed", metavar=("NAME", "VALUE"), **pair)
     parser.add_argument("--gpu", action="store_true", help="wait for a GPU of its own")
-    parser.add_argument("--set-aside", action="store_true", help="rename a run of other settings")
+    parser.add_argument("--rename-other", action="store_true", help="rename a differing run")
     parser.add_argument("--page", type=Path, help="write an HTML page, without code")
     given = vars(parser.parse_args(arguments))
 

@@ -117,7 +117,7 @@ def score_coco(
     if not len(max_dets) or (np.diff(max_dets, prepend=0) <= 0).any():
         rule = f"it must be rising numbers above 0 such as {COCO_MAX_DETS}"
         raise ValueError(f"max_dets is {tuple(max_dets)}; {rule}")
-    evaluation, _ = _evaluate(truth, detections, max_dets=list(max_dets))
+    evaluation = _evaluate(truth, detections, max_dets=list(max_dets))
     evaluation.accumulate()
     arrays = [evaluation.eval[name] for name in ("precision", "recall")]
     precision, recall = (np.where(array < 0, np.nan, array) for array in arrays)
@@ -193,7 +193,7 @@ def match_detections(
         raise ValueError(f"iou_threshold is {iou_threshold}; it must be above 0 and at most 1")
     parameters = {"max_dets": [max(len(detections), 1)], "iou_thrs": [iou_threshold]}
     parameters |= {"area_rng": [list(area_range_px)], "area_rng_lbl": ["counted"]}
-    evaluation, rles = _evaluate(truth, detections, **parameters)
+    evaluation, rles = _evaluate(truth, detections, **parameters), detections.rles
     mask_of = {cell["id"]: cell["segmentation"] for cell in truth["annotations"]}
     matched, counted = np.zeros((2, len(detections)), bool)
     truth_id, iou = np.zeros(len(detections), int), np.zeros(len(detections))
@@ -348,12 +348,8 @@ def class_table(metrics: dict[str, Any]) -> pd.DataFrame:
     return table[["AP", "AP50", "AP75", *at_threshold["all"]]]
 
 
-def _evaluate(
-    truth: dict[str, Any], detections: Cells, **parameters: Any
-) -> tuple[hotcoco.COCOeval, list[dict[str, Any]]]:
-    """Evaluate with hotcoco, with some of its ``params`` set. Returns the evaluation, in which a
-    detection's id is its row + 1, and the detections' RLEs.
-    """
+def _evaluate(truth: dict[str, Any], detections: Cells, **parameters: Any) -> hotcoco.COCOeval:
+    """Evaluate with hotcoco, with some of its ``params`` set; a detection's id is its row + 1."""
     check_detections(truth, detections)
     # With a bbox, the box's area would be used as the mask's.
     results = [{key: row[key] for key in row if key != "bbox"} for row in detections.to_coco()]
@@ -362,7 +358,7 @@ def _evaluate(
     for name, value in parameters.items():
         setattr(evaluation.params, name, value)
     evaluation.evaluate()
-    return evaluation, [row["segmentation"] for row in results]
+    return evaluation
 
 
 def _class_names(truth: dict[str, Any]) -> dict[int, str]:

@@ -1,7 +1,9 @@
 """Figures of images, cells, detections and scores.
 
 Each figure is returned closed and at least 900 px wide; ``show`` displays it in a notebook.
-seaborn is imported only where it is used: the import takes up to a second, and training needs none.
+seaborn, whose import takes up to a second, is imported only for the panels by class of
+``threshold_sweep`` and ``predicted_against_true_counts``; histograms and intervals need bins and
+colours that the classes share, and are shorter without it.
 """
 
 import io

@@ -105,7 +105,8 @@ def mask_nms(cells: Cells, iou_threshold: float) -> Cells:
     _check_share("iou_threshold", iou_threshold)
     stays = np.ones(len(cells), bool)
     for rows in _rows_by_image(cells):
-        iou = mask_iou(cells[rows], cells[rows])
+        of_image = cells[rows]
+        iou = mask_iou(of_image, of_image)  # both sides share the encoded masks
         for rank, row in enumerate(rows):
             if stays[row]:
                 stays[rows[rank + 1 :]] &= iou[rank, rank + 1 :] <= iou_threshold

@@ -35,10 +35,11 @@ from typing import Any
 import pandas as pd
 
 from cellseg_helpers.cells import Cells
-from cellseg_helpers.config import ROOT, RunConfig, one_line, replacing, resolve_path
+from cellseg_helpers.config import ROOT, RunConfig, first_line, one_line, replacing, resolve_path
 from cellseg_helpers.data.cache import CellDataset, CellImage, DataError
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.hw3 import open_dataset
+from cellseg_helpers.data.labels import find_cells
 
 RUNS = "outputs/runs"
 TABLES = "outputs/tables"
@@ -70,6 +71,11 @@ class Run:
     def detections(self) -> Cells:
         """The best epoch's cells in the validation images; read when first asked for."""
         return Cells.from_coco(read_json(self.run_dir / "detections.json"))
+
+    @cached_property
+    def annotated(self) -> Cells:
+        """The annotated cells of the validation images; decoded when first asked for."""
+        return Cells.from_coco(self.truth["annotations"])
 
 
 def load_run(run_dir: str | Path) -> Run:
@@ -116,7 +122,7 @@ def images_of_run(run: Run) -> tuple[list[CellImage], str]:
     try:
         dataset = _open_data(run)
     except DataError as error:
-        return [], f"No pictures: {str(error).splitlines()[0]}"
+        return [], f"No pictures: {first_line(error)}"
     index_of = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
     names = [image["file_name"] for image in run.truth["images"]]
     images = [dataset[index_of[name]] for name in names if name in index_of]
@@ -126,16 +132,19 @@ def images_of_run(run: Run) -> tuple[list[CellImage], str]:
     return images, f"Pictures are from {data}; their cells are those that the run was scored on."
 
 
-def annotations_of_run(run: Run) -> tuple[dict[str, Any], str]:
-    """All annotated images of a run's data as a COCO data set, and a sentence on which they are:
-    only the validation images if the data are gone.
+def annotations_of_run(run: Run) -> tuple[Cells, list[dict[str, Any]], str]:
+    """All annotated cells of a run's data, the images (with their ``id``) and a sentence on which
+    they are: only the validation images if the data are gone.
     """
     try:
         dataset = _open_data(run)
     except DataError as error:
-        number, problem = len(run.truth["images"]), str(error).splitlines()[0]
-        return run.truth, f"Only the {number} validation images: {problem}"
-    return to_coco(dataset), f"All {len(dataset)} annotated images of the data {dataset.name!r}."
+        images = run.truth["images"]
+        sentence = f"Only the {len(images)} validation images: {first_line(error)}"
+        return run.annotated, images, sentence
+    images = [{"id": number} for number in range(1, len(dataset) + 1)]
+    cells = Cells.concatenate(find_cells(image.label_maps, i) for i, image in enumerate(dataset, 1))
+    return cells, images, f"All {len(dataset)} annotated images of the data {dataset.name!r}."
 
 
 def _open_data(run: Run) -> CellDataset:
@@ -162,7 +171,7 @@ def save_table(table: pd.DataFrame, name: str, **context: Any) -> Path:
     return path
 
 
-def set_aside_other_run(config: RunConfig) -> Path | None:
+def rename_other_run(config: RunConfig) -> Path | None:
     """If the folder of this ``run_name`` holds a run with other settings or images, rename it, so
     that this run can start. Returns the new path, ``<name>.old-<n>``, or None.
     """

@@ -2,7 +2,9 @@
 images that it was made on, and how far scores are probabilities.
 
 All functions take the result of ``metrics.match_detections``. One matching serves every threshold,
-since the match of a detection does not depend on detections with lower scores. Needs no torch.
+since the match of a detection does not depend on detections with lower scores. Reliability is also
+computed from the matches, which the other analyses share; hotcoco's ``calibration`` would need its
+evaluation object instead. Needs no torch.
 """
 
 from collections.abc import Mapping, Sequence

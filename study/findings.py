@@ -17,7 +17,7 @@ from IPython.display import Markdown, display
 
 from cellseg_helpers import resampling
 from cellseg_helpers.cells import CLASS_NAMES, Cells
-from cellseg_helpers.config import NOT_PART_OF_A_RUN
+from cellseg_helpers.config import NOT_PART_OF_A_RUN, first_line
 from cellseg_helpers.data.cache import CellDataset, DataError
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.data.hw3 import open_dataset
@@ -88,7 +88,7 @@ class Measures:
             self.dataset = open_dataset(self.data, skip_faulty_images=skip_faulty)
         except DataError as error:
             self.data, self.dataset = "drawn", open_dataset("drawn")
-            why_drawn = f"The data of the runs cannot be opened ({str(error).splitlines()[0]}). "
+            why_drawn = f"The data of the runs cannot be opened ({first_line(error)}). "
         counts = f"{len(self.dataset)} annotated images, {self.dataset.counts.sum()} cells"
         self.sentence = f"{why_drawn}Data: {self.dataset.name!r}, {counts}."
 

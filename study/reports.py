@@ -15,8 +15,8 @@ from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
 from cellseg_helpers import borders, metrics, plots, resampling, thresholds
-from cellseg_helpers.cells import CLASS_NAMES, Cells
-from cellseg_helpers.config import RunConfig
+from cellseg_helpers.cells import CLASS_NAMES
+from cellseg_helpers.config import RunConfig, first_line
 from cellseg_helpers.data.cache import CellImage, DataError
 from cellseg_helpers.data.hw3 import open_dataset
 from cellseg_helpers.runs import Run, annotations_of_run, images_of_run
@@ -319,7 +319,7 @@ def _data_set(shown: Shown, trained: list[Trained]) -> None:
         dataset = open_dataset(data, reading, 0, settings["skip_faulty_images"])
         shown.table["here"] = tables.dataset_summary(dataset, data)["here"].to_numpy()
     except DataError as error:
-        shown.sentences.append(f"The data cannot be opened: {str(error).splitlines()[0]}")
+        shown.sentences.append(f"The data cannot be opened: {first_line(error)}")
 
 
 def _augmentation(shown: Shown, trained: list[Trained]) -> None:
@@ -417,32 +417,30 @@ def _picture(shown: Shown, study: Study) -> None:
     if trained := study.first(key):
         images, sentence = images_of_run(trained.run)
     if images:
-        cells = Cells.from_coco(trained.run.truth["annotations"])
-        PICTURES[shown.key](shown, images, trained.run, cells)
+        PICTURES[shown.key](shown, images, trained.run)
     shown.sentences = [*(shown.sentences if images else []), sentence]
 
 
-def _image_and_map(shown: Shown, images: list[CellImage], run: Run, cells: Cells) -> None:
+def _image_and_map(shown: Shown, images: list[CellImage], run: Run) -> None:
     """A-Fig1, C-Fig1: the image with the most classes; of several, the one with the most cells."""
-    counts = np.zeros((len(images), len(CLASS_NAMES)), int)
+    cells, counts = run.annotated, np.zeros((len(images), len(CLASS_NAMES)), int)
     np.add.at(counts, (cells.image_ids - 1, cells.labels - 1), 1)
     chosen = int(np.lexsort([counts.sum(1), (counts > 0).sum(1)])[-1])
     class_name = CLASS_NAMES[counts[chosen].argmax()] if shown.key == "A-Fig1" else "all"
     shown.figure = plots.image_beside_instances(images[chosen], class_name)
 
 
-def _border_cells(shown: Shown, images: list[CellImage], run: Run, cells: Cells) -> None:
+def _border_cells(shown: Shown, images: list[CellImage], run: Run) -> None:
     """B-Fig2: the image with the most predictions at its border."""
     predicted = run.detections[run.detections.scores >= DISPLAYED_THRESHOLD]
     margin = borders.BORDER_MARGIN_PX
     at_border = predicted[borders.near_border(predicted, margin, by="mask")]
     number = int(np.bincount(at_border.image_ids, minlength=2)[1:].argmax()) + 1
-    of_image = [part[part.image_ids == number] for part in (cells, at_border)]
+    of_image = [part[part.image_ids == number] for part in (run.annotated, at_border)]
     title = f"predicted at the border, score ≥ {DISPLAYED_THRESHOLD:g}"
     shown.figure = plots.border_strip(images[number - 1], *of_image, title)
-    annotated, which = annotations_of_run(run)
-    everywhere = Cells.from_coco(annotated["annotations"])
-    contact = borders.border_contact(everywhere, annotated["images"]).loc["all"]
+    everywhere, of_images, which = annotations_of_run(run)
+    contact = borders.border_contact(everywhere, of_images).loc["all"]
     shown.sentences.append(
         f"{which} {contact['at_border']} annotated cells touch the border, where chance would put "
         f"{contact['expected']:.0f} [{contact['low']:.0f}, {contact['high']:.0f}]: "
@@ -450,19 +448,19 @@ def _border_cells(shown: Shown, images: list[CellImage], run: Run, cells: Cells)
     )
 
 
-def _predictions(shown: Shown, images: list[CellImage], run: Run, cells: Cells) -> None:
+def _predictions(shown: Shown, images: list[CellImage], run: Run) -> None:
     """E-Fig2: the image with the most predictions; of several, the one with the most cells."""
     predicted = reported.VARIANTS[reported.E_BOTH](run.detections)
     size = len(images) + 1  # ids count from 1
-    counts = [np.bincount(part.image_ids, minlength=size) for part in (predicted, cells)]
+    counts = [np.bincount(part.image_ids, minlength=size) for part in (predicted, run.annotated)]
     by_image = np.transpose(counts)[1:].tolist()
     number = by_image.index(max(by_image)) + 1
-    of_image = [[part[part.image_ids == number]] for part in (cells, predicted)]
+    of_image = [[part[part.image_ids == number]] for part in (run.annotated, predicted)]
     lowest = min(reported.E_THRESHOLDS.values())
     shown.figure = plots.truth_beside_predictions([images[number - 1]], *of_image, lowest)
 
 
-PICTURES: dict[str, Callable[[Shown, list[CellImage], Run, Cells], None]] = {
+PICTURES: dict[str, Callable[[Shown, list[CellImage], Run], None]] = {
     "A-Fig1": _image_and_map,
     "B-Fig2": _border_cells,
     "C-Fig1": _image_and_map,

@@ -105,7 +105,7 @@ def test_coco_rows_of_cells_in_images_of_several_sizes(cases):
     images = [placed(*case) for case in cases]
     cells = cells_of(images)
     rles = [by_pycocotools(image) for image in images]
-    assert cells.to_rles() == rles
+    assert cells.rles == rles
     assert cells.area_px.tolist() == [image.sum() for image in images]
     rows = cells.to_coco()
     assert [row["bbox"] for row in rows] == [coco_mask.toBbox(rle).tolist() for rle in rles]

@@ -828,15 +828,9 @@ def test_whatever_stands_in_the_file_it_is_read_or_refused(tmp_path_factory, pla
     content = copy.deepcopy(data_set(cell(1), cell(2, [[1, 1, 5, 1, 5, 5]], 2)))
     part, key = content, None
     for place in places:
-        keys = (
-            list(part)
-            if isinstance(part, dict)
-            else list(range(len(part)))
-            if isinstance(part, list)
-            else []
-        )
-        if not keys:
+        if not isinstance(part, dict | list) or not part:
             break
+        keys = list(part) if isinstance(part, dict) else range(len(part))
         key, holder = keys[place % len(keys)], part
         part = holder[key]
     holder[key] = value

@@ -38,7 +38,7 @@ def cell_of(mask):
 
 
 def decoded(cells):
-    return [coco_mask.decode(rle) == 1 for rle in cells.to_rles()]
+    return [coco_mask.decode(rle) == 1 for rle in cells.rles]
 
 
 def rows(*texts):
@@ -246,7 +246,7 @@ def test_the_coco_data_set_is_read_by_pycocotools(tmp_path, capsys):
     annotations = coco.loadAnns(coco.getAnnIds(imgIds=[1]))
     assert [annotation["label"] for annotation in annotations] == [1, 2, 3]
     cells = three_cells()
-    boxes = coco_mask.toBbox(cells.to_rles()).tolist()
+    boxes = coco_mask.toBbox(cells.rles).tolist()
     assert [annotation["score"] for annotation in annotations] == cells.scores.tolist()
     for annotation, expected, box in zip(annotations, decoded(cells), boxes, strict=True):
         mask = coco.annToMask(annotation)

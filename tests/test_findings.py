@@ -146,10 +146,8 @@ class TestModel:
         def published(weights_enum, kind):
             import torchvision
 
-            name = {
-                "imagenet": "resnet50",
-                "coco": "maskrcnn_resnet50_fpn" + "_v2" * ("v2" in config.backbone),
-            }[kind]
+            version = "_v2" if "v2" in config.backbone else ""
+            name = "resnet50" if kind == "imagenet" else f"maskrcnn_resnet50_fpn{version}"
             options = {"weights_backbone": None} if kind == "coco" else {}
             with torch.device("meta"):
                 return torchvision.models.get_model(name, weights=None, **options).state_dict()

@@ -188,9 +188,7 @@ def paint(
 
 
 def decode(found: Cells, height: int, width: int) -> np.ndarray:
-    return np.array([coco_mask.decode(rle) for rle in found.to_rles()], bool).reshape(
-        -1, height, width
-    )
+    return np.array([coco_mask.decode(rle) for rle in found.rles], bool).reshape(-1, height, width)
 
 
 def assert_each_once(cells: Cells, masks: np.ndarray, min_iou: float) -> None:

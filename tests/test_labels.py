@@ -111,7 +111,7 @@ def test_cells_are_the_instances_with_their_masks(label_maps):
     found, cells = find_instances(label_maps), find_cells(label_maps, 3)
     masks = [label_maps[k - 1] == i for k, i in zip(found.labels, found.ids, strict=True)]
     rles = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
-    assert [rle["counts"] for rle in cells.to_rles()] == [r["counts"].decode() for r in rles]
+    assert [rle["counts"] for rle in cells.rles] == [r["counts"].decode() for r in rles]
     assert np.array_equal(cells.boxes, found.boxes) and np.array_equal(cells.labels, found.labels)
     assert cells.image_ids.tolist() == [3] * len(masks)
 

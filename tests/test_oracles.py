@@ -159,7 +159,7 @@ def test_instances_equal_those_of_masks(label_maps, seed):
     edges = torch.cat([masks[:, [0, -1]].flatten(1), masks[:, :, [0, -1]].flatten(1)], 1).any(1)
     expected = (boxes, labels, ids, masks.sum((1, 2)), edges)
     assert [values.tolist() for values in found] == [values.tolist() for values in expected]
-    rles = find_cells(label_maps).to_rles()
+    rles = find_cells(label_maps).rles
     assert [rle["counts"] for rle in rles] == by_pycocos_encode(masks)
 
 
@@ -283,7 +283,7 @@ def coco_data(images, seed, times=1):
 
 def coco_cells(label_maps, image_id):
     cells = find_cells(label_maps)
-    columns = cells.labels.tolist(), cells.area_px.tolist(), cells.to_rles()
+    columns = cells.labels.tolist(), cells.area_px.tolist(), cells.rles
     names = ("category_id", "area", "segmentation", "image_id")
     return [dict(zip(names, (*cell, image_id), strict=True)) for cell in zip(*columns, strict=True)]
 
@@ -566,7 +566,7 @@ def test_more_cells_than_16_bits_can_count():
         np.array_equal(found.ids, np.tile(np.arange(1, 66_301), 2))
         and found.labels.sum() == 3 * 66_300
     )
-    rles = find_cells(label_maps).to_rles()
+    rles = find_cells(label_maps).rles
     rows = rng.choice(2 * 66_300, 100, replace=False)
     masks = label_maps[found.labels[rows] - 1] == found.ids[rows, None, None]
     assert [rles[row]["counts"] for row in rows] == by_pycocos_encode(torch.from_numpy(masks))

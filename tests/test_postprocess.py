@@ -140,7 +140,7 @@ def test_each_step_leaves_its_input_and_the_order_alone(name):
     assert (np.diff(results.labels) > 0).all()
     old = found[results.labels - 1]
     assert (results.image_ids == old.image_ids).all() and (results.sizes == old.sizes).all()
-    same = [new == before for new, before in zip(results.to_rles(), old.to_rles(), strict=True)]
+    same = [new == before for new, before in zip(results.rles, old.rles, strict=True)]
     changed = np.logical_not(same)
     assert (results.boxes[same] == old.boxes[same]).all()
     assert (results.boxes[changed] == results.mask_boxes[changed]).all()

@@ -27,10 +27,10 @@ from cellseg_helpers.runs import (
     load_checkpoint,
     load_run,
     read_json,
+    rename_other_run,
     save_checkpoint,
     save_table,
     save_weights,
-    set_aside_other_run,
     start_run,
     write_json,
     write_text,
@@ -289,15 +289,15 @@ def test_a_saved_table_carries_its_context_in_every_row(tmp_path, monkeypatch):
 
 def test_annotations_are_of_all_images_or_else_of_the_runs_own():
     run = load_run("outputs/reference/quick_run")
-    annotated, sentence = annotations_of_run(run)
-    assert (
-        sentence == "All 48 annotated images of the data 'drawn'."
-        and len(annotated["images"]) == 48
-    )
+    cells, images, sentence = annotations_of_run(run)
+    assert sentence == "All 48 annotated images of the data 'drawn'."
+    assert [image["id"] for image in images] == np.unique(cells.image_ids).tolist()
+    assert len(images) == 48 and len(cells) == open_dataset("drawn").counts.sum()
     gone = replace(run, settings=run.settings | {"data": "outputs/no_such_data"})
-    annotated, sentence = annotations_of_run(gone)
+    cells, images, sentence = annotations_of_run(gone)
     assert (
-        annotated is run.truth
+        images is run.truth["images"]
+        and len(cells) == len(run.truth["annotations"])
         and sentence.startswith("Only the 12 validation images: ")
         and "no_such_data" in sentence
     )
@@ -326,23 +326,23 @@ def test_the_context_of_a_run():
     assert context_of(listed)["data"] == "b/annotations.json"
 
 
-def test_a_run_of_other_settings_or_images_is_set_aside(tmp_path):
+def test_a_run_of_other_settings_or_images_is_renamed(tmp_path):
     config = RunConfig(run_name="a", anchor_sizes="auto")
     folder = tmp_path / "runs" / config.run_name
     folder.mkdir(parents=True)
-    assert set_aside_other_run(config) is None
+    assert rename_other_run(config) is None
 
     def write(settings: RunConfig, fingerprint: str) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "settings.json").write_text(json.dumps(settings.to_dict()))
         (folder / "provenance.json").write_text(json.dumps({"data_fingerprint": fingerprint}))
 
-    here = open_dataset("drawn").fingerprint
+    fingerprint = open_dataset("drawn").fingerprint
     sizes = RunConfig().anchor_sizes
-    write(replace(config, precision="bf16-mixed", anchor_sizes=sizes), here)  # what auto was
-    assert set_aside_other_run(config) is None
-    write(replace(config, epochs=7), here)
-    assert set_aside_other_run(config).name == f"{config.run_name}.old-1"
+    write(replace(config, precision="bf16-mixed", anchor_sizes=sizes), fingerprint)  # what auto was
+    assert rename_other_run(config) is None
+    write(replace(config, epochs=7), fingerprint)
+    assert rename_other_run(config).name == f"{config.run_name}.old-1"
     write(config, "other images")
-    assert set_aside_other_run(config).name == f"{config.run_name}.old-2"
+    assert rename_other_run(config).name == f"{config.run_name}.old-2"
     assert not folder.exists()

@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from cellseg_helpers.cells import CLASS_NAMES
 from cellseg_helpers.config import one_line, replacing
+from cellseg_helpers.data.cache import LARGEST_ID
 from cellseg_helpers.data.faults import DataError
 from cellseg_helpers.data.splits import patient_of
 
@@ -55,7 +56,6 @@ HUB_NAME = "RationAI/MoNuSAC"
 HUB_REVISION = "72affa16ec0dcbb53aafbd2ad3d75114e3e8c6c8"
 HUB_COLUMNS = ("patient", "image", "instances", "categories", "tissue")
 CLASSES = ("ambiguous", *CLASS_NAMES)  # by class id; ambiguous regions are left out
-MAX_INSTANCES = np.iinfo(np.uint16).max
 PROGRESS = {"desc": "converting", "unit": "image", "leave": False}
 AGAIN = "; get this file again"
 
@@ -441,8 +441,8 @@ def _write_layout(
         _write_tiff(image_folder / "image.tif", item.image)
         for class_id, class_name in enumerate(CLASS_NAMES, 1):
             regions = [region for region in item.regions if region.class_id == class_id]
-            if len(regions) > MAX_INSTANCES:
-                many = f"{len(regions)} regions of class {class_name}, at most {MAX_INSTANCES} fit"
+            if len(regions) > LARGEST_ID:
+                many = f"{len(regions)} regions of class {class_name}, at most {LARGEST_ID} fit"
                 raise DataError(f"{item.image_id}: {many}")
             label_map, areas_px = draw_instances([region.pixels for region in regions], shape)
             if areas_px.any():

@@ -146,7 +146,7 @@ def open_cached(
             return CellDataset(cache, name)
         except DataError:  # damaged, or just removed by a process that found newer files
             _discard(cache)
-    problem = f"its files change while they are read, or no cache can be kept in {cache_dir}"
+    problem = f"its files change while they are read, or no cache can be stored in {cache_dir}"
     raise DataError(f"{folder}: {problem}; run again when they are at rest")
 
 

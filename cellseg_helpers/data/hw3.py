@@ -109,7 +109,7 @@ def _check_reading(instance_reading: str) -> None:
 
 def locate_data(data: str | Path) -> tuple[Path, str]:
     """The folder or COCO file that ``data`` names, and a short name for it. ``drawn`` is drawn
-    first if it is not there or an older version drew it; raises ``DataError`` if that fails.
+    first if it is missing or an older version drew it; raises ``DataError`` if that fails.
     """
     if data != "drawn":
         path = resolve_path(data)
