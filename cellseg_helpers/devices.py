@@ -14,7 +14,7 @@ from cellseg_helpers.config import RunConfig
 
 CHECKPOINT_EVERY_S = 60  # or sooner: after every validated epoch (see engine)
 LAST_CHECKPOINT = (
-    f"the last epoch's checkpoint is saved, or one from less than {CHECKPOINT_EVERY_S} s before"
+    f"the last epoch's checkpoint is kept, or one from less than {CHECKPOINT_EVERY_S} s before"
 )
 NO_MEMORY = (  # what messages of errors say when memory is lacking
     "allocate memory", "Unable to allocate", "out of memory", "ALLOC_FAILED",
