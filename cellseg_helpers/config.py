@@ -156,7 +156,7 @@ class RunConfig:
     # Prediction and scores
     tile_size_px: Count = 0  # side of the tiles in prediction; 0 = the whole image at once
     tile_overlap_px: Count = 64  # of neighbouring tiles; best a little more than a large cell
-    test_time_augmentation: bool = False  # six views: 3 scales, each also mirrored; 7 x the time
+    test_time_augmentation: bool = False  # joins six views: 3 scales, each also mirrored
     mask_threshold: Threshold = 0.5  # a pixel of at least this probability belongs to the cell
     score_threshold: Share = 0.5  # for precision, recall, F1 and figures, not for AP
     iou_threshold: Threshold = 0.5  # mask IoU of a match, for precision, recall and F1

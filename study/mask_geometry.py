@@ -15,7 +15,7 @@ from cellseg_helpers.data.samples import make_target
 from cellseg_helpers.inference import paste_in_boxes
 from cellseg_helpers.metrics import dense_max_dets, score_coco, summarize
 from cellseg_helpers.model.heads import mask_targets
-from cellseg_helpers.plots import BLUE, RED, new_figure, outlines
+from cellseg_helpers.plots import CLASS_COLORS, RED, new_figure, outlines
 
 GEOMETRIES = ("exact", "torchvision")
 MASK_SIDE, HALF = 28, 0.5
@@ -35,15 +35,18 @@ def perfect_cells(cell_image: CellImage, mask_geometry: str, image_id: int = 1) 
     return Cells.of_image(*size, labels.numpy(), pasted, image_id=image_id)
 
 
-def mask_ceiling(images: Sequence[CellImage], mask_geometry: str) -> pd.Series:
-    """AP by class, and their mean (``all``), of perfect cells: no model of this geometry is
-    better.
+def mask_ceilings(images: Sequence[CellImage]) -> pd.DataFrame:
+    """AP of perfect cells by class, and their mean (``all``), in each geometry (columns): no model
+    of that geometry is better.
     """
-    found = [perfect_cells(image, mask_geometry, row) for row, image in enumerate(images, 1)]
-    truth = to_coco(images)
-    scores = score_coco(truth, Cells.concatenate(found), dense_max_dets(truth))
-    names = {name: name for name in scores.class_names} | {"all": None}
-    return pd.Series({k: summarize(scores, class_name=name)["AP"] for k, name in names.items()})
+    truth, columns = to_coco(images), {}
+    for mask_geometry in GEOMETRIES:
+        perfect = (perfect_cells(image, mask_geometry, i) for i, image in enumerate(images, 1))
+        scores = score_coco(truth, Cells.concatenate(perfect), dense_max_dets(truth))
+        lines = {name: summarize(scores, class_name=name) for name in scores.class_names}
+        lines["all"] = summarize(scores)
+        columns[mask_geometry] = {name: line["AP"] for name, line in lines.items()}
+    return pd.DataFrame(columns).rename_axis("class")
 
 
 def one_cell_both_ways(images: Sequence[CellImage], class_name: str = "lymphocyte") -> Figure:
@@ -60,15 +63,18 @@ def one_cell_both_ways(images: Sequence[CellImage], class_name: str = "lymphocyt
     cell = find_cells(cell_image.label_maps)[[row]]
     x1, y1, x2, y2 = cell.mask_boxes[0]
     fig, axes = new_figure(1, 2, 4.6)
+    lines = {
+        f"annotated {class_name}, {area_px} px²": {"color": CLASS_COLORS[class_name]},
+        "its perfect target, pasted back": {"color": RED, "ls": "--"},
+    }
     for ax, mask_geometry in zip(axes, GEOMETRIES[::-1], strict=True):
-        found = perfect_cells(cell_image, mask_geometry, number + 1)[[row]]
+        pasted = perfect_cells(cell_image, mask_geometry, number + 1)[[row]]
         ax.imshow(cell_image.image.transpose(1, 2, 0), interpolation="nearest")
-        for cells, style in ((cell, {"color": BLUE}), (found, {"color": RED, "ls": "--"})):
-            for line in outlines(cells.masks[0]):
+        for shown, style in zip((cell, pasted), lines.values(), strict=True):
+            for line in outlines(shown.masks[0]):
                 ax.plot(*line.T, linewidth=2.5, **style)
         ax.set(xlim=(x1 - 4, x2 + 3), ylim=(y2 + 3, y1 - 4), xlabel="px", ylabel="px")
-        ax.set_title(f"{mask_geometry}: IoU {mask_iou(cell, found)[0, 0]:.2f}")
-    handles = [Line2D([], [], color=BLUE, label=f"annotated {class_name}, {area_px} px²")]
-    handles += [Line2D([], [], color=RED, ls="--", label="its perfect target, pasted back")]
+        ax.set_title(f"{mask_geometry}: IoU {mask_iou(cell, pasted)[0, 0]:.2f}")
+    handles = [Line2D([], [], label=label, **style) for label, style in lines.items()]
     fig.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return fig

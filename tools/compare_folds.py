@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +33,7 @@ from cellseg_helpers.cells import Cells
 from cellseg_helpers.config import ROOT, RunConfig, resolve_path
 from cellseg_helpers.data.coco import to_coco
 from cellseg_helpers.engine import fit, open_data, split_dataset
+from cellseg_helpers.jobs import end_with
 from cellseg_helpers.metrics import evaluate
 from cellseg_helpers.runs import load_run, provenance, write_json, write_text
 
@@ -62,7 +64,8 @@ def main() -> None:
         if (system.split("=")[0], *part) not in done
     ]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(given.jobs, mp_context=context) as pool:
+    endings = {"initializer": end_with, "initargs": (os.getpid(),)}  # no training outlives this
+    with ProcessPoolExecutor(given.jobs, mp_context=context, **endings) as pool:
         train_all = map if given.jobs == 1 else pool.map
         for row in train_all(train, todo, itertools.repeat(given)):
             table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)

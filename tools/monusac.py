@@ -35,7 +35,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -45,9 +45,9 @@ import tifffile
 from tqdm import tqdm
 
 from cellseg_helpers.cells import CLASS_NAMES
-from cellseg_helpers.config import one_line, replacing
+from cellseg_helpers.config import replacing
 from cellseg_helpers.data.cache import LARGEST_ID
-from cellseg_helpers.data.faults import DataError
+from cellseg_helpers.data.faults import DataError, as_data_error
 from cellseg_helpers.data.splits import patient_of
 
 HUB_NAME = "RationAI/MoNuSAC"
@@ -57,7 +57,7 @@ HUB_REVISION = "72affa16ec0dcbb53aafbd2ad3d75114e3e8c6c8"
 HUB_COLUMNS = ("patient", "image", "instances", "categories", "tissue")
 CLASSES = ("ambiguous", *CLASS_NAMES)  # by class id; ambiguous regions are left out
 PROGRESS = {"desc": "converting", "unit": "image", "leave": False}
-AGAIN = "; get this file again"
+AGAIN = "get this file again"
 
 
 class Region(NamedTuple):
@@ -152,13 +152,13 @@ def download(destination: str | Path, revision: str = HUB_REVISION) -> dict[str,
 
     copy = f"the dataset {HUB_NAME}, revision {revision},"
     remedy = (
-        "; with a network, try again, or name another revision (--revision main is the newest); "
+        "with a network, try again, or name another revision (--revision main is the newest); "
         "without one, get the originals of the MoNuSAC 2020 challenge (grand-challenge.org, "
         "'MoNuSAC 2020', page 'Data'; licence CC BY-NC-SA 4.0) on another machine, unpack them "
         "here, and convert each of their two folders: "
         f"python -m tools.monusac FOLDER {destination}"
     )
-    with _explained(f"{copy} could not be downloaded from Hugging Face", remedy):
+    with as_data_error(f"{copy} could not be downloaded from Hugging Face", remedy):
         HfApi().dataset_info(HUB_NAME, revision=revision, timeout=10)  # the download would retry
         options = {"repo_type": "dataset", "revision": revision}
         wanted = ["*.parquet", "README.md"]
@@ -192,17 +192,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(*reports, sep="\n")
     return 0
-
-
-@contextmanager
-def _explained(failure: str, remedy: str = "") -> Iterator[None]:
-    """Whatever a library raises in the block as a ``DataError``: failure (its words) remedy."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # a damaged file or the network makes libraries raise many kinds
-        raise DataError(f"{failure} ({one_line(error)}){remedy}") from error
 
 
 def _class_id(name: str, where: object) -> int:
@@ -246,7 +235,7 @@ def _pair_originals(source: Path) -> list[tuple[Path, Path]]:
 
 def _read_originals(pairs: list[tuple[Path, Path]]) -> Iterator[AnnotatedImage]:
     for file, annotation_file in tqdm(pairs, **PROGRESS):
-        with _explained(f"{file}: the image cannot be read", AGAIN):
+        with as_data_error(f"{file}: the image cannot be read", AGAIN):
             image = tifffile.imread(file, key=0)
         if image.ndim != 3 or image.shape[2] not in (3, 4) or image.dtype != np.uint8:
             found = f"{image.dtype} of shape {image.shape}"
@@ -257,7 +246,7 @@ def _read_originals(pairs: list[tuple[Path, Path]]) -> Iterator[AnnotatedImage]:
 
 
 def _read_annotation(path: Path, shape: tuple[int, int]) -> list[Region]:
-    with _explained(f"{path}: the annotation cannot be read", AGAIN):
+    with as_data_error(f"{path}: the annotation cannot be read", AGAIN):
         layers = ElementTree.parse(path).getroot().findall("Annotation")
     if not layers:
         missing = "no element Annotations/Annotation, so this is no MoNuSAC annotation"
@@ -277,7 +266,7 @@ def _read_region(
     name = f"{path.name}, region {outline.get('Id', '?')} ({CLASSES[class_id]})"
     if class_id == 0:
         return Region(0, name)
-    with _explained(f"{path.parent / name}: a vertex without a numeric X and Y"):
+    with as_data_error(f"{path.parent / name}: a vertex without a numeric X and Y", AGAIN):
         points = [vertex.attrib for vertex in outline.findall("Vertices/Vertex")]
         vertices = np.array([(float(point["Y"]), float(point["X"])) for point in points])
     if not np.isfinite(vertices).all():
@@ -321,7 +310,7 @@ def _open_parquet(source: Path) -> dict[str, tuple[Any, str]]:
         raise DataError(f"{source}: no such file or folder")
     from datasets import Image, List, load_dataset
 
-    with _explained(f"{source}: cannot be read as Parquet"):
+    with as_data_error(f"{source}: cannot be read as Parquet", AGAIN):
         if source.is_file():
             splits = load_dataset("parquet", data_files={"train": str(source)}, streaming=True)
         else:
@@ -350,7 +339,7 @@ def _check_features(features: dict[str, Any], where: str) -> None:
 def _read_rows(rows: Any, where: str) -> Iterator[AnnotatedImage]:
     names = (rows.features["categories"].feature.names, rows.features["tissue"].names)
     numbers = Counter()
-    with _explained(f"{where}: cannot be read to its end", AGAIN):
+    with as_data_error(f"{where}: cannot be read to its end", AGAIN):
         for index, row in enumerate(tqdm(rows, **PROGRESS), 1):
             numbers[row["patient"]] += 1
             yield _read_row(row, *names, numbers[row["patient"]], f"{where}, row {index}")
@@ -392,7 +381,7 @@ def _name_of(number: int | None, names: list[str], where: str) -> str:
 def _decode(encoded: dict[str, Any] | None, mode: str, where: str) -> np.ndarray:
     from PIL import Image
 
-    with _explained(f"{where}: cannot be decoded"):
+    with as_data_error(f"{where}: cannot be decoded", AGAIN):
         return np.asarray(Image.open(io.BytesIO(encoded["bytes"])).convert(mode))
 
 

@@ -155,8 +155,7 @@ class LabelMapRoIHeads(RoIHeads):
             proposals, matched, labels, regression_targets = self.select_training_samples(
                 proposals, targets
             )
-        box_features = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
-        class_logits, deltas = (output.float() for output in self.box_predictor(box_features))
+        class_logits, deltas = self.predict_boxes(features, proposals, image_shapes)
         if self.training:
             box_targets = torch.cat(labels), torch.cat(regression_targets)
             losses = _box_losses(class_logits, deltas, *box_targets)
@@ -168,11 +167,22 @@ class LabelMapRoIHeads(RoIHeads):
         boxes, scores, labels = self.postprocess_detections(
             class_logits, deltas, proposals, image_shapes
         )
-        masks = maskrcnn_inference(self._mask_logits(features, boxes, image_shapes), labels)
+        masks = self.predict_masks(features, boxes, labels, image_shapes)
         return [
-            {"boxes": box, "labels": label, "scores": score, "masks": mask[:, 0]}
+            {"boxes": box, "labels": label, "scores": score, "masks": mask}
             for box, label, score, mask in zip(boxes, labels, scores, masks, strict=True)
         ], {}
+
+    def predict_boxes(self, features, proposals, image_shapes) -> tuple[Tensor, Tensor]:
+        """Class logits and box deltas of all images' proposals, float32."""
+        pooled = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
+        class_logits, deltas = self.box_predictor(pooled)
+        return class_logits.float(), deltas.float()
+
+    def predict_masks(self, features, boxes, labels, image_shapes) -> list[Tensor]:
+        """For each image, probabilities float32 [N, 28, 28] in its boxes, of their classes."""
+        masks = maskrcnn_inference(self._mask_logits(features, boxes, image_shapes), labels)
+        return [mask[:, 0] for mask in masks]
 
     def _mask_samples(self, labels: list[Tensor]) -> list[Tensor]:
         """For each image, the indices of the positive boxes that the mask loss uses."""

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import batched_nms, box_iou
+from torchvision.transforms.v2.functional import horizontal_flip_bounding_boxes
+from torchvision.tv_tensors import BoundingBoxFormat
 
 from cellseg_helpers.config import RunConfig
 from cellseg_helpers.model.build import LabelMapMaskRCNN
@@ -78,23 +80,21 @@ class View:
     def detect(self) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes in the image's coordinates, labels and scores of the view's detections."""
         proposals, _ = self.model.rpn(self.images, self.features)
-        heads, (size,) = self.model.roi_heads, self.images.image_sizes
-        pooled = heads.box_head(heads.box_roi_pool(self.features, proposals, [size]))
-        outputs = (output.float() for output in heads.box_predictor(pooled))
-        ((boxes,), (scores,), (labels,)) = heads.postprocess_detections(*outputs, proposals, [size])
-        return self._mirrored(resize_boxes(boxes, size, self.size)), labels, scores
+        heads, sizes = self.model.roi_heads, self.images.image_sizes
+        outputs = heads.predict_boxes(self.features, proposals, sizes)
+        ((boxes,), (scores,), (labels,)) = heads.postprocess_detections(*outputs, proposals, sizes)
+        return self._mirrored(resize_boxes(boxes, sizes[0], self.size)), labels, scores
 
     def masks(self, boxes: Tensor, labels: Tensor) -> Tensor:
         """The mask head's probabilities float [N, 28, 28] in boxes given in the image."""
-        (size,) = self.images.image_sizes
-        in_view = resize_boxes(self._mirrored(boxes), self.size, size)
-        logits = self.model.roi_heads._mask_logits(self.features, [in_view], [size])
-        masks = logits[torch.arange(len(labels)), labels].sigmoid()
+        sizes = self.images.image_sizes
+        in_view = resize_boxes(self._mirrored(boxes), self.size, sizes[0])
+        heads = self.model.roi_heads
+        (masks,) = heads.predict_masks(self.features, [in_view], [labels], sizes)
         return masks.flip(-1) if self.flip else masks
 
     def _mirrored(self, boxes: Tensor) -> Tensor:
         """Boxes of the image mirrored if the view is; the same function moves them back."""
         if not self.flip:
             return boxes
-        x1, y1, x2, y2 = boxes.unbind(1)
-        return torch.stack([self.size[1] - x2, y1, self.size[1] - x1, y2], 1)
+        return horizontal_flip_bounding_boxes(boxes, BoundingBoxFormat.XYXY, self.size)
